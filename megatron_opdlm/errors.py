@@ -1,0 +1,68 @@
+"""Errors that finish the job: one line with the value, the rule and the remedy, and the exit code that says whose fault it was."""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+BAD_INPUT = 2
+FAILURE = 1
+
+
+class InputError(ValueError):
+    """The user's input is wrong. The message is one line: value, rule, remedy. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run failed for a reason we can name in one line. Exit code 1."""
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Suggestion for a mistyped name: ``" (did you mean 'x'?)"``, or an empty string when nothing is close."""
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _report(message: str) -> None:
+    """Print the one ``error:`` line. Rank 0 speaks for all; stdout is flushed first so that the order on a terminal is right."""
+    sys.stdout.flush()
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def command(main: Callable[[], None]) -> NoReturn:
+    """Run a command's ``main`` and exit with the contract's codes: 0 done, 2 bad input, 1 failure.
+
+    Bad input is found on every rank alike, so only rank 0 prints it. A failure may happen on one rank alone, so every
+    rank that fails names itself; a traceback is printed only for what we did not foresee.
+    """
+    try:
+        main()
+    except InputError as error:
+        if _rank() == 0:
+            _report(str(error))
+        _leave(BAD_INPUT)
+    except KeyboardInterrupt:
+        _leave(130)
+    except (RunError, OSError) as error:
+        _report(str(error) if _rank() == 0 else f"rank {_rank()}: {error}")
+        _leave(FAILURE)
+    except Exception as error:  # the last resort of a command: name it, show where, fail
+        traceback.print_exc()
+        _report(f"rank {_rank()}: unexpected {type(error).__name__}: {error}")
+        _leave(FAILURE)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit. After a failure, leave without the interpreter's shutdown: it can wait for collectives that never finish."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        os._exit(code)
+    sys.exit(code)
