@@ -1,0 +1,123 @@
+"""Tiny random Qwen3 directories as Hugging Face would save them, with a real fast tokenizer.
+
+Every size differs from every other (heads x head_dim != hidden, ffn != hidden, groups != heads), norms are random and
+the weights are large enough for decisive logits, so that a swapped axis or a dropped norm changes the numbers.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+ALPHABET = (
+    "?0123456789+=;:,.- \nabcdefghijklmnopqrstuvwxyz"  # one token per character; "?" is unknown
+)
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+)  # the next ids, in this order, as in Qwen3
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}--\n{% endif %}{% endif %}"
+)
+
+
+def make_tokenizer(
+    alphabet: str = ALPHABET, *, mask_token: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Character tokenizer: ``len(alphabet)`` ordinary tokens, then ``SPECIAL``, then the mask token if one is named."""
+    words = {character: index for index, character in enumerate(alphabet)}
+    backend = Tokenizer(models.WordLevel(words, unk_token=alphabet[0]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(list(SPECIAL))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=alphabet[0],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [SPECIAL[1]]})
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in SPECIAL]
+    assert ids == list(range(len(alphabet), len(alphabet) + len(SPECIAL)))
+    if mask_token is not None:
+        tokenizer.add_special_tokens({"mask_token": mask_token})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_qwen3(
+    directory: Path,
+    *,
+    tied: bool,
+    seed: int,
+    vocab: int = 67,
+    layers: int = 4,
+    hidden: int = 64,
+    heads: int = 4,
+    groups: int = 2,
+    head_dim: int = 32,
+    ffn: int = 96,
+    shards: int = 1,
+    eos: Sequence[int] | None = None,
+    mask_token: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a random Qwen3 into ``directory`` and return it.
+
+    ``eos`` None means <|im_end|> and <|endoftext|>, as Qwen3 has it; ids above the tokenizer's are free (the model has
+    ``vocab`` rows), so a mask token id such as ``vocab - 3`` needs the option for toy vocabularies. ``shards`` is at
+    least how many safetensors files the weights are split into.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(ALPHABET[: vocab - 6], mask_token=mask_token)
+    end = [tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
+    config = Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_position_embeddings=512,
+        rope_theta=50000.0,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=end[0],
+        pad_token_id=end[1],
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            norm = name.endswith("norm.weight")
+            parameter.copy_(1 + 0.3 * noise if norm else noise * 1.5 * parameter.shape[1] ** -0.5)
+    model = model.to(dtype)
+    model.generation_config.eos_token_id = list(eos) if eos is not None else end
+    model.generation_config.pad_token_id = end[1]
+    total_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    limit = total_bytes + 1 if shards == 1 else total_bytes // shards
+    model.save_pretrained(directory, max_shard_size=limit)
+    tokenizer.save_pretrained(directory)
+    assert len(list(directory.glob("*.safetensors"))) >= shards
+    return directory
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change keys of a JSON file in place; a value of None removes the key. For tests of bad directories."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is None:
+            content.pop(key, None)
+        else:
+            content[key] = value
+    path.write_text(json.dumps(content, indent=2))
