@@ -1,0 +1,168 @@
+"""Decoding rules of block diffusion: draw a token at every position, then choose which positions to commit.
+
+Plain torch and self-contained: exported models carry this very file. Vectorised over positions and sequences; a vocabulary
+that is split over tensor-parallel ranks is reduced through the ``shard`` argument and its logits are never gathered.
+
+Definitions (they follow DESIGN 4b):
+- confidence of a position = probability of its drawn token under the unshaped softmax;
+- temperature, top-k and top-p, in this order, shape the distribution that is drawn from; temperature 0 is the arg-max;
+- ties go to the lowest token id, then to the lowest position.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REMASKING = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
+
+
+class WholeVocabulary:
+    """The trivial shard: this process holds every logit. A tensor-parallel shard offers the same four methods."""
+
+    start = 0  # global id of the first local column
+
+    def max(self, x: Tensor) -> Tensor:
+        """Element-wise maximum over the shards."""
+        return x
+
+    def min(self, x: Tensor) -> Tensor:
+        """Element-wise minimum over the shards."""
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Element-wise sum over the shards."""
+        return x
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum over the shards with lower ids, sum over all shards), the same values on every shard."""
+        return torch.zeros_like(x), x
+
+
+WHOLE = WholeVocabulary()
+
+
+class Draw(NamedTuple):
+    """One drawn token a row."""
+
+    token: Tensor  # [M] int64 global ids
+    confidence: Tensor  # [M] float64 probability of the token under the unshaped softmax
+    entropy: Tensor  # [M] float64 entropy of the unshaped softmax, nats
+
+
+def draw(
+    logits_MV: Tensor,
+    uniform_M: Tensor,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    shard: WholeVocabulary = WHOLE,
+) -> Draw:
+    """Draw one token a row by inverting the cumulative distribution at ``uniform_M`` (float64 in [0, 1)).
+
+    ``logits_MV`` are this shard's columns, forbidden ids already at -inf. Cumulative sums are taken in float64.
+    """
+    logits = logits_MV.float()
+    top = shard.max(logits.amax(-1, keepdim=True))
+    weight = torch.exp(logits - top)
+    total = shard.sum(weight.double().sum(-1))
+    finite = torch.where(weight > 0, logits - top, 0.0)
+    entropy = total.log() - shard.sum((weight * finite).double().sum(-1)) / total
+    columns = torch.arange(logits.shape[-1], device=logits.device) + shard.start
+    if temperature == 0:
+        hit = logits == top
+        token = shard.min(torch.where(hit, columns, _NOWHERE).amin(-1))
+    else:
+        shaped = torch.exp((logits - top) / temperature)
+        if top_k > 0:
+            count = torch.full_like(total, top_k)
+            shaped = torch.where(_largest(shaped, torch.ones_like(shaped), count, shard), shaped, 0.0)
+        if top_p < 1:
+            mass = top_p * shard.sum(shaped.double().sum(-1))
+            shaped = torch.where(_largest(shaped, shaped, mass, shard), shaped, 0.0)
+        token = _invert(shaped, uniform_M, columns, shard)
+    mine = columns == token[:, None]
+    confidence = shard.sum(torch.where(mine, weight, 0.0).double().sum(-1)) / total
+    return Draw(token, confidence, entropy)
+
+
+_NOWHERE = torch.iinfo(torch.int64).max
+
+
+def _invert(weight_MV: Tensor, uniform_M: Tensor, columns: Tensor, shard: WholeVocabulary) -> Tensor:
+    """First id whose cumulative weight exceeds u times the total. Exactly one shard holds it."""
+    cumulative = weight_MV.double().cumsum(-1)
+    before, total = shard.before(cumulative[:, -1])
+    target = (uniform_M * total)[:, None]
+    beyond = (before[:, None] + cumulative > target) & (weight_MV > 0)
+    return shard.min(torch.where(beyond, columns, _NOWHERE).amin(-1))
+
+
+def _largest(value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary) -> Tensor:
+    """The smallest set of largest values whose measures sum to ``need_M``, ties broken towards the lowest id.
+
+    Non-negative float32 numbers are ordered like their bit patterns, so the smallest value that is kept is found by
+    bisection over 31 bits, each step one sum over the vocabulary: exact, and nothing is sorted or gathered.
+    """
+    bits = value_MV.contiguous().view(torch.int32)
+
+    def sum_where(chosen: Tensor) -> Tensor:
+        return shard.sum(torch.where(chosen, measure_MV, 0.0).double().sum(-1))
+
+    low = torch.zeros_like(need_M, dtype=torch.int32)  # keeping everything is always enough
+    for bit in range(30, -1, -1):
+        trial = low | (1 << bit)
+        low = torch.where(sum_where(bits >= trial[:, None]) >= need_M, trial, low)
+    above = bits > low[:, None]
+    tied = (bits == low[:, None]) & (value_MV > 0)
+    before, _ = shard.before(tied.double().sum(-1))
+    order = before[:, None] + tied.double().cumsum(-1) - tied.double()  # tied columns with a lower id
+    one = shard.max(torch.where(tied, measure_MV, 0.0).amax(-1)).double()  # tied values have one measure
+    missing = need_M - sum_where(above)
+    return above | (tied & (order * one[:, None] < missing[:, None]))
+
+
+def quota(pass_index: Tensor, block_size: int, steps: int) -> Tensor:
+    """Positions to commit in pass s (from 0): B // T, one more in the first B mod T passes, after T passes all of them."""
+    regular = block_size // steps + (pass_index < block_size % steps).to(pass_index.dtype)
+    return torch.where(pass_index < steps, regular, block_size)
+
+
+def choose_commits(
+    confidence_SB: Tensor,
+    entropy_SB: Tensor,
+    masked_SB: Tensor,
+    pass_S: Tensor,
+    *,
+    steps: int,
+    remasking: str,
+    threshold: float = 0.9,
+    entropy_bound: float = 0.35,
+) -> Tensor:
+    """Which masked positions of each block to commit in this pass (bool [S, B], a subset of ``masked_SB``).
+
+    - ``low_confidence_static``: the quota's most confident positions.
+    - ``low_confidence_dynamic``: every position strictly above the threshold, and at least the quota's most confident.
+    - ``sequential``: the quota's left-most positions.
+    - ``entropy_bounded``: positions in order of rising entropy while their cumulative entropy stays below the bound, at
+      least one; after ``steps`` passes whatever is left.
+    """
+    block_size = masked_SB.shape[1]
+    allowance = quota(pass_S, block_size, steps)[:, None]
+    if remasking == "sequential":
+        return masked_SB & (masked_SB.long().cumsum(1) <= allowance)
+    if remasking == "entropy_bounded":
+        key = torch.where(masked_SB, entropy_SB, torch.inf)
+        ordered, order = torch.sort(key, dim=1, stable=True)
+        leading = (ordered.cumsum(1) < entropy_bound) | (allowance >= block_size)
+        leading[:, 0] = True
+        return masked_SB & torch.zeros_like(masked_SB).scatter(1, order, leading)
+    order = torch.sort(torch.where(masked_SB, confidence_SB, -1.0), dim=1, descending=True, stable=True).indices
+    rank = torch.argsort(order, dim=1)
+    best = masked_SB & (rank < allowance)
+    if remasking == "low_confidence_static":
+        return best
+    if remasking == "low_confidence_dynamic":
+        return best | (masked_SB & (confidence_SB > threshold))
+    raise ValueError(f"remasking={remasking!r} is unknown; use one of {', '.join(REMASKING)}")
