@@ -1,7 +1,8 @@
 """Tiny random Qwen3 directories as Hugging Face would save them, with a real fast tokenizer.
 
-Every size differs from every other (heads x head_dim != hidden, ffn != hidden, groups != heads), norms are random and
-the weights are large enough for decisive logits, so that a swapped axis or a dropped norm changes the numbers.
+Every size differs from every other (heads x head_dim != hidden, ffn != hidden, groups != heads),
+norms are random and the weights are large enough for decisive logits, so that a swapped axis or a
+dropped norm changes the numbers.
 """
 
 import json
@@ -21,7 +22,8 @@ SPECIAL = (
     "<|im_end|>",
 )  # the next ids, in this order, as in Qwen3
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}--\n{% endif %}{% endif %}"
 )
@@ -30,7 +32,7 @@ CHAT_TEMPLATE = (
 def make_tokenizer(
     alphabet: str = ALPHABET, *, mask_token: str | None = None
 ) -> PreTrainedTokenizerFast:
-    """Character tokenizer: ``len(alphabet)`` ordinary tokens, then ``SPECIAL``, then the mask token if one is named."""
+    """Character tokenizer: the alphabet, then ``SPECIAL``, then the mask token if named."""
     words = {character: index for index, character in enumerate(alphabet)}
     backend = Tokenizer(models.WordLevel(words, unk_token=alphabet[0]))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -71,9 +73,9 @@ def make_qwen3(
 ) -> Path:
     """Write a random Qwen3 into ``directory`` and return it.
 
-    ``eos`` None means <|im_end|> and <|endoftext|>, as Qwen3 has it; ids above the tokenizer's are free (the model has
-    ``vocab`` rows), so a mask token id such as ``vocab - 3`` needs the option for toy vocabularies. ``shards`` is at
-    least how many safetensors files the weights are split into.
+    ``eos`` None means <|im_end|> and <|endoftext|>, as Qwen3 has it. The model has ``vocab`` rows;
+    ids above the tokenizer's are free, so without ``mask_token`` the mask is a configured id such
+    as ``vocab - 3``. ``shards`` is at least how many safetensors files the weights are split into.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def make_qwen3(
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    """Change keys of a JSON file in place; a value of None removes the key. For tests of bad directories."""
+    """Change keys of a JSON file in place; None removes the key. For tests of bad directories."""
     content = json.loads(path.read_text())
     for key, value in changes.items():
         if value is None:

@@ -1,0 +1,160 @@
+"""Qwen3's weights under their two names: Hugging Face's and Megatron-Core's. No Megatron import.
+
+Megatron keeps the query, key and value projections in one matrix, per key/value group
+``[q heads of the group; k; v]``, and the two halves of the gated MLP as ``[gate; up]``, where every
+tensor-parallel rank has its own part of each. Only data moves here: every function keeps the bits.
+Sizes below: H hidden, A query heads, G groups (key/value heads), D head size.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from checkpoint_tools.qwen3_shape import (
+    Qwen3Shape,
+    check_layout,
+    hf_names,
+    padded_vocab,
+    read_shape,
+)
+
+__all__ = [
+    "Qwen3Shape",
+    "check_layout",
+    "hf_from_megatron",
+    "hf_names",
+    "megatron_from_hf",
+    "megatron_names",
+    "padded_vocab",
+    "read_shape",
+    "sources",
+    "split_layer",
+]
+
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+QKV = "self_attention.linear_qkv.weight"
+PROJ = "self_attention.linear_proj.weight"
+FC1 = "mlp.linear_fc1.weight"
+FC2 = "mlp.linear_fc2.weight"
+# Attribute of a Megatron layer -> the Hugging Face tensors of that layer that it joins, in order.
+LAYER_SOURCES = {
+    "input_layernorm.weight": ("input_layernorm.weight",),
+    QKV: ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
+    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
+    PROJ: ("self_attn.o_proj.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    FC1: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    FC2: ("mlp.down_proj.weight",),
+}
+# Transformer Engine fuses these norms into the next linear; checkpoints of either spec say so.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+SPLIT_COLUMNS = (PROJ, FC2)  # row-parallel linears: a rank holds columns of the matrix
+
+
+def megatron_names(shape: Qwen3Shape) -> list[str]:
+    """Every Megatron parameter by global layer number; ``output_layer.weight`` only if untied."""
+    layers = [f"decoder.layers.{i}.{name}" for i in range(shape.layers) for name in LAYER_SOURCES]
+    return [EMBEDDING, *layers, FINAL_NORM] + ([] if shape.tied else [OUTPUT])
+
+
+def sources(name: str, shape: Qwen3Shape) -> tuple[str, ...]:
+    """The Hugging Face tensors that a Megatron parameter is made of: reading can be lazy."""
+    if name == EMBEDDING or (name == OUTPUT and shape.tied):
+        return ("model.embed_tokens.weight",)
+    if name == OUTPUT:
+        return ("lm_head.weight",)
+    if name == FINAL_NORM:
+        return ("model.norm.weight",)
+    layer, attribute = split_layer(name)
+    return tuple(f"model.layers.{layer}.{source}" for source in LAYER_SOURCES[attribute])
+
+
+def split_layer(name: str) -> tuple[int, str]:
+    """``decoder.layers.3.mlp.linear_fc1.weight`` -> ``(3, "mlp.linear_fc1.weight")``.
+
+    Fused norms come back under their plain names.
+    """
+    prefix, _, rest = name.partition("decoder.layers.")
+    number, _, attribute = rest.partition(".")
+    attribute = FUSED_NORMS.get(attribute, attribute)
+    if prefix or not number.isdigit() or attribute not in LAYER_SOURCES:
+        raise KeyError(f"{name} is no parameter of a Qwen3 GPTModel")
+    return int(number), attribute
+
+
+def megatron_from_hf(
+    name: str,
+    shape: Qwen3Shape,
+    get: Callable[[str], Tensor],
+    tp_rank: int,
+    tp_size: int,
+    padded_vocab: int,
+) -> Tensor:
+    """This tensor-parallel rank's part of one Megatron parameter.
+
+    ``name`` carries the global layer number; ``get`` reads a whole Hugging Face tensor and is
+    called once for each of ``sources(name, shape)``. Rows of the vocabulary's padding are zero.
+    """
+    tensors = [get(source) for source in sources(name, shape)]
+    if name in (EMBEDDING, OUTPUT):
+        padding = tensors[0].new_zeros(padded_vocab - shape.vocab_size, shape.hidden)
+        return _part(torch.cat([tensors[0], padding]), tp_rank, tp_size)
+    if name == FINAL_NORM:
+        return tensors[0].contiguous()
+    _, attribute = split_layer(name)
+    if attribute == QKV:
+        return _part(_join_groups(*tensors, shape), tp_rank, tp_size).flatten(0, 1)
+    if attribute == FC1:
+        return torch.cat([_part(half, tp_rank, tp_size) for half in tensors])
+    if attribute in SPLIT_COLUMNS:
+        return _part(tensors[0], tp_rank, tp_size, dim=1)
+    return tensors[0].contiguous()  # norms are whole on every rank
+
+
+def hf_from_megatron(
+    shape: Qwen3Shape, get: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every Hugging Face tensor from *global* Megatron tensors (all ranks' parts joined).
+
+    ``get`` returns the tensor of a Megatron name with its global layer number; it is called lazily.
+    """
+    for name in megatron_names(shape):
+        tensor = get(name)
+        if name in (EMBEDDING, OUTPUT):
+            parts: tuple[Tensor, ...] = (tensor[: shape.vocab_size],)
+        elif name.endswith(QKV):
+            parts = _split_groups(tensor, shape)
+        elif name.endswith(FC1):
+            parts = tensor.chunk(2)
+        else:
+            parts = (tensor,)
+        for source, part in zip(sources(name, shape), parts, strict=True):
+            yield source, part.contiguous()
+
+
+def _join_groups(query: Tensor, key: Tensor, value: Tensor, shape: Qwen3Shape) -> Tensor:
+    """[A D, H], [G D, H], [G D, H] -> [G, (A/G + 2) D, H]."""
+    per_group = [t.reshape(shape.groups, -1, shape.hidden) for t in (query, key, value)]
+    return torch.cat(per_group, dim=1)
+
+
+def _split_groups(qkv: Tensor, shape: Qwen3Shape) -> tuple[Tensor, ...]:
+    """[G (A/G + 2) D, H] -> [A D, H], [G D, H], [G D, H]."""
+    query_rows = shape.heads // shape.groups * shape.head_dim
+    parts = qkv.reshape(shape.groups, -1, shape.hidden).split(
+        [query_rows, shape.head_dim, shape.head_dim], dim=1
+    )
+    return tuple(part.reshape(-1, shape.hidden) for part in parts)
+
+
+def _part(tensor: Tensor, rank: int, size: int, dim: int = 0) -> Tensor:
+    """The ``rank``-th of ``size`` equal parts along ``dim``."""
+    assert tensor.shape[dim] % size == 0, (tensor.shape, dim, size)
+    return tensor.chunk(size, dim)[rank].contiguous()

@@ -1,0 +1,212 @@
+"""The shape of a Qwen3: read from ``config.json`` with every check, before torch is imported."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_opdlm.errors import InputError
+
+MODEL_TYPES = ("qwen3", "a2d-qwen3")
+
+
+@dataclass(frozen=True)
+class Qwen3Shape:
+    """What of a Qwen3 ``config.json`` decides tensor shapes and arithmetic."""
+
+    layers: int
+    hidden: int
+    heads: int  # query heads
+    groups: int  # key/value heads; divides heads
+    head_dim: int
+    ffn: int
+    vocab_size: int  # rows of the embedding: the softmax runs over these
+    tied: bool  # the output layer is the embedding
+    rope_theta: float
+    rms_eps: float
+    max_positions: int
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, a tied embedding counted once."""
+        return sum(math.prod(size) for size in hf_names(self).values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError when the file is missing or holds something else."""
+    if not path.is_file():
+        raise InputError(f"{path.parent} has no {path.name}; give a complete model directory")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, not a JSON object; copy it again"
+        )
+    return content
+
+
+def read_shape(hf_dir: Path) -> Qwen3Shape:
+    """The shape of the Qwen3 in a Hugging Face directory.
+
+    Raises InputError for everything that we would compute wrongly: other architectures, biases,
+    sliding windows, scaled rotary positions, quantised weights.
+    """
+    path = Path(hf_dir) / "config.json"
+    if not Path(hf_dir).is_dir():
+        raise InputError(f"{hf_dir} is not a directory; give a Hugging Face Qwen3 directory")
+    config = read_json(path)
+    _refuse_other_architectures(config, path)
+    heads = _positive(config, "num_attention_heads", path)
+    shape = Qwen3Shape(
+        layers=_positive(config, "num_hidden_layers", path),
+        hidden=_positive(config, "hidden_size", path),
+        heads=heads,
+        groups=_positive(config, "num_key_value_heads", path, default=heads),
+        head_dim=_positive(
+            config, "head_dim", path, default=128
+        ),  # transformers' default for Qwen3
+        ffn=_positive(config, "intermediate_size", path),
+        vocab_size=_positive(config, "vocab_size", path),
+        tied=_flag(config, "tie_word_embeddings", path),
+        rope_theta=_rope_theta(config, path),
+        rms_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
+        max_positions=_positive(config, "max_position_embeddings", path, default=32768),
+    )
+    if shape.heads % shape.groups:
+        raise InputError(
+            f"{path}: num_key_value_heads={shape.groups} does not divide "
+            f"num_attention_heads={shape.heads}; this is no valid Qwen3 configuration"
+        )
+    if shape.head_dim % 2:
+        raise InputError(f"{path}: head_dim={shape.head_dim} is odd; rotary positions need it even")
+    return shape
+
+
+def hf_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face model and its shape; ``lm_head.weight`` only if untied."""
+    hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    of_layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key, hidden),
+        "self_attn.v_proj.weight": (key, hidden),
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
+        "self_attn.o_proj.weight": (hidden, query),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (shape.ffn, hidden),
+        "mlp.up_proj.weight": (shape.ffn, hidden),
+        "mlp.down_proj.weight": (hidden, shape.ffn),
+    }
+    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for layer in range(shape.layers):
+        names |= {f"model.layers.{layer}.{name}": size for name, size in of_layer.items()}
+    names["model.norm.weight"] = (hidden,)
+    if not shape.tied:
+        names["lm_head.weight"] = (shape.vocab_size, hidden)
+    return names
+
+
+def padded_vocab(vocab_size: int, tp: int) -> int:
+    """Rows of the embedding at this tensor parallelism: the smallest multiple of ``tp`` that has
+    room for the vocabulary."""
+    return -(-vocab_size // tp) * tp
+
+
+def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str) -> None:
+    """Refuse a parallel layout that does not divide the model, whose ``name`` the message gives."""
+    for size, value in (("tensor_parallel", tp), ("pipeline_parallel", pp)):
+        if value < 1:
+            raise InputError(f"{size}={value} is not positive; use 1 or more")
+    for what, count in (("num_query_groups", shape.groups), ("ffn_hidden_size", shape.ffn)):
+        if count % tp:
+            usable = [
+                n for n in range(1, shape.groups + 1) if not (shape.groups % n or shape.ffn % n)
+            ]
+            raise InputError(
+                f"tensor_parallel={tp} does not divide {what}={count} ({name}); "
+                f"use {_choices(usable)}"
+            )
+    if shape.layers % pp:
+        usable = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
+        raise InputError(
+            f"pipeline_parallel={pp} does not divide num_layers={shape.layers} ({name}); "
+            f"use {_choices(usable)}"
+        )
+
+
+def _choices(numbers: list[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _refuse_other_architectures(config: Mapping[str, Any], path: Path) -> None:
+    model_type = config.get("model_type")
+    if model_type == "sdar":
+        raise InputError(f"{path}: model_type='sdar' is not built yet; use qwen3 or a2d-qwen3")
+    if model_type not in MODEL_TYPES:
+        raise InputError(
+            f"{path}: model_type={model_type!r} is no Qwen3; use a directory with model_type "
+            + " or ".join(map(repr, MODEL_TYPES))
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"{path}: hidden_act={config['hidden_act']!r}; only Qwen3's 'silu' is built"
+        )
+    if config.get("attention_bias", False):
+        raise InputError(f"{path}: attention_bias=true; only Qwen3's bias-free attention is built")
+    if config.get("quantization_config"):
+        raise InputError(f"{path}: weights are quantised; use the unquantised (bf16 or fp32) model")
+    sliding = config.get("use_sliding_window", False) and config.get("sliding_window")
+    if sliding or "sliding_attention" in (config.get("layer_types") or ()):
+        raise InputError(
+            f"{path}: sliding-window attention is not built; set use_sliding_window to false if "
+            "sequences stay inside the window"
+        )
+
+
+def _rope_theta(config: Mapping[str, Any], path: Path) -> float:
+    """Transformers 4 writes a flat ``rope_theta``, transformers 5 a ``rope_parameters`` record."""
+    for key in ("rope_parameters", "rope_scaling"):
+        record = config.get(key) or {}
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: {key}={record!r} is no JSON object; copy the file again")
+        kind = record.get("rope_type", record.get("type", "default"))
+        if kind != "default":
+            raise InputError(
+                f"{path}: {key} has rope_type={kind!r}; only 'default' is built, so remove it and "
+                "stay within the original context length"
+            )
+    nested = (config.get("rope_parameters") or {}).get("rope_theta")
+    theta = nested if nested is not None else config.get("rope_theta")
+    if theta is None:
+        raise InputError(f"{path} has no rope_theta; add the value that the model was trained with")
+    return _number(theta, "rope_theta", path)
+
+
+def _positive(config: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise InputError(f"{path} has no {key}; this is no complete Qwen3 configuration")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{path}: {key}={value!r} is not a positive integer; correct the file")
+    return value
+
+
+def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise InputError(f"{path}: {key}={value!r} is neither true nor false; correct the file")
+    return value
+
+
+def _number(value: object, key: str, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise InputError(f"{path}: {key}={value!r} is not a positive number; correct the file")
+    return float(value)

@@ -1,0 +1,183 @@
+"""Claims: names and layouts are translated bit for bit, against expectations written row by row;
+every slice of every rank is used once; layouts that do not divide are refused with a remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint_tools import qwen3_names as names
+from megatron_opdlm.errors import InputError
+
+SHAPE = names.Qwen3Shape(
+    layers=2,
+    hidden=10,
+    heads=6,
+    groups=2,
+    head_dim=4,
+    ffn=14,
+    vocab_size=7,
+    tied=False,
+    rope_theta=1e4,
+    rms_eps=1e-6,
+    max_positions=64,
+)
+TIED = names.Qwen3Shape(**{**SHAPE.__dict__, "tied": True})
+
+
+def random_weights(shape: names.Qwen3Shape) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(size, generator=generator) for name, size in names.hf_names(shape).items()
+    }
+
+
+def join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+    """What a global checkpoint holds of a parameter, from every rank's part."""
+    if name.endswith("norm.weight"):
+        assert all(torch.equal(parts[0], part) for part in parts)
+        return parts[0]
+    if name.endswith("linear_fc1.weight"):
+        halves = [part.chunk(2) for part in parts]
+        return torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
+    return torch.cat(parts, dim=1 if name.endswith(("linear_proj.weight", "fc2.weight")) else 0)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_round_trip_is_bit_for_bit(shape: names.Qwen3Shape, tp: int) -> None:
+    weights = random_weights(shape)
+    padded = names.padded_vocab(shape.vocab_size, tp)
+    joined = {
+        name: join(
+            name,
+            [
+                names.megatron_from_hf(name, shape, weights.__getitem__, rank, tp, padded)
+                for rank in range(tp)
+            ],
+        )
+        for name in names.megatron_names(shape)
+    }
+    returned = dict(names.hf_from_megatron(shape, joined.__getitem__))
+    assert returned.keys() == weights.keys()
+    assert all(torch.equal(returned[name], weights[name]) for name in weights)
+    if tp == 2:
+        assert joined["embedding.word_embeddings.weight"].shape == (8, 10)
+        assert not joined["embedding.word_embeddings.weight"][7].any()
+
+
+def test_query_key_value_rows_are_grouped() -> None:
+    weights = random_weights(SHAPE)
+    prefix = "model.layers.1.self_attn."
+    query, key, value = (weights[f"{prefix}{x}_proj.weight"] for x in "qkv")
+    # 2 groups of 3 query heads of 4 rows: group g owns query rows 12g..12g+11, key rows 4g..4g+3.
+    expected = [
+        torch.cat([query[:12], key[:4], value[:4]]),
+        torch.cat([query[12:], key[4:], value[4:]]),
+    ]
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    for rank in range(2):
+        part = names.megatron_from_hf(name, SHAPE, weights.__getitem__, rank, 2, 8)
+        assert torch.equal(part, expected[rank])
+
+
+def test_a_rank_has_its_part_of_gate_and_of_up() -> None:
+    weights = random_weights(SHAPE)
+    gate, up = (weights[f"model.layers.0.mlp.{x}_proj.weight"] for x in ("gate", "up"))
+    name = "decoder.layers.0.mlp.linear_fc1.weight"
+    part = names.megatron_from_hf(name, SHAPE, weights.__getitem__, 1, 2, 8)
+    assert torch.equal(part, torch.cat([gate[7:], up[7:]]))
+
+
+def test_fused_norm_names_read_the_same_tensors() -> None:
+    assert names.sources("decoder.layers.1.mlp.linear_fc1.layer_norm_weight", SHAPE) == (
+        "model.layers.1.post_attention_layernorm.weight",
+    )
+    with pytest.raises(KeyError, match="no parameter"):
+        names.sources("decoder.layers.1.mlp.router.weight", SHAPE)
+
+
+def test_a_tied_output_layer_reads_the_embedding() -> None:
+    weights = random_weights(TIED)
+    get = weights.__getitem__
+    output = names.megatron_from_hf("output_layer.weight", TIED, get, 1, 2, 8)
+    embedding = names.megatron_from_hf("embedding.word_embeddings.weight", TIED, get, 1, 2, 8)
+    assert torch.equal(output, embedding)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "tp", "rows"), [(151936, 8, 151936), (67, 2, 68), (67, 1, 67), (7, 4, 8)]
+)
+def test_padded_vocab(vocab: int, tp: int, rows: int) -> None:
+    assert names.padded_vocab(vocab, tp) == rows
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "reason"),
+    [
+        (4, 1, r"tensor_parallel=4 does not divide num_query_groups=2 \(toy\); use 1 or 2"),
+        (1, 3, r"pipeline_parallel=3 does not divide num_layers=2 \(toy\); use 1 or 2"),
+        (0, 1, "tensor_parallel=0 is not positive"),
+    ],
+)
+def test_layouts_that_do_not_divide(tp: int, pp: int, reason: str) -> None:
+    names.check_layout(SHAPE, 2, 2, "toy")
+    with pytest.raises(InputError, match=reason):
+        names.check_layout(SHAPE, tp, pp, "toy")
+
+
+CONFIG = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "hidden_size": 10,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "intermediate_size": 14,
+    "vocab_size": 7,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+}
+
+
+def write_config(directory: Path, **changes: object) -> Path:
+    kept = {key: value for key, value in {**CONFIG, **changes}.items() if value != "absent"}
+    (directory / "config.json").write_text(json.dumps(kept))
+    return directory
+
+
+def test_read_shape_takes_flat_and_nested_rope(tmp_path: Path) -> None:
+    assert names.read_shape(write_config(tmp_path)) == SHAPE
+    nested = {"rope_type": "default", "rope_theta": 1e4}
+    write_config(tmp_path, rope_theta="absent", rope_parameters=nested)
+    assert names.read_shape(tmp_path) == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "llama"}, "model_type='llama' is no Qwen3"),
+        ({"model_type": "absent"}, "model_type=None is no Qwen3"),
+        ({"model_type": "sdar"}, "not built yet"),
+        ({"hidden_size": "absent"}, "has no hidden_size"),
+        ({"hidden_size": 10.5}, "hidden_size=10.5 is not a positive integer"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide num_attention_heads=6"),
+        ({"head_dim": 3}, "head_dim=3 is odd"),
+        ({"rope_theta": "absent"}, "has no rope_theta"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type='yarn'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"tie_word_embeddings": "yes"}, "neither true nor false"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_configurations_we_would_compute_wrongly(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    write_config(tmp_path, **changes)
+    with pytest.raises(InputError, match=reason):
+        names.read_shape(tmp_path)
