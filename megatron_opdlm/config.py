@@ -1,0 +1,360 @@
+"""The configuration of a run: a typed, frozen tree. Defaults < YAML file < dotted overrides.
+
+A key that does not exist, a value of the wrong type, a value outside its range and a value that is
+not built yet are all an ``InputError`` of one line. Imports no torch: a bad configuration fails
+before anything slow is loaded.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_opdlm import config_rules
+from megatron_opdlm.errors import InputError, nearest
+
+Precision = Literal["auto", "fp32", "bf16"]
+Curve = Literal["linear", "sin", "cos"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The student, and the layout that student and teacher share."""
+
+    path: str = ""  # Hugging Face directory or Megatron checkpoint to start from
+    mask_token_id: int | None = None  # null: the tokenizer's mask token, else 151669 where it fits
+    tensor_parallel: int = 1  # ranks
+    pipeline_parallel: int = 1  # ranks
+    context_parallel: int = 1  # ranks
+    sequence_parallel: bool = False
+    dtype: Precision = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    max_positions: int | None = None  # tokens; null: the model's own limit
+    recompute: bool = False  # recompute activations in the backward pass: less memory, more time
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    path: str = ""  # empty: the same weights as the student's start
+    dtype: Precision = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    backend: Literal["auto", "dense"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str = ""  # JSON list, JSONL, Parquet, or a `datasets` directory
+    epochs: int = 1
+    enable_thinking: bool = False  # thinking flag of the chat template
+    shuffle: bool = True
+    max_prompt_tokens: int | None = (
+        None  # longer prompts are skipped; null: what the model can hold
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    block_size: int = 4  # tokens
+    denoising_steps: int = 4  # passes in which a block is finished at the latest
+    remasking: Literal[
+        "low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"
+    ] = "low_confidence_dynamic"
+    threshold: float = 0.9  # probability, for low_confidence_dynamic
+    entropy_bound: float = 0.35  # nats, for entropy_bounded
+    temperature: float = 1.0  # 0: arg-max
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    prompts_per_step: int = 128
+    responses_per_prompt: int = 1
+    max_new_tokens: int = 4000  # response tokens; the curriculum never exceeds it
+    max_new_tokens_by_domain: dict[str, int] = field(default_factory=dict)  # caps by a row's domain
+    slots: int = 128  # sequences decoded at once on a data-parallel rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumConfig:
+    """Response length over the first steps; `constant` is rollout.max_new_tokens from the start."""
+
+    kind: Literal["linear", "sin", "cos", "constant"] = "cos"
+    start: int = 100  # tokens
+    end: int = 4000  # tokens
+    steps: int = 100  # steps of the ramp
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdScheduleConfig:
+    enabled: bool = False
+    kind: Curve = "cos"
+    start: float = 0.9
+    end: float = 0.7
+    hold_steps: int = 150  # steps at `start` before the ramp
+    steps: int = -1  # steps of the ramp; -1: to the end of the run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatesConfig:
+    mode: Literal["one_per_block", "all", "random_mask"] = "one_per_block"
+    block_alignment: Literal["absolute", "response"] = "absolute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    kind: Literal["forward_kl", "reverse_kl", "mixed", "jsd", "nll"] = "forward_kl"
+    reverse_weight: float = 0.0  # weight of the reverse KL in `mixed`
+    jsd_alpha: float = 0.5
+    top_k: int = 0  # teacher's largest entries; 0: the full vocabulary
+    exclude_eos: bool = False
+    logit_shift: bool = False  # read the token at position i from logits i-1
+    chunk_rows: int = 1024  # masked positions projected to the vocabulary at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    tokens_per_microbatch: int = 4096  # packed tokens: prompt + clean + noisy
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with a cosine learning rate that advances per update."""
+
+    lr: float = 1e-5
+    min_lr: float = 1e-6
+    warmup_steps: int = 5  # steps, not updates
+    batch_size: int = 8  # sequences per update
+    clip_grad: float = 1.0  # L2 norm; 0: no clipping
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = -1  # -1: all epochs of the data
+    inner_epochs: int = 1  # passes over the sequences of one rollout
+    seed: int = 10086
+    out: str = ""  # run directory; the same command resumes it
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = 10  # steps
+    keep: int = 2  # newest checkpoints kept
+    async_save: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    every: int = 0  # steps; 0: never
+    tasks: list[str] = field(default_factory=list)
+    data: str = ""  # directory of the tasks' data files
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    samples_every: int = 10  # steps
+    samples: int = 2  # sample texts each time
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    threshold_schedule: ThresholdScheduleConfig = field(default_factory=ThresholdScheduleConfig)
+    states: StatesConfig = field(default_factory=StatesConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+def load_config(file: Path | None, overrides: list[str]) -> Config:
+    """Defaults, then ``file``, then ``overrides`` (``section.key=VALUE``, VALUE in YAML); checked.
+
+    A value may refer to another key: ``${model.path}``.
+    """
+    trees = [_read_file(file)] if file is not None else []
+    trees += [_read_override(text) for text in overrides]
+    defaults = dataclasses.asdict(Config())
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(defaults, *trees), resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"configuration: {_first_line(error)}") from error
+    assert isinstance(merged, dict)
+    config = _build_tree(merged)
+    config_rules.check(flatten(config))
+    return config
+
+
+def require(config: Config, *keys: str) -> None:
+    """Refuse a configuration in which one of these text keys is still empty."""
+    values = flatten(config)
+    for key in keys:
+        if not values[key]:
+            raise InputError(
+                f"{key} is not set and this command needs it; add {key}=... to the command or file"
+            )
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration; ``load_config`` reads it back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``{"model.path": "...", ...}``: every leaf by its dotted key, in the order of the tree."""
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+
+
+def differing_keys(a: Config, b: Config) -> list[str]:
+    """Dotted keys whose values differ, in the order of the tree."""
+    values_a, values_b = flatten(a), flatten(b)
+    return [key for key, value in values_a.items() if value != values_b[key]]
+
+
+def _read_file(file: Path) -> Any:
+    try:
+        tree = OmegaConf.load(file)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"configuration file {file} does not exist; configs/ holds ready ones"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"configuration file {file} cannot be read: {_first_line(error)}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"configuration file {file}: {_yaml_line(error)}{_yaml_problem(error)}"
+        ) from error
+    if not OmegaConf.is_dict(tree):
+        raise InputError(f"configuration file {file} must hold sections (model:, data:, ...)")
+    return tree
+
+
+def _read_override(text: str) -> Any:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"override {text!r} is not of the form section.key=value")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except yaml.YAMLError as error:
+        raise InputError(f"override {text!r}: {_yaml_problem(error)}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"override {text!r}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    return "not valid YAML: " + (getattr(error, "problem", None) or _first_line(error))
+
+
+def _yaml_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"line {mark.line + 1}: " if mark else ""
+
+
+def _build_tree(tree: dict[Any, Any]) -> Config:
+    """Plain tree -> typed tree: every section and key exists and every value has its type."""
+    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
+    built = {}
+    for name, values in tree.items():
+        if name not in sections:
+            first_key = next(iter(values), "") if isinstance(values, dict) else ""
+            raise _unknown_key(f"{name}.{first_key}" if first_key else str(name))
+        if values is None:  # `model:` with every line under it commented out
+            continue
+        if not isinstance(values, dict):
+            raise InputError(f"{name}={_show(values)} is a section; write {name}.KEY=value")
+        built[name] = _build_section(name, typing.cast(type, sections[name]), values)
+    return Config(**built)
+
+
+def _build_section(section: str, section_type: type, values: dict[Any, Any]) -> Any:
+    hints = typing.get_type_hints(section_type)
+    for name in values:
+        if name not in hints:
+            raise _unknown_key(f"{section}.{name}")
+    return section_type(
+        **{name: _typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()}
+    )
+
+
+def _unknown_key(key: str) -> InputError:
+    """Names the nearest valid key: first among those of the same name in another section."""
+    valid = list(flatten(Config()))
+    same_name = [known for known in valid if known.partition(".")[2] == key.rpartition(".")[2]]
+    closest = max(same_name or valid, key=lambda known: SequenceMatcher(None, key, known).ratio())
+    return InputError(f"configuration key {key!r} does not exist (did you mean {closest!r}?)")
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """``value`` if it has the type that ``hint`` names; an integer may stand for a float."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _typed(key, value, arguments[0])
+    if origin is Literal:
+        return _one_of(key, value, arguments)
+    if origin is list and isinstance(value, list):
+        return [_typed(f"{key}[{i}]", item, arguments[0]) for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {
+            _typed(f"a name in {key}", name, arguments[0]): _typed(
+                f"{key}.{name}", item, arguments[1]
+            )
+            for name, item in value.items()
+        }
+    if hint is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if hint is str and value is None:  # `train.out=` on a command line
+        return ""
+    if hint in (bool, int, str) and type(value) is hint:
+        return value
+    raise InputError(f"{key}={_show(value)} must be {_TYPE_NAMES[origin or hint]}")
+
+
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "text (quote it if it looks like a number)",
+    list: "a list, such as [a, b]",
+    dict: "a mapping, such as {name: 1}",
+}
+
+
+def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        hint = nearest(value, allowed) if isinstance(value, str) else ""
+        raise InputError(f"{key}={_show(value)} must be one of {', '.join(allowed)}{hint}")
+    return value
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str)

@@ -1,0 +1,182 @@
+"""What a configuration's values keep: ranges, agreement between keys, and only what is built.
+
+Works on the flat form ``{"section.key": value}`` whose types are already right. Every message has
+the value, the rule and the remedy; where two keys disagree, both numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_opdlm.errors import InputError
+
+Values = Mapping[str, Any]
+
+_AT_LEAST_ONE = (
+    "model.tensor_parallel",
+    "model.pipeline_parallel",
+    "model.context_parallel",
+    "model.max_positions",
+    "data.epochs",
+    "data.max_prompt_tokens",
+    "rollout.block_size",
+    "rollout.denoising_steps",
+    "rollout.prompts_per_step",
+    "rollout.responses_per_prompt",
+    "rollout.max_new_tokens",
+    "rollout.slots",
+    "curriculum.start",
+    "curriculum.end",
+    "curriculum.steps",
+    "loss.chunk_rows",
+    "update.tokens_per_microbatch",
+    "optimizer.batch_size",
+    "train.inner_epochs",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "logging.samples_every",
+)
+_AT_LEAST_ZERO = (
+    "model.mask_token_id",
+    "rollout.entropy_bound",
+    "rollout.temperature",
+    "rollout.top_k",
+    "threshold_schedule.hold_steps",
+    "loss.top_k",
+    "optimizer.min_lr",
+    "optimizer.warmup_steps",
+    "optimizer.clip_grad",
+    "optimizer.weight_decay",
+    "train.seed",
+    "evaluation.every",
+    "logging.samples",
+)
+_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps")
+_ZERO_TO_ONE = (
+    "rollout.threshold",
+    "threshold_schedule.start",
+    "threshold_schedule.end",
+    "loss.reverse_weight",
+    "loss.jsd_alpha",
+)
+_BELOW_ONE = ("optimizer.beta1", "optimizer.beta2")
+_COUNT_OR_ALL = {
+    "train.steps": "all epochs of the data",
+    "threshold_schedule.steps": "to the end of the run",
+}
+
+# key, the values that work now, what to use instead of the others
+_NOT_BUILT = (
+    ("model.context_parallel", (1,), "model.context_parallel=1"),
+    ("states.block_alignment", ("absolute",), "states.block_alignment=absolute"),
+    ("loss.kind", ("forward_kl",), "loss.kind=forward_kl"),
+    ("loss.reverse_weight", (0.0,), "loss.reverse_weight=0"),
+    ("loss.top_k", (0,), "loss.top_k=0 (the full vocabulary)"),
+    ("checkpoint.async_save", (False,), "checkpoint.async_save=false"),
+    ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
+)
+
+
+def check(values: Values) -> None:
+    """Raise ``InputError`` for the first rule that is broken."""
+    _check_ranges(values)
+    _check_built(values)
+    _check_layout(values)
+    _check_decoding(values)
+    _check_schedules(values)
+    _check_evaluation(values)
+
+
+def _check_ranges(values: Values) -> None:
+    for key in _AT_LEAST_ONE:
+        _hold(values[key] is None or values[key] >= 1, key, values, "must be at least 1")
+    for key in _AT_LEAST_ZERO:
+        _hold(values[key] is None or values[key] >= 0, key, values, "must be at least 0")
+    for key in _ABOVE_ZERO:
+        _hold(values[key] > 0, key, values, "must be greater than 0")
+    for key in _ZERO_TO_ONE:
+        _hold(0 <= values[key] <= 1, key, values, "must lie in [0, 1]")
+    for key in _BELOW_ONE:
+        _hold(0 <= values[key] < 1, key, values, "must lie in [0, 1)")
+    for key, meaning in _COUNT_OR_ALL.items():
+        rule = f"must be at least 1, or -1 for {meaning}"
+        _hold(values[key] >= 1 or values[key] == -1, key, values, rule)
+    _hold(0 < values["rollout.top_p"] <= 1, "rollout.top_p", values, "must lie in (0, 1]")
+    for domain, tokens in values["rollout.max_new_tokens_by_domain"].items():
+        if tokens < 1:
+            raise InputError(
+                f"rollout.max_new_tokens_by_domain.{domain}={tokens} must be at least 1"
+            )
+
+
+def _hold(kept: bool, key: str, values: Values, rule: str) -> None:
+    if not kept:
+        raise InputError(f"{key}={values[key]} {rule}")
+
+
+def _check_built(values: Values) -> None:
+    for key, built, remedy in _NOT_BUILT:
+        if values[key] not in built:
+            shown = str(values[key]).lower()
+            raise InputError(f"{key}={shown} is not built yet; use {remedy}")
+
+
+def _check_layout(values: Values) -> None:
+    if values["model.sequence_parallel"] and values["model.tensor_parallel"] == 1:
+        raise InputError(
+            "model.sequence_parallel=true shards over the tensor-parallel ranks, but "
+            "model.tensor_parallel=1; use more ranks or model.sequence_parallel=false"
+        )
+
+
+def _check_decoding(values: Values) -> None:
+    passes, block = values["rollout.denoising_steps"], values["rollout.block_size"]
+    if passes > block:
+        raise InputError(
+            f"rollout.denoising_steps={passes} exceeds rollout.block_size={block}, but every pass "
+            f"commits at least one token; use 1 to {block}"
+        )
+    positions, prompt = values["model.max_positions"], values["data.max_prompt_tokens"]
+    if positions is not None and prompt is not None and prompt >= positions:
+        raise InputError(
+            f"data.max_prompt_tokens={prompt} leaves no room for a response within "
+            f"model.max_positions={positions}; use less than {positions}"
+        )
+
+
+def _check_schedules(values: Values) -> None:
+    _ordered(values, "optimizer.min_lr", "optimizer.lr")
+    if values["curriculum.kind"] != "constant":
+        _ordered(values, "curriculum.start", "curriculum.end")
+    if values["threshold_schedule.enabled"]:
+        _check_threshold_schedule(values)
+
+
+def _ordered(values: Values, low: str, high: str) -> None:
+    if values[low] > values[high]:
+        raise InputError(
+            f"{low}={values[low]} exceeds {high}={values[high]}; "
+            f"use at most {values[high]}, or raise {high}"
+        )
+
+
+def _check_threshold_schedule(values: Values) -> None:
+    remasking = values["rollout.remasking"]
+    if remasking != "low_confidence_dynamic":
+        raise InputError(
+            f"threshold_schedule.enabled=true has no effect with rollout.remasking={remasking}; "
+            "use low_confidence_dynamic, or threshold_schedule.enabled=false"
+        )
+    steps, hold = values["train.steps"], values["threshold_schedule.hold_steps"]
+    if values["threshold_schedule.steps"] == -1 and steps != -1 and hold >= steps:
+        raise InputError(
+            f"threshold_schedule.hold_steps={hold} leaves no step of train.steps={steps} for the "
+            f"ramp; use less than {steps}, or set threshold_schedule.steps"
+        )
+
+
+def _check_evaluation(values: Values) -> None:
+    if values["evaluation.tasks"] and not values["evaluation.data"]:
+        raise InputError(
+            f"evaluation.tasks={values['evaluation.tasks']} need their data files; "
+            "set evaluation.data=DIR"
+        )
