@@ -1,0 +1,240 @@
+"""Weights of a Hugging Face directory: checked before anything is read, read lazily, written
+sharded.
+
+A shard's header says how many bytes must follow it, so a truncated copy is found by its size,
+without reading it. Torch is imported only when a tensor is read or written.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_json, read_shape
+from megatron_opdlm.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F32", "BF16", "F16")
+DEFAULT_SHARD_BYTES = 5 * 1000**3
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies and what its shard's header says of it."""
+
+    file: Path
+    dtype: str  # safetensors' name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file. Raises InputError when it is missing, truncated or no
+    safetensors file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path.parent} lacks the shard {path.name}; copy it again")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise InputError(f"{path} is truncated ({size} bytes end in its header); copy it again")
+        text = file.read(length)
+    try:
+        header: dict[str, dict[str, Any]] = json.loads(text)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        entries = {
+            name: TensorEntry(path, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise InputError(f"{path} is no safetensors file (broken header); copy it again") from None
+    if size != 8 + length + end:
+        problem = "is truncated" if size < 8 + length + end else "has trailing bytes"
+        raise InputError(
+            f"{path} {problem}: {size} bytes, but its header describes {8 + length + end}; "
+            "copy it again"
+        )
+    return entries
+
+
+class HFWeights:
+    """A checked Hugging Face Qwen3 whose tensors are read one at a time."""
+
+    def __init__(self, directory: Path, shape: Qwen3Shape, entries: Mapping[str, TensorEntry]):
+        self.directory = directory
+        self.model_shape = shape
+        self._entries = entries
+        self._open: dict[Path, Any] = {}
+
+    def names(self) -> list[str]:
+        """Hugging Face names, without a tied model's redundant ``lm_head.weight``."""
+        return list(hf_names(self.model_shape))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Safetensors' name of the stored type: "F32", "BF16" or "F16"."""
+        return self._entries[name].dtype
+
+    def stored_dtype(self) -> str:
+        """The project's type that loses nothing: "bf16" if all are, else "fp32"."""
+        return "bf16" if all(self.dtype(name) == "BF16" for name in self.names()) else "fp32"
+
+    def files(self) -> list[Path]:
+        return sorted({entry.file for entry in self._entries.values()})
+
+    def get(self, name: str) -> "Tensor":
+        """One whole tensor as stored."""
+        from safetensors import safe_open
+
+        file = self._entries[name].file
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file].get_tensor(name)
+
+    def check_tied_head(self) -> None:
+        """Some tied models also store ``lm_head.weight``. Raises InputError when it differs from
+        the embedding.
+        """
+        import torch
+
+        if not self.model_shape.tied or HEAD not in self._entries:
+            return
+        if not torch.equal(self.get(HEAD), self.get(EMBEDDING)):
+            raise InputError(
+                f"{self.directory}: tie_word_embeddings=true, but {HEAD} differs from {EMBEDDING}; "
+                "set tie_word_embeddings to false in config.json, or remove the tensor"
+            )
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_weights(hf_dir: Path | str, shape: Qwen3Shape | None = None) -> HFWeights:
+    """Check a Hugging Face Qwen3 directory and open its weights.
+
+    ``shape`` None reads it from the directory. Raises InputError for a missing, truncated or broken
+    shard, and for tensors that are missing, unexpected, of another shape or of no floating type,
+    before any tensor is read.
+    """
+    directory = Path(hf_dir)
+    shape = shape or read_shape(directory)
+    entries = _find_entries(directory)
+    expected = hf_names(shape)
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        raise InputError(
+            f"{directory} lacks {_listed(missing)}; copy the weights again, all shards"
+        )
+    allowed = {*expected, HEAD} if shape.tied else set(expected)
+    unexpected = [name for name in entries if name not in allowed]
+    if unexpected:
+        raise InputError(
+            f"{directory} holds {_listed(unexpected)} which a Qwen3 of its config.json has not; "
+            "use the weights that belong to this config.json"
+        )
+    for name, size in {**expected, HEAD: expected[EMBEDDING]}.items():
+        if name in entries and entries[name].shape != size:
+            raise InputError(
+                f"{directory}: {name} has shape {list(entries[name].shape)}, but config.json makes "
+                f"it {list(size)}; use the config.json that belongs to these weights"
+            )
+        if name in entries and entries[name].dtype not in FLOATS:
+            raise InputError(
+                f"{directory}: {name} is stored as {entries[name].dtype}; use unquantised weights "
+                f"({', '.join(FLOATS)})"
+            )
+    return HFWeights(directory, shape, entries)
+
+
+def _find_entries(directory: Path) -> dict[str, TensorEntry]:
+    """Every tensor of the single file or of the indexed shards; the single file wins, as in
+    transformers.
+    """
+    if (directory / SINGLE).is_file():
+        return read_header(directory / SINGLE)
+    if not (directory / INDEX).is_file():
+        other = "only PyTorch .bin weights" if list(directory.glob("*.bin")) else "no weights"
+        if list(directory.glob("*.safetensors")):
+            other = f"safetensors shards but no {INDEX}"
+        raise InputError(f"{directory} has {other}; it needs {SINGLE}, or shards with {INDEX}")
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    ):
+        raise InputError(f"{directory / INDEX} has no valid weight_map; copy the file again")
+    shards = {file: read_header(directory / file) for file in sorted(set(weight_map.values()))}
+    lost = [name for name, file in weight_map.items() if name not in shards[file]]
+    if lost:
+        raise InputError(
+            f"{directory}: the shards lack {_listed(lost)} that {INDEX} promises; copy them again"
+        )
+    return {name: shards[file][name] for name, file in weight_map.items()}
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def write_weights(
+    directory: Path,
+    shape: Qwen3Shape,
+    tensors: Iterable[tuple[str, "Tensor"]],
+    bytes_per_value: int,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Write ``tensors`` (all of ``hf_names(shape)``, in that order, of one type) as safetensors.
+
+    One shard is held in memory at a time; a shard exceeds ``shard_bytes`` only for one tensor
+    alone. The caller publishes the directory: until then its name is temporary.
+    """
+    from safetensors.torch import save_file
+
+    shards = _plan_shards(shape, bytes_per_value, shard_bytes)
+    stream = iter(tensors)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = SINGLE if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        content = dict(next(stream) for _ in names)
+        assert list(content) == names, "tensors must come in the order of hf_names"
+        save_file(content, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    assert next(stream, None) is None, "more tensors than hf_names has"
+    if len(shards) > 1:
+        total = shape.parameters * bytes_per_value
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _plan_shards(shape: Qwen3Shape, bytes_per_value: int, shard_bytes: int) -> list[list[str]]:
+    """Names of each shard: filled in order, closed before it would exceed ``shard_bytes``."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in hf_names(shape).items():
+        cost = bytes_per_value
+        for extent in size:
+            cost *= extent
+        if shards[-1] and used + cost > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += cost
+    return shards

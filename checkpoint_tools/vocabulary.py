@@ -1,0 +1,159 @@
+"""Which ids mean what: the mask token, the end tokens, padding, and how far the tokenizer's ids
+reach.
+
+Every function takes a Hugging Face directory or the ``huggingface/`` part of a Megatron checkpoint.
+Weights are not needed. A model without any tokenizer file is legal (prompts are then token ids).
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoint_tools.qwen3_shape import read_json, read_shape
+from megatron_opdlm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+QWEN3_MASK_ID = 151669  # the first unused row of Qwen3's padded vocabulary of 151936
+MASK_TEXT = "<|MASK|>"
+MASK_TEXTS = (MASK_TEXT, "<|mask|>", "<MASK>", "<mask>", "[MASK]")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase | None":
+    """The directory's tokenizer, or None when it has no tokenizer file. Never runs code from the
+    directory.
+
+    The configuration is passed as a plain Qwen3's, so that exported model types that transformers
+    does not know (their classes ship with the model) do not stop it.
+    """
+    hf_dir = Path(hf_dir)
+    if not any((hf_dir / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    from transformers import AutoTokenizer, Qwen3Config
+
+    plain = Qwen3Config()
+    try:
+        return AutoTokenizer.from_pretrained(str(hf_dir), config=plain, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parsers raise on a broken file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{hf_dir}: its tokenizer does not load ({type(error).__name__}: {reason}); "
+            "copy the tokenizer files again"
+        ) from None
+
+
+def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
+    """Id of the mask token: the tokenizer's, else ``override`` (``model.mask_token_id``), else the
+    one that config.json records (our imports and exports do), else Qwen3's 151669.
+
+    Raises InputError when the vocabulary has no room for it, when the id is an ordinary token, and
+    when two of these say different things.
+    """
+    hf_dir = Path(hf_dir)
+    vocab_size = read_shape(hf_dir).vocab_size
+    tokenizer = load_tokenizer(hf_dir)
+    recorded = read_json(hf_dir / "config.json").get("mask_token_id")
+    own = tokenizer.mask_token_id if tokenizer is not None else None
+    if own is not None and override not in (None, own):
+        raise InputError(
+            f"model.mask_token_id={override}, but the tokenizer of {hf_dir} has its mask token "
+            f"{tokenizer.mask_token!r} at {own}; remove the option"
+        )
+    if own is None and recorded is not None and override not in (None, recorded):
+        raise InputError(
+            f"model.mask_token_id={override}, but {hf_dir} was made with mask_token_id={recorded}; "
+            "remove the option"
+        )
+    candidates = [value for value in (own, override, recorded) if value is not None]
+    mask = candidates[0] if candidates else QWEN3_MASK_ID
+    if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < vocab_size:
+        raise InputError(_no_room(hf_dir, mask, vocab_size, tokenizer, chosen=bool(candidates)))
+    if own is None and tokenizer is not None:
+        _refuse_ordinary_token(hf_dir, mask, tokenizer, vocab_size)
+    return mask
+
+
+def tokenizer_size(hf_dir: Path | str, mask_id: int) -> int:
+    """One more than the tokenizer's highest id, the mask token left out: ids from here on are never
+    drawn.
+
+    Without a tokenizer every id below ``vocab_size`` may be drawn.
+    """
+    tokenizer = load_tokenizer(Path(hf_dir))
+    vocab_size = read_shape(Path(hf_dir)).vocab_size
+    if tokenizer is None:
+        return vocab_size
+    return min(vocab_size, 1 + max(i for i in tokenizer.get_vocab().values() if i != mask_id))
+
+
+def end_tokens(hf_dir: Path | str) -> list[int]:
+    """All ids of ``generation_config.eos_token_id``, else of config.json's, else the tokenizer's
+    end token.
+    """
+    hf_dir = Path(hf_dir)
+    vocab_size = read_shape(hf_dir).vocab_size
+    found = _configured(hf_dir, "eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not ids:
+        raise InputError(f"{hf_dir} names no end token; set eos_token_id in generation_config.json")
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+            raise InputError(
+                f"{hf_dir}: eos_token_id={value!r} is no id below vocab_size={vocab_size}; correct "
+                "generation_config.json"
+            )
+    return list(dict.fromkeys(ids))
+
+
+def pad_token(hf_dir: Path | str) -> int:
+    """Id that fills what nobody reads: the configured pad token, else the first end token."""
+    found = _configured(Path(hf_dir), "pad_token_id")
+    return found if isinstance(found, int) else end_tokens(hf_dir)[0]
+
+
+def _configured(hf_dir: Path, key: str) -> Any:
+    for file in ("generation_config.json", "config.json"):
+        if (hf_dir / file).is_file() and (value := read_json(hf_dir / file).get(key)) is not None:
+            return value
+    tokenizer = load_tokenizer(hf_dir)
+    return getattr(tokenizer, key) if tokenizer is not None else None
+
+
+def _free_id(tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int) -> int | None:
+    """The lowest id that no token has, if the vocabulary has one."""
+    used = set(tokenizer.get_vocab().values()) if tokenizer is not None else set()
+    return next((i for i in range(vocab_size) if i not in used), None)
+
+
+def _no_room(
+    hf_dir: Path,
+    mask: object,
+    vocab_size: int,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    chosen: bool,
+) -> str:
+    free = _free_id(tokenizer, vocab_size) if tokenizer is not None else vocab_size - 1
+    remedy = (
+        f"give an unused id, e.g. model.mask_token_id={free} (import_hf: --mask-token-id {free})"
+        if free is not None
+        else "add a row to the embedding, since every id is a token"
+    )
+    what = "mask_token_id" if chosen else "Qwen3's mask token"
+    return f"{hf_dir}: no room for {what} {mask!r} in vocab_size={vocab_size}; {remedy}"
+
+
+def _refuse_ordinary_token(
+    hf_dir: Path, mask: int, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> None:
+    """An id whose token is a mask token by its text is fine: some tokenizers add it without
+    registering it.
+    """
+    token = {index: text for text, index in tokenizer.get_vocab().items()}.get(mask)
+    if token is None or token in MASK_TEXTS:
+        return
+    free = _free_id(tokenizer, vocab_size)
+    remedy = f"use an unused id such as {free}" if free is not None else "no id is unused"
+    raise InputError(f"{hf_dir}: mask_token_id={mask} is the ordinary token {token!r}; {remedy}")
