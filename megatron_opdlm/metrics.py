@@ -1,0 +1,145 @@
+"""Final numbers of a step -> ``metrics.jsonl``, TensorBoard and a progress bar; rank 0 only.
+
+Nothing is reduced here: the numbers come in as they are to be reported. On resume, lines of steps
+after ``start_step`` are removed, so every step appears once.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_opdlm.errors import InputError
+
+METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
+_BAR = {  # metric -> its short name on the progress bar
+    "loss": "loss",
+    "kl": "KL",
+    "trained_tokens_per_second": "tok/s",
+    "max_new_tokens": "length",
+}
+
+
+class MetricsWriter:
+    """Writes the records of a run. With ``enabled`` false (other ranks) every call does nothing."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        enabled: bool,
+        tensorboard: bool,
+        total_steps: int,
+        start_step: int,  # steps already done; 0 for a new run
+    ) -> None:
+        self._run_dir = run_dir
+        self._enabled = enabled
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, SAMPLES):
+            forget_after(run_dir / name, start_step)
+        self._board = _open_tensorboard(run_dir, start_step) if tensorboard else None
+        self._bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            unit="step",
+            desc="train",
+            file=sys.stderr,
+            dynamic_ncols=True,
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record one training step: one line, on disk when this returns."""
+        if not self._enabled:
+            return
+        _append(self._run_dir / METRICS, [{"step": step, **metrics}])
+        if self._board is not None:
+            for tag, value in scalars(metrics):
+                self._board.add_scalar(tag, value, step)
+        self._bar.set_postfix(_postfix(metrics), refresh=False)
+        self._bar.update(1)
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Record sample texts of one step, one line each."""
+        if self._enabled:
+            _append(self._run_dir / SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def close(self) -> None:
+        if not self._enabled:
+            return
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def forget_after(file: Path, step: int) -> None:
+    """Drop the lines of later steps, and a last line that was cut short; atomic."""
+    if not file.exists():
+        return
+    kept = [line for line in file.read_bytes().splitlines(keepends=True) if _is_of(line, step)]
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_bytes(b"".join(kept))
+    os.replace(draft, file)
+
+
+def _is_of(line: bytes, last_step: int) -> bool:
+    """The line is whole and its step is not later."""
+    return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+
+
+def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers by tag; entries of mappings and lists are ``name/key`` and ``name/position``."""
+    for name, value in metrics.items():
+        tag = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{tag}/")
+        elif isinstance(value, (list, tuple)):
+            yield from scalars({str(i): item for i, item in enumerate(value)}, f"{tag}/")
+        elif isinstance(value, (int, float)):
+            yield tag, float(value)
+
+
+def _append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        for record in records:
+            text = json.dumps(_without_nan(record), ensure_ascii=False, default=str)
+            stream.write(text + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity; they are written as null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def _postfix(metrics: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        short: f"{metrics[name]:.4g}"
+        for name, short in _BAR.items()
+        if isinstance(metrics.get(name), (int, float))
+    }
+
+
+def _open_tensorboard(run_dir: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "logging.tensorboard=true needs the tensorboard package; install it, or use "
+            "logging.tensorboard=false"
+        ) from error
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
