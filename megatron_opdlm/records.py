@@ -41,3 +41,14 @@ class Trajectory:
     def user_ids(self) -> list[int]:
         """The response as users get it."""
         return self.response_ids[: self.response_tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Token ids with a role. ``size`` is the Hugging Face config's ``vocab_size``: softmax runs over all of it."""
+
+    size: int
+    mask_id: int
+    end_ids: tuple[int, ...]  # all of generation_config.eos_token_id
+    pad_id: int
+    forbidden_ids: tuple[int, ...]  # never drawn: the mask token and ids that the tokenizer does not know

@@ -1,0 +1,208 @@
+"""The compatibility file: lets unmodified megatron-core 0.16 run on CPU with gloo. A no-op where CUDA is available.
+
+Megatron names CUDA in a few places on our path (``torch.cuda.current_device``, ``device="cuda"``, tensor type strings). Instead of
+patching torch itself, every ``megatron.core`` module gets a private view of the torch namespace in which these names mean
+the CPU. Real torch stays untouched: ``torch.cuda.is_available()`` stays honest and other libraries notice nothing.
+
+It also gives Megatron an Adam with the contract of Transformer Engine's FusedAdam (one ``step`` per parameter group), so that
+CPU runs take the code path of production runs through the distributed optimizer and its checkpoints.
+"""
+
+import functools
+import importlib
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+# Modules that megatron-core imports lazily on our path; a module must be imported before it can get its view.
+_MODULES = (
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
+    "megatron.core.models.gpt",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.exchange_utils",
+    "megatron.core.inference.contexts",
+    "megatron.core.rerun_state_machine",
+)
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "as_tensor")
+
+
+class GroupAdam(torch.optim.Optimizer):
+    """Adam whose step count belongs to the parameter group, as in Transformer Engine's FusedAdam.
+
+    Kingma and Ba (2015) with decoupled weight decay (Loshchilov and Hutter, 2019) when ``adam_w_mode`` is set. State per
+    parameter: ``exp_avg`` and ``exp_avg_sq``, nothing else, which is what Megatron's distributed optimizer stores.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One update of every group. The moments are kept in float32 like the main parameters."""
+        assert closure is None, "closures are not supported"
+        for group in self.param_groups:
+            if not group["params"]:  # FusedAdam does not count the steps of an empty group
+                continue
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[parameter]
+        if "exp_avg" not in state:
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        gradient = parameter.grad
+        if group["weight_decay"] and self.adam_w_mode:
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        elif group["weight_decay"]:
+            gradient = gradient.add(parameter, alpha=group["weight_decay"])
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction1 = 1 - beta1 ** group["step"] if group["bias_correction"] else 1.0
+        correction2 = 1 - beta2 ** group["step"] if group["bias_correction"] else 1.0
+        denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A tensor factory that reads every CUDA device as the CPU and drops pinned memory."""
+
+    @functools.wraps(factory)
+    def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if "cuda" in str(kwargs.get("device", "")):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return build
+
+
+class _Stub:
+    """Stands in for CUDA streams and events on paths that are not taken on CPU."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> "_Stub":
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+def _cuda_stand_in() -> types.ModuleType:
+    cuda = types.ModuleType("torch.cuda (CPU stand-in for megatron.core)")
+    cuda.__dict__.update({k: v for k, v in torch.cuda.__dict__.items() if not k.startswith("__")})
+    cpu = torch.device("cpu")
+    replacements = {
+        "current_device": lambda: cpu,
+        "device_count": lambda: 1,
+        "set_device": lambda device: None,
+        "synchronize": lambda *args, **kwargs: None,
+        "empty_cache": lambda: None,
+        "is_available": lambda: False,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *args: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args: torch.set_rng_state(state),
+        "Stream": _Stub,
+        "Event": _Stub,
+        "current_stream": lambda *args: _Stub(),
+        "default_stream": lambda *args: _Stub(),
+        "stream": lambda *args: _Stub(),
+        "memory_allocated": lambda *args: 0,
+        "max_memory_allocated": lambda *args: 0,
+    }
+    cuda.__dict__.update(replacements)
+    return cuda
+
+
+@functools.cache
+def _torch_view() -> types.ModuleType:
+    view = types.ModuleType("torch")
+    view.__dict__.update(torch.__dict__)
+    for name in _FACTORIES:
+        setattr(view, name, _on_cpu(getattr(torch, name)))
+    view.cuda = _cuda_stand_in()
+    return view
+
+
+def _patch_tensor_methods() -> None:
+    """``Tensor.cuda()`` returns the tensor; ``Tensor.type()`` says ``torch.cuda.…`` to Megatron alone, which tests for it."""
+    original_type = torch.Tensor.type
+
+    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original_type(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(result, str) and caller.startswith("megatron.core."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.cuda = cuda
+    torch.Tensor.type = type_
+
+
+def _use_group_adam() -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    distributed_optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
+    optimizer.Adam = distributed_optimizer.Adam = GroupAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _use_cpu_generator() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+
+
+_installed = False
+
+
+def install() -> None:
+    """Import Megatron's modules of our path and, where there is no CUDA, adapt them to the CPU. Idempotent."""
+    global _installed
+    if torch.cuda.is_available():
+        return
+    # torch.compile around Megatron's small functions costs seconds of start-up on CPU and buys nothing.
+    importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    for name in _MODULES:
+        importlib.import_module(name)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("megatron.core", "modelopt.torch")) and module.__dict__.get("torch") is torch:
+            module.__dict__["torch"] = _torch_view()
+    if not _installed:
+        _patch_tensor_methods()
+        _use_group_adam()
+        _use_cpu_generator()
+        _installed = True

@@ -1,0 +1,52 @@
+"""Chooses the hardware once, into one record. Nobody else asks what machine this is."""
+
+import functools
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_opdlm.hardware import cpu, gpu, megatron_on_cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """The machine as the rest of the project sees it."""
+
+    device: torch.device
+    process_group_backend: str  # "gloo" | "nccl"
+    dtype: torch.dtype  # default of model.dtype=auto
+    transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
+    peak_memory_bytes: Callable[[], int]  # of this rank
+    reason: str  # why this hardware was chosen, for the log
+
+
+def _peak_resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+
+
+@functools.cache
+def select_hardware() -> Hardware:
+    """GPUs if CUDA is available, else the CPU with one thread a rank (more threads make small models slower)."""
+    if torch.cuda.is_available():
+        return Hardware(
+            device=gpu.set_device(int(os.environ.get("LOCAL_RANK", "0"))),
+            process_group_backend="nccl",
+            dtype=torch.bfloat16,
+            transformer_options=gpu.TRANSFORMER_OPTIONS,
+            peak_memory_bytes=gpu.peak_memory_bytes,
+            reason="CUDA is available: NCCL, bfloat16",
+        )
+    megatron_on_cpu.install()
+    torch.set_num_threads(1)
+    return Hardware(
+        device=torch.device("cpu"),
+        process_group_backend="gloo",
+        dtype=torch.float32,
+        transformer_options=cpu.TRANSFORMER_OPTIONS,
+        peak_memory_bytes=_peak_resident_bytes,
+        reason="no CUDA device: gloo, float32, one thread a rank",
+    )

@@ -1,0 +1,217 @@
+"""Builds Qwen3 as a Megatron-Core ``GPTModel``: the one model of student, teacher, rollout and evaluation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from checkpoint_tools import qwen3_names
+from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, padded_vocab
+from checkpoint_tools.safetensors_dir import open_weights
+from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.model.attention import AttentionPlan, MaskedAttention
+from megatron_opdlm.model.vocab_parallel import VocabularyShard
+from megatron_opdlm.parallel import Layout
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm computed in float32 (Zhang and Sennrich, 2019), usable under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over tensor ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., H]."""
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class ExplicitRope(torch.nn.Module):
+    """Rotary angles for explicit positions (the two streams share them): position_ids [b, s] -> [s, b, 1, d].
+
+    Angles are products of elements in float32, never a matmul: TF32 would round the frequencies.
+    """
+
+    def __init__(self, dim: int, base: float) -> None:
+        super().__init__()
+        self.dim, self.base = dim, base
+
+    def forward(self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group: Any = None) -> Tensor:
+        steps = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device)
+        frequency = 1.0 / (self.base ** (steps / self.dim))
+        angle = position_ids.t().float().unsqueeze(-1) * frequency
+        return torch.cat((angle, angle), dim=-1).unsqueeze(2)
+
+
+class Qwen3(GPTModel):
+    """A GPTModel whose last pipeline stage returns final hidden states: logits are taken only where they are needed."""
+
+    shape: Qwen3Shape
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        return hidden_states
+
+    def run(self, tokens_N: Tensor, position_N: Tensor, plan: AttentionPlan) -> Tensor:
+        """One packed row through this stage's layers -> hidden states [N or N / TP, 1, H]."""
+        return self(tokens_N[None], position_N[None], None, packed_seq_params=plan)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Output projection [columns, H] of this tensor rank; exists on the last pipeline stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    @property
+    def shard(self) -> VocabularyShard:
+        """This rank's share of the vocabulary."""
+        return VocabularyShard(self.vocab_size // parallel_state.get_tensor_model_parallel_world_size(), self.shape.vocab_size)
+
+    @property
+    def layer_numbers(self) -> range:
+        """Megatron's global, 1-based numbers of this stage's layers."""
+        first = get_transformer_layer_offset(self.config) + 1
+        return range(first, first + len(self.decoder.layers))
+
+
+def transformer_config(
+    shape: Qwen3Shape, layout: Layout, dtype: torch.dtype, hardware: Hardware, *, recompute: bool
+) -> TransformerConfig:
+    """Megatron's description of a Qwen3 of this shape on this hardware."""
+    recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.head_dim,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        layernorm_epsilon=shape.rms_eps,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        mrope_section=[shape.head_dim // 2, 0, 0],
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",  # Megatron refuses variable lengths otherwise, even without experts
+        calculate_per_token_loss=True,  # our unit is the sequence: gradients are divided by their number over DP
+        perform_initialization=False,  # weights are always loaded, and loading is checked to be complete
+        **(recomputation if recompute else {}),
+        **hardware.transformer_options,
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = MaskedAttention
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(
+    shape: Qwen3Shape,
+    layout: Layout,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    *,
+    name: str = "model",
+    recompute: bool = False,
+) -> Qwen3:
+    """This rank's part of a Qwen3, its weights not yet filled. ``name`` stands in error messages.
+
+    Raises InputError where the layout does not divide the shape.
+    """
+    check_layout(shape, layout.tensor, layout.pipeline, name)
+    config = transformer_config(shape, layout, dtype, hardware, recompute=recompute)
+    model = Qwen3(
+        config=config,
+        transformer_layer_spec=_layer_spec(config),
+        vocab_size=padded_vocab(shape.vocab_size, layout.tensor),
+        max_sequence_length=shape.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="mrope",
+        parallel_output=True,
+    )
+    model.rotary_pos_emb = ExplicitRope(shape.head_dim, shape.rope_theta)
+    model.shape = shape
+    return model.to(hardware.device)
+
+
+def named_global_parameters(model: Qwen3) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name with the global layer number, parameter) of this rank's part."""
+    offset = get_transformer_layer_offset(model.config)
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            number, attribute = qwen3_names.split_layer(name)
+            name = f"decoder.layers.{number + offset}.{attribute}"
+        yield name, parameter
+
+
+@torch.no_grad()
+def fill(model: Qwen3, get: Callable[[str], Tensor]) -> None:
+    """Fill every parameter of this rank from whole Hugging Face tensors returned by ``get``."""
+    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
+    for name, parameter in named_global_parameters(model):
+        part = qwen3_names.megatron_from_hf(name, model.shape, get, tensor_rank, tensor_ranks, model.vocab_size)
+        assert part.shape == parameter.shape, (name, tuple(part.shape), tuple(parameter.shape))
+        parameter.copy_(part)
+
+
+def load_hf(model: Qwen3, hf_dir: Path) -> None:
+    """Fill the model from a Hugging Face directory; each rank reads the tensors that it holds a part of."""
+    with open_weights(hf_dir) as weights:
+        fill(model, weights.get)
+
+
+_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def without_sequence_parallel(model: Qwen3) -> Iterator[None]:
+    """Switch sequence parallelism off while decoding: a window can have fewer tokens than there are tensor ranks."""
+    if not model.config.sequence_parallel:
+        yield
+        return
+    switched = [
+        (holder, name)
+        for holder in (model.config, *model.modules())
+        for name in _SEQUENCE_PARALLEL_SWITCHES
+        if holder.__dict__.get(name) is True
+    ]
+    for holder, name in switched:
+        setattr(holder, name, False)
+    try:
+        yield
+    finally:
+        for holder, name in switched:
+            setattr(holder, name, True)

@@ -1,0 +1,189 @@
+"""Process groups and the few collectives that the stages need. Every helper is a no-op on one rank, so callers hold no ``if``."""
+
+import atexit
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opdlm.hardware import Hardware, select_hardware
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_opdlm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a model is split: data parallel size is what the world size leaves over."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+
+    def data_parallel(self, world_size: int) -> int:
+        """Data parallel size; InputError where the layout does not divide the number of ranks."""
+        model_ranks = self.tensor * self.pipeline * self.context
+        if world_size % model_ranks:
+            raise InputError(
+                f"{world_size} ranks cannot be split into tensor_parallel={self.tensor} x pipeline_parallel={self.pipeline} x "
+                f"context_parallel={self.context} = {model_ranks}; start a multiple of {model_ranks} ranks"
+            )
+        return world_size // model_ranks
+
+
+def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardware:
+    """Join the process group that torchrun describes (a single process without it) and build Megatron's groups.
+
+    Calling it again with another layout rebuilds Megatron's groups only (tests do).
+    """
+    hardware = select_hardware()
+    layout.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
+    if not dist.is_initialized():
+        _init_process_group(hardware, timeout_seconds)
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        context_parallel_size=layout.context,
+        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return hardware
+
+
+def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if "RANK" in os.environ:
+        dist.init_process_group(hardware.process_group_backend, **options)
+    else:
+        dist.init_process_group(hardware.process_group_backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Global rank; rank 0 writes files and speaks."""
+    return dist.get_rank()
+
+
+def is_writer() -> bool:
+    """True on the one rank that writes files and prints."""
+    return dist.get_rank() == 0
+
+
+def data_parallel_rank() -> int:
+    """Which share of the sequences this rank works on."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Number of model replicas."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_first_stage() -> bool:
+    """True where token embeddings are (pipeline stage 0)."""
+    return parallel_state.is_pipeline_first_stage()
+
+
+def is_last_stage() -> bool:
+    """True where the final hidden states and the output layer are."""
+    return parallel_state.is_pipeline_last_stage()
+
+
+def send_to_next_stage(x: Tensor) -> None:
+    """Blocking send of activations to the next pipeline stage (shape known to the receiver)."""
+    dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+
+
+def receive_from_previous_stage(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Blocking receive of activations from the previous pipeline stage."""
+    x = torch.empty(shape, dtype=dtype, device=device)
+    dist.recv(x, parallel_state.get_pipeline_model_parallel_prev_rank())
+    return x
+
+
+def broadcast_from_last_stage(x: Tensor) -> Tensor:
+    """Make ``x`` of the last stage's first tensor rank the value on every rank of this model replica (in place).
+
+    So all ranks of a replica take the same decisions whatever the rounding of their reductions.
+    """
+    if dist.get_world_size(parallel_state.get_model_parallel_group()) > 1:
+        ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        source = _last_stage_source(ranks)
+        dist.broadcast(x, source, group=parallel_state.get_model_parallel_group())
+    return x
+
+
+def _last_stage_source(ranks: list[int]) -> int:
+    """Global rank of (last pipeline stage, tensor rank 0): pipeline stages are the slowest dimension of a replica's ranks."""
+    return sorted(ranks)[-parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()]
+
+
+def broadcast_over_pipeline(x: Tensor) -> Tensor:
+    """Copy ``x`` from the last pipeline stage to all stages (in place)."""
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.broadcast(
+            x,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+    return x
+
+
+def sum_over_data_parallel(x: Tensor) -> Tensor:
+    """Sum over the model replicas (in place). Not differentiated."""
+    if data_parallel_size() > 1:
+        dist.all_reduce(x, group=parallel_state.get_data_parallel_group())
+    return x
+
+
+def gather_objects_over_data_parallel(items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all model replicas, in data parallel order, on every rank."""
+    if data_parallel_size() == 1:
+        return list(items)
+    group = parallel_state.get_data_parallel_group_gloo()
+    shares: list[Any] = [None] * data_parallel_size()
+    dist.all_gather_object(shares, items, group=group)
+    return [item for share in shares for item in share]
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank."""
+    holder = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def all_succeeded(ok: bool) -> bool:
+    """True on every rank only if ``ok`` is True on every rank; keeps collectives after a local check from hanging."""
+    flag = torch.tensor(0 if ok else 1, device=select_hardware().device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(flag)
+    return int(flag) == 0
+
+
+def max_over_ranks(value: float) -> float:
+    """Largest value over all ranks."""
+    holder = torch.tensor(value, dtype=torch.float64, device=select_hardware().device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(holder, op=dist.ReduceOp.MAX)
+    return float(holder)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.get_world_size() > 1:
+        dist.barrier()
