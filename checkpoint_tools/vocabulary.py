@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.records import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,17 +77,28 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     return mask
 
 
-def tokenizer_size(hf_dir: Path | str, mask_id: int) -> int:
-    """One more than the tokenizer's highest id, the mask token left out: ids from here on are never
-    drawn.
+def forbidden_ids(hf_dir: Path | str, mask_id: int) -> tuple[int, ...]:
+    """Ids that are never drawn, rising: the mask token and every id that the tokenizer does not
+    know.
 
-    Without a tokenizer every id below ``vocab_size`` may be drawn.
+    Without a tokenizer only the mask token.
     """
-    tokenizer = load_tokenizer(Path(hf_dir))
     vocab_size = read_shape(Path(hf_dir)).vocab_size
-    if tokenizer is None:
-        return vocab_size
-    return min(vocab_size, 1 + max(i for i in tokenizer.get_vocab().values() if i != mask_id))
+    tokenizer = load_tokenizer(Path(hf_dir))
+    known = set(range(vocab_size) if tokenizer is None else tokenizer.get_vocab().values())
+    return tuple(i for i in range(vocab_size) if i == mask_id or i not in known)
+
+
+def read_vocabulary(hf_dir: Path | str, mask_override: int | None = None) -> Vocabulary:
+    """Every id with a role, as the record that rollout and evaluation take."""
+    mask_id = mask_token(hf_dir, mask_override)
+    return Vocabulary(
+        size=read_shape(Path(hf_dir)).vocab_size,
+        mask_id=mask_id,
+        end_ids=tuple(end_tokens(hf_dir)),
+        pad_id=pad_token(hf_dir),
+        forbidden_ids=forbidden_ids(hf_dir, mask_id),
+    )
 
 
 def end_tokens(hf_dir: Path | str) -> list[int]:
