@@ -18,7 +18,6 @@ from megatron_opdlm.records import Prompt
 from megatron_opdlm.rows import Row, read_rows
 
 SOURCES = ("messages", "question", "prompt_ids", "prompt")
-_KNOWN = {*SOURCES, "system", "domain", "response"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +112,7 @@ def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 def _prompt(row: Row, tokenizer: Any, enable_thinking: bool, vocab_size: int) -> Prompt:
     fields = row.fields
     try:
+        used = {_source(fields), "system", "domain", "response"}
         ids = render(fields, tokenizer, enable_thinking)
         if not ids:
             raise InputError("the prompt is empty; training needs at least one token of context")
@@ -125,14 +125,14 @@ def _prompt(row: Row, tokenizer: Any, enable_thinking: bool, vocab_size: int) ->
             ids=ids,
             domain=_optional_text(fields, "domain"),
             response_ids=response_ids,
-            extra={key: value for key, value in fields.items() if key not in _KNOWN},
+            extra={key: value for key, value in fields.items() if key not in used},
         )
     except InputError as error:
         raise InputError(f"{row.place}: {error}") from error
 
 
 def _source(row: Mapping[str, Any]) -> str:
-    """Which of the row's keys holds the prompt. Beside another, ``prompt`` is only carried along."""
+    """Which key holds the prompt; beside one of the others, ``prompt`` is only carried along."""
     present = [key for key in SOURCES if key in row]
     if not present:
         keys = ", ".join(map(str, row)) or "nothing"

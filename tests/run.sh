@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All checks of the project: environment, style, types, tests. See --help.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ "${1:-}" == "-h" || "${1:-}" == "--help" ]]; then
+    cat <<'TEXT'
+usage: tests/run.sh [PYTEST ARGUMENT ...]
+
+Sets the environment up (launch/setup.sh), then runs ruff, pyright and the tests that need neither a
+GPU nor more than a minute each. Arguments go to pytest: tests/run.sh tests/unit -k config
+TEXT
+    exit 0
+fi
+
+launch/setup.sh
+
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
+
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/pyright
+exec .venv/bin/python -m pytest -m "not slow and not gpu" --timeout 300 "$@"
