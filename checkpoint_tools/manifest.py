@@ -1,0 +1,118 @@
+"""``manifest.json`` of a Megatron checkpoint directory: what it holds, and every file with its
+size.
+
+It is written last, so a directory without it, or with a file of another size, is a save that was
+cut short.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.qwen3_shape import read_json
+from megatron_opdlm.errors import InputError
+
+FORMAT = "megatron-opdlm/1"
+NAME = "manifest.json"
+KINDS = ("model", "training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockContract:
+    """What a decoder must know of how a model was trained. ``block_size`` None: it never was."""
+
+    mask_token_id: int
+    block_size: int | None = None  # tokens
+    block_alignment: str = "absolute"  # blocks are counted from position 0
+    logit_shift: bool = False  # the token at position i is read from logits i - 1
+    clean_context: str = "block_causal"  # clean tokens see their block and all earlier ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of ``manifest.json``."""
+
+    kind: str  # "model" (imported) | "training"
+    dtype: str  # of the weights: "fp32" | "bf16"
+    block_contract: BlockContract
+    step: int | None = None  # training steps done
+    files: dict[str, int]  # relative name -> bytes
+
+
+def is_checkpoint(directory: Path | str) -> bool:
+    """True for a directory that looks like a Megatron checkpoint of ours, complete or not."""
+    directory = Path(directory)
+    return (directory / NAME).is_file() or (directory / "weights").is_dir()
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    kind: str,
+    dtype: str,
+    block_contract: BlockContract,
+    step: int | None = None,
+) -> None:
+    """Describe a directory whose other files are all written."""
+    files = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+    manifest = Manifest(
+        kind=kind, dtype=dtype, block_contract=block_contract, step=step, files=files
+    )
+    content = {"format": FORMAT, **asdict(manifest)}
+    (directory / NAME).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """Read a manifest and check the sizes of all files; InputError when the save was cut short."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give a Megatron checkpoint directory")
+    if not (directory / NAME).is_file():
+        if is_checkpoint(directory):
+            raise InputError(
+                f"{directory} has no {NAME}: its save was cut short; use an earlier checkpoint"
+            )
+        raise InputError(
+            f"{directory} is no Megatron checkpoint (no {NAME}); make one with import_hf"
+        )
+    content = read_json(directory / NAME)
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{directory / NAME}: format={content.get('format')!r}, but this version reads "
+            f"{FORMAT!r}; import the model again"
+        )
+    manifest = _parse(content, directory / NAME)
+    for name, size in manifest.files.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise InputError(
+                f"{directory}: {name} {state}: its save was cut short; use an earlier checkpoint or "
+                "copy it again"
+            )
+    return manifest
+
+
+def _parse(content: dict[str, Any], path: Path) -> Manifest:
+    try:
+        manifest = Manifest(
+            kind=content["kind"],
+            dtype=content["dtype"],
+            block_contract=BlockContract(**content["block_contract"]),
+            step=content["step"],
+            files=dict(content["files"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); use an earlier checkpoint") from None
+    if manifest.kind not in KINDS or manifest.dtype not in ("fp32", "bf16"):
+        raise InputError(
+            f"{path} is damaged (kind={manifest.kind!r}, dtype={manifest.dtype!r}); use an earlier "
+            "checkpoint"
+        )
+    return manifest
