@@ -42,7 +42,9 @@ class Decoding:
         _check_between("entropy_bound", self.entropy_bound, 0.0, math.inf)
         _check_between("temperature", self.temperature, 0.0, math.inf)
         if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p={self.top_p}: a probability mass; use above 0 up to 1 (1 keeps all)")
+            raise InputError(
+                f"top_p={self.top_p}: a probability mass; use above 0 up to 1 (1 keeps all)"
+            )
         _check_at_least("top_k", self.top_k, 0)
         _check_at_least("max_new_tokens", self.max_new_tokens, 1)
         _check_at_least("seed", self.seed, 0)
@@ -50,7 +52,13 @@ class Decoding:
 
     def autoregressive(self) -> "Decoding":
         """The same sampling as blocks of one token: one pass each, logits from the position before."""
-        return replace(self, block_size=1, denoising_steps=1, remasking="low_confidence_static", logit_shift=True)
+        return replace(
+            self,
+            block_size=1,
+            denoising_steps=1,
+            remasking="low_confidence_static",
+            logit_shift=True,
+        )
 
 
 def _check_name(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -69,5 +77,6 @@ def _check_between(name: str, value: float, low: float, high: float) -> None:
     """Bounds are included; NaN and infinity are refused."""
     if not (low <= value <= high and math.isfinite(value)):
         raise InputError(
-            f"{name}={value}: use a number from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " up")
+            f"{name}={value}: use a number from {low:g}"
+            + (f" to {high:g}" if math.isfinite(high) else " up")
         )

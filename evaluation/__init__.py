@@ -1,0 +1,1 @@
+"""Evaluation: generate with a model, grade the responses, report what was counted."""

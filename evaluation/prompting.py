@@ -1,0 +1,36 @@
+"""From a row that asks something to token ids, as ``megatron_opdlm.prompts`` renders them."""
+
+from typing import Any
+
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.prompts import render
+from megatron_opdlm.records import Prompt
+
+_ASKS_BY: dict[str, type] = {"prompt_ids": list, "prompt": str, "messages": list, "question": str}
+
+
+def problem_of(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row of prompts, as ``rule; remedy``; None when it is fine.
+
+    Needs no tokenizer.
+    """
+    given = [key for key in _ASKS_BY if key in row]
+    if len(given) != 1:
+        return f"needs exactly one of {', '.join(_ASKS_BY)}, has {' and '.join(given) or 'none'}"
+    key = given[0]
+    if not isinstance(row[key], _ASKS_BY[key]) or not row[key]:
+        return f"{key!r} must be a {_ASKS_BY[key].__name__} that is not empty"
+    if key == "prompt_ids" and not all(type(i) is int and i >= 0 for i in row[key]):
+        return "'prompt_ids' must hold token ids (whole numbers from 0)"
+    return None
+
+
+def prompt_from(index: int, row: dict[str, Any], tokenizer: Any, *, where: str) -> Prompt:
+    """Tokenise one row. InputError: ``where`` (a flag or a task), row and rule."""
+    try:
+        ids = render(row, tokenizer, False)
+    except InputError as error:
+        raise InputError(f"{where}: row {index}: {error}") from error
+    if not ids:
+        raise InputError(f"{where}: row {index}: the prompt has no tokens; write some text")
+    return Prompt(index=index, ids=ids)

@@ -1,0 +1,156 @@
+"""Generate and grade: evaluate one model on one or more tasks.
+
+    torchrun ... -m evaluation.run --model HF_DIR --tasks NAME ... --data DIR --out DIR [decoding
+    flags]
+
+Writes ``predictions.jsonl`` (one row a problem: texts, token ids, commit passes, counts, verdicts)
+and ``summary.json`` into --out, which must be new or empty, and prints the table. Every problem's
+random key is its row number, so a result does not depend on --limit, on the layout or on the other
+tasks.
+"""
+
+import argparse
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from evaluation.decoding_flags import (
+    add_decoding_flags,
+    check_model,
+    decoding_from,
+    layout_from,
+)
+from evaluation.jsonl import check_new_directory, write_json, write_jsonl
+from evaluation.prompting import prompt_from
+from evaluation.report import table
+from evaluation.sample import open_generator, response_text
+from evaluation.score import counts_of, grade_responses, graded_row
+from evaluation.summary import SummaryRow, summarize
+from evaluation.tasks import Grade, Row, Task, get_task
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.records import Trajectory
+
+
+def prediction_row(
+    task: Task,
+    trajectories: list[Trajectory],
+    texts: list[str],
+    grades: list[Grade],
+    tokenizer: Any,
+) -> dict[str, Any]:
+    """Everything that was seen of the responses to one problem. Lists hold one entry a response."""
+    prompt = trajectories[0].prompt
+    return {
+        "task": task.name,
+        "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=False),
+        "responses": texts,
+        "response_ids": [t.user_ids for t in trajectories],
+        "committed_at": [t.committed_at[: t.response_tokens] for t in trajectories],
+        "forwards": [t.forwards for t in trajectories],
+        "passes": [t.passes for t in trajectories],
+        "finish_reason": [t.finish_reason for t in trajectories],
+        **graded_row(prompt.index, grades),
+    }
+
+
+def run_task(
+    generator: Any,
+    task: Task,
+    rows: list[Row],
+    decoding: Decoding,
+    responses_per_prompt: int,
+    settings: dict[str, Any],
+) -> tuple[SummaryRow, list[dict[str, Any]]]:
+    """Evaluate one task: its summary row and its predictions, the same on every rank."""
+    start = time.monotonic()
+    tokenizer, k = generator.tokenizer, responses_per_prompt
+    prompts = [
+        prompt_from(index, task.prompt(row), tokenizer, where=f"task {task.name}")
+        for index, row in enumerate(rows)
+    ]
+    repeated = [prompt for prompt in prompts for _ in range(k)]
+    trajectories = generator.generate(repeated, decoding, list(range(len(repeated))))
+    grades, predictions = [], []
+    for i, row in enumerate(rows):
+        own = trajectories[i * k : (i + 1) * k]
+        texts = [response_text(tokenizer, trajectory) for trajectory in own]
+        grades.append(grade_responses(task, row, texts))
+        predictions.append(prediction_row(task, own, texts, grades[-1], tokenizer))
+    summary = summarize(
+        task.name,
+        grades,
+        counts_of(predictions),
+        seconds=time.monotonic() - start,
+        settings=settings,
+    )
+    return summary, predictions
+
+
+def load_tasks(names: list[str], data: Path, limit: int | None) -> list[tuple[Task, list[Row]]]:
+    """The tasks with their (first ``limit``) rows.
+
+    Every task's data is read before any model is.
+    """
+    if len(set(names)) < len(names):
+        raise InputError(f"--tasks {' '.join(names)}: names a task twice; name each once")
+    return [(task, task.load(data)[:limit]) for task in map(get_task, names)]
+
+
+def evaluate(
+    generator: Any,
+    tasks: list[tuple[Task, list[Row]]],
+    decoding: Decoding,
+    responses_per_prompt: int,
+    settings: dict[str, Any],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Evaluate every task: (summary rows, predictions)."""
+    decoding = replace(decoding, logit_shift=generator.logit_shift)
+    settings = {**settings, **asdict(decoding), "responses_per_prompt": responses_per_prompt}
+    summaries, predictions = [], []
+    for task, rows in tasks:
+        summary, task_predictions = run_task(
+            generator, task, rows, decoding, responses_per_prompt, settings
+        )
+        summaries.append(summary.as_dict())
+        predictions.extend(task_predictions)
+    return summaries, predictions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--limit", type=int, default=None, help="first problems of each task only")
+    parser.add_argument("--responses-per-prompt", type=int, default=1)
+    add_decoding_flags(parser)
+    args = parser.parse_args()
+    decoding, layout = decoding_from(args), layout_from(args)
+    if args.responses_per_prompt < 1:
+        raise InputError(f"--responses-per-prompt {args.responses_per_prompt}: use 1 or more")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit}: a number of problems; use 1 or more")
+    check_model(args.model)
+    check_new_directory(args.out, "--out")
+    tasks = load_tasks(args.tasks, args.data, args.limit)
+    generator = open_generator(args.model, layout)
+    settings = {"model": str(args.model), **asdict(layout)}
+    summaries, predictions = evaluate(
+        generator, tasks, decoding, args.responses_per_prompt, settings
+    )
+    if generator.is_writer:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(args.out / "predictions.jsonl", predictions)
+        write_json(args.out / "summary.json", summaries)  # last: it says that the rest is there
+        print(table(summaries))
+
+
+if __name__ == "__main__":
+    command(main)

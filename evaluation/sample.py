@@ -1,0 +1,111 @@
+"""Generate responses for a prompts file.
+
+    torchrun ... -m evaluation.sample --model HF_DIR --prompts FILE.jsonl --out FILE.jsonl [decoding
+    flags]
+
+A prompt is ``{"prompt_ids": [...]}``, ``{"prompt": "raw text"}``, ``{"messages": [...]}`` or
+``{"question": "..."}``. Each output row is the input row with ``response_ids``, ``response``,
+``committed_at`` (denoising pass of each token within its block, from 1; all 1 under --mode ar),
+``forwards`` (model forwards the sample took part in), ``passes`` and ``finish_reason``.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evaluation.decoding_flags import (
+    Layout,
+    add_decoding_flags,
+    check_model,
+    decoding_from,
+    layout_from,
+)
+from evaluation.jsonl import check_new_file, read_jsonl, write_jsonl
+from evaluation.prompting import problem_of, prompt_from
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.records import Trajectory
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Every row of the prompts file, checked as far as that goes without a tokenizer."""
+    rows = read_jsonl(path, "--prompts")
+    for index, row in enumerate(rows):
+        problem = problem_of(row)
+        if problem:
+            raise InputError(f"--prompts {path}: row {index}: {problem}")
+    return rows
+
+
+def response_text(tokenizer: Any, trajectory: Trajectory) -> str:
+    """The response as text, without special tokens."""
+    return tokenizer.decode(trajectory.user_ids, skip_special_tokens=True)
+
+
+def output_row(row: dict[str, Any], trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
+    return {
+        **row,
+        "response_ids": trajectory.user_ids,
+        "response": response_text(tokenizer, trajectory),
+        "committed_at": trajectory.committed_at[: trajectory.response_tokens],
+        "forwards": trajectory.forwards,
+        "passes": trajectory.passes,
+        "finish_reason": trajectory.finish_reason,
+    }
+
+
+def sample(
+    generator: Any, rows: list[dict[str, Any]], decoding: Decoding, where: str
+) -> list[dict[str, Any]]:
+    """Generate one response a row, in input order, on every rank.
+
+    The random key of a row is its place in the file.
+    """
+    prompts = [
+        prompt_from(index, row, generator.tokenizer, where=where) for index, row in enumerate(rows)
+    ]
+    decoding = replace(decoding, logit_shift=generator.logit_shift)
+    trajectories = generator.generate(prompts, decoding, list(range(len(rows))))
+    return [
+        output_row(row, trajectory, generator.tokenizer)
+        for row, trajectory in zip(rows, trajectories, strict=True)
+    ]
+
+
+def open_generator(model: Path, layout: Layout) -> Any:
+    """Load the model.
+
+    Called only once every flag and file has been checked: the import brings torch.
+    """
+    from evaluation.load import load_generator
+
+    return load_generator(model, tp=layout.tp, pp=layout.pp)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    add_decoding_flags(parser)
+    args = parser.parse_args()
+    decoding, layout = decoding_from(args), layout_from(args)
+    check_model(args.model)
+    check_new_file(args.out, "--out")
+    rows = read_prompts(args.prompts)
+    generator = open_generator(args.model, layout)
+    results = sample(generator, rows, decoding, f"--prompts {args.prompts}")
+    if generator.is_writer:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(args.out, results)
+        tokens = sum(len(row["response_ids"]) for row in results)
+        print(f"sample: {len(results)} responses, {tokens} tokens -> {args.out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,1 @@
+"""Launchers: shell scripts that start commands, and the package behind the quickstart."""

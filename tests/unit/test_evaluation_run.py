@@ -1,0 +1,210 @@
+"""evaluation.run and evaluation.sample around a hand-written generator."""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+
+from evaluation.decoding_flags import add_decoding_flags, decoding_from, layout_from
+from evaluation.run import evaluate, load_tasks
+from evaluation.sample import read_prompts, sample
+from launch.quickstart.teacher import build_tokenizer
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.records import Prompt, Trajectory
+
+END, PAD = 1, 0
+
+
+@dataclass
+class AnsweringGenerator:
+    """Answers ``a+b=`` with ``#`` and a + b (odd samples: plus ``offset``) in whole blocks of 4."""
+
+    offset: int = 0
+    tokenizer: object = field(default_factory=build_tokenizer)
+    is_writer: bool = True
+    logit_shift: bool = True
+    seen: list[tuple[Decoding, list[int]]] = field(default_factory=list)
+
+    def generate(
+        self, prompts: list[Prompt], decoding: Decoding, samples: list[int]
+    ) -> list[Trajectory]:
+        self.seen.append((decoding, samples))
+        return [self._answer(p, s) for p, s in zip(prompts, samples, strict=True)]
+
+    def _answer(self, prompt: Prompt, sample: int) -> Trajectory:
+        a, b = self.tokenizer.decode(prompt.ids).rstrip("=").split("+")
+        number = int(a) + int(b) + self.offset * (sample % 2)
+        user = [*self.tokenizer.encode(f"#{number}"), END]
+        whole = user + [PAD] * (-(len(prompt.ids) + len(user)) % 4)
+        return Trajectory(
+            sample=sample,
+            prompt=prompt,
+            response_ids=whole,
+            committed_at=[1 + i % 4 for i in range(len(whole))],
+            response_tokens=len(user),
+            finish_reason="stop",
+            forwards=5,
+            passes=4,
+        )
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"question": "2+3=", "answer": "5"}, {"question": "57+68=", "answer": "125"}]
+    (tmp_path / "addition.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_run_grades_text_without_special_tokens_and_counts_what_was_generated(data):
+    """Two problems of 3 and 5 response tokens, 4 passes and 5 forwards each: 8/8 and 8/10."""
+    generator = AnsweringGenerator()
+    tasks = load_tasks(["addition"], data, None)
+    [summary], predictions = evaluate(generator, tasks, Decoding(), 1, {"model": "m"})
+    assert (summary["n"], summary["accuracy"]) == (2, 1.0)
+    assert summary["tokens_per_denoising_step"] == 8 / 8
+    assert summary["tokens_per_forward"] == 8 / 10
+    assert summary["mean_response_tokens"] == 4.0
+    assert summary["settings"]["model"] == "m"
+    assert summary["settings"]["denoising_steps"] == 4
+    first = predictions[0]
+    assert (first["index"], first["prompt"], first["responses"]) == (0, "2+3=", ["#5"])
+    assert first["response_ids"] == [[15, 7, END]]  # "#", "5", end; the padded rest is cut
+    assert first["committed_at"] == [[1, 2, 3]]
+    assert (first["correct"], first["extracted"], first["flags"]) == ([True], ["5"], [[]])
+
+
+def test_several_responses_are_keyed_apart_and_averaged(data):
+    """Samples 0..3 for two problems of two responses; odd samples are wrong, so accuracy is 0.5."""
+    generator = AnsweringGenerator(offset=1)
+    tasks = load_tasks(["addition"], data, None)
+    [summary], predictions = evaluate(generator, tasks, Decoding(temperature=1.0), 2, {})
+    assert generator.seen[0][1] == [0, 1, 2, 3]
+    assert summary["accuracy"] == 0.5
+    assert predictions[1]["correct"] == [True, False]
+
+
+def test_the_models_recorded_logit_shift_is_used(data):
+    """Readers do not choose the shift; the model directory records it."""
+    generator = AnsweringGenerator()
+    evaluate(generator, load_tasks(["addition"], data, 1), Decoding(), 1, {})
+    assert generator.seen[0][0].logit_shift
+
+
+def test_sample_keeps_the_input_row_and_its_order(tmp_path):
+    """All ways to ask; keys of the input are carried through."""
+    rows = [
+        {"prompt": "2+3=", "id": "a"},
+        {"prompt_ids": [4, 12, 4, 13]},  # "2+2="
+        {"messages": [{"role": "user", "content": "57+68="}]},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = sample(AnsweringGenerator(), read_prompts(path), Decoding(), "--prompts")
+    assert [row["response"] for row in results] == ["#5", "#4", "#125"]
+    assert results[0]["id"] == "a"
+    assert set(results[0]) - set(rows[0]) == {
+        "response_ids",
+        "response",
+        "committed_at",
+        "forwards",
+        "passes",
+        "finish_reason",
+    }
+    assert len(results[2]["committed_at"]) == len(results[2]["response_ids"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, "row 0: needs exactly one of prompt_ids, prompt, messages"),
+        ({"prompt": "a", "prompt_ids": [1]}, "row 0: .*has prompt_ids and prompt"),
+        ({"prompt_ids": []}, "row 0: 'prompt_ids' must be a list that is not empty"),
+        ({"prompt_ids": [1, "2"]}, "row 0: 'prompt_ids' must hold token ids"),
+        ({"prompt_ids": [-1]}, "row 0: 'prompt_ids' must hold token ids"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path, row, message):
+    """Found before a model is loaded."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=message):
+        read_prompts(path)
+
+
+def parse(*argv):
+    parser = argparse.ArgumentParser()
+    add_decoding_flags(parser)
+    return parser.parse_args(argv)
+
+
+def test_flags_become_settings():
+    """Every decoding flag of the contract reaches its field."""
+    argv = (
+        "--block-size 8 --denoising-steps 2 --remasking entropy_bounded --threshold 0.8"
+        " --entropy-bound 0.2 --temperature 0.7 --top-p 0.9 --top-k 20 --max-new-tokens 33"
+        " --seed 5 --mode diffusion"
+    )
+    assert decoding_from(parse(*argv.split())) == Decoding(
+        block_size=8,
+        denoising_steps=2,
+        remasking="entropy_bounded",
+        threshold=0.8,
+        entropy_bound=0.2,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=20,
+        max_new_tokens=33,
+        seed=5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("world", "argv", "message"),
+    [
+        ("1", ("--tp", "2"), "--tp 2 --pp 1: .*does not divide the 1 started"),
+        ("4", ("--tp", "3"), "does not divide the 4 started"),
+        ("4", ("--pp", "0"), "use 1 or more"),
+    ],
+)
+def test_layouts_that_do_not_fit_the_started_processes(monkeypatch, world, argv, message):
+    """The launcher's world size is known before torch is."""
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(InputError, match=message):
+        layout_from(parse(*argv))
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "message"),
+    [
+        ("run", ("--tasks", "adition"), "task 'adition': not known"),
+        ("run", ("--tasks", "addition", "--remasking", "x"), "remasking=x: not a known name"),
+        ("run", ("--tasks", "addition", "addition"), "names a task twice"),
+        ("run", ("--tasks", "addition", "--limit", "0"), "--limit 0"),
+        ("run", ("--tasks", "exact_match"), r"exact_match\.jsonl, which is missing"),
+        ("sample", ("--prompts", "absent.jsonl"), "no such file"),
+        ("sample", ("--prompts", "absent.jsonl", "--model", "absent"), "no such directory"),
+    ],
+)
+def test_commands_end_with_one_error_line_and_code_2(data, module, argv, message):
+    """Bad input: one ``error:`` line, exit code 2, no output, found without importing torch."""
+    out = data / "out"
+    common = ["--model", str(data), "--out", str(out)]
+    common += ["--data", str(data)] if module == "run" else []
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from evaluation.{module} import main\n"
+        "from megatron_opdlm.errors import command\ncommand(main)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *common, *argv], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    import re
+
+    assert re.search(message, line), line
+    assert not out.exists()
