@@ -21,6 +21,7 @@ from megatron_opdlm.diffusion.blocks import first_block_start, sequence_end
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model.attention import cached_plan
+from megatron_opdlm.model.flops import attended_pairs, forward_flops
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.qwen3 import Qwen3, without_sequence_parallel
 from megatron_opdlm.model.vocab_parallel import project
@@ -36,6 +37,14 @@ class Request:
     max_new_tokens: int  # response tokens that the user gets at most
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What a call of ``generate`` made and what it cost."""
+
+    trajectories: list[Trajectory]
+    flops: float  # of the whole model replica
+
+
 @torch.inference_mode()
 def generate(
     model: Qwen3,
@@ -45,14 +54,14 @@ def generate(
     *,
     key: tuple[int, int],
     slots: int = 128,
-) -> list[Trajectory]:
-    """Generate this model replica's requests; the result is in their order and the same on all its ranks.
+) -> Rollout:
+    """Generate this model replica's requests; trajectories are in their order and the same on all its ranks.
 
     ``key`` = (seed, step): with the sample's number it decides every random draw, so a response depends neither on its
     batch nor on the layout. Raises InputError for an empty prompt where logits are read from the position before.
     """
     if not requests:
-        return []
+        return Rollout(trajectories=[], flops=0.0)
     rules = _rules(decoding)
     for request in requests:
         if rules.logit_shift and not request.prompt.ids:
@@ -98,6 +107,7 @@ class _Engine:
         self.cache = _allocate_cache(model, slots, length)
         self.forbidden = torch.tensor(vocabulary.forbidden_ids, dtype=torch.int64, device=self.device)
         self.end_ids = torch.tensor(vocabulary.end_ids, dtype=torch.int64)
+        self.flops = 0.0
         self.carry = torch.zeros(slots, model.shape.hidden, dtype=model.config.params_dtype, device=self.device)
 
         self.request = torch.full((slots,), -1)  # which request a slot works on; -1: free
@@ -107,13 +117,13 @@ class _Engine:
         self.block_start, self.clean_until = (torch.zeros(slots, dtype=torch.int64) for _ in range(2))
         self.pass_index, self.forwards, self.passes = (torch.zeros(slots, dtype=torch.int64) for _ in range(3))
 
-    def run(self) -> list[Trajectory]:
+    def run(self) -> Rollout:
         """Admit, denoise and retire until every request has its trajectory."""
         while len(self.finished) < len(self.requests):
             self._admit()
             self._denoise()
             self._retire()
-        return [self.finished[i] for i in range(len(self.requests))]
+        return Rollout(trajectories=[self.finished[i] for i in range(len(self.requests))], flops=self.flops)
 
     def _admit(self) -> None:
         """Give waiting requests the free slots; their prompts ride along in the next forward."""
@@ -160,8 +170,8 @@ class _Engine:
 
     def _draw(self, active: Tensor, block_position: Tensor, masked: Tensor) -> denoising.Draw:
         """Draw a token at every masked position (row-major order), the same on all ranks of the replica."""
-        hidden, first_token = self._forward(active)
         row, column = torch.nonzero(masked, as_tuple=True)
+        hidden, first_token = self._forward(active, projected_rows=len(row))
         position = block_position[row, column]
         result = torch.zeros(3, len(row), dtype=torch.float64, device=self.device)
         if hidden is not None:
@@ -200,7 +210,7 @@ class _Engine:
         rows = hidden[(read - 1).clamp(min=0).to(self.device)]
         return torch.where(opens[:, None].to(self.device), self.carry[slot], rows)
 
-    def _forward(self, active: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _forward(self, active: Tensor, *, projected_rows: int) -> tuple[Tensor | None, Tensor]:
         """Run all windows through this rank's stage.
 
         Returns the final hidden states [N, H] (None on other stages than the last) and each window's first token's index.
@@ -214,6 +224,9 @@ class _Engine:
         tokens_N = self.tokens[slot_N, position_N].to(self.device)
         position_N = position_N.to(self.device)
         plan = cached_plan(lengths.tolist(), active.tolist(), position_N, end.tolist(), self.rules.block_size, self.cache)
+        self.flops += forward_flops(
+            self.model.shape, tokens=len(position_N), attended_pairs=attended_pairs(plan), projected_rows=projected_rows
+        )
         if not parallel.is_first_stage():
             shape = (len(position_N), 1, self.model.shape.hidden)
             dtype = self.model.config.params_dtype

@@ -1,0 +1,114 @@
+"""Tokens, floating-point operations and seconds of a step (definitions: ``docs/metrics.md``)."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoint_tools.qwen3_shape import Qwen3Shape
+from megatron_opdlm import parallel
+from megatron_opdlm.model.flops import attended_pairs, forward_flops
+from megatron_opdlm.records import Trajectory
+from megatron_opdlm.states import PackedBatch, State
+from megatron_opdlm.update import UpdateReport
+
+
+def student_flops(shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool) -> float:
+    """Operations of a microbatch: forward, backward (twice as much) and, with recomputation, the forward once more."""
+    pairs = attended_pairs(batch.student_plan)
+    forward = forward_flops(
+        shape, tokens=len(batch.student_tokens), attended_pairs=pairs, projected_rows=len(batch.labels)
+    )
+    return forward * (4 if recompute else 3)
+
+
+def teacher_flops(shape: Qwen3Shape, batch: PackedBatch) -> float:
+    """Operations of the teacher's forward over a microbatch, its output projection included."""
+    pairs = attended_pairs(batch.teacher_plan)
+    return forward_flops(
+        shape, tokens=len(batch.teacher_tokens), attended_pairs=pairs, projected_rows=len(batch.labels)
+    )
+
+
+def paper_flops(shape: Qwen3Shape, trained_tokens: int) -> float:
+    """The paper's figure 8 N D: 2 N teacher + 6 N student per trained token, generation and prompts left out."""
+    return 8.0 * shape.parameters * trained_tokens
+
+
+@dataclass
+class Stopwatch:
+    """Wall-clock seconds by phase of one step, on this rank."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the body to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def rollout_counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What the rollout made: whole numbers of tokens and their ratios to passes and forwards."""
+    tokens = sum(t.response_tokens for t in trajectories)
+    passes = sum(t.passes for t in trajectories)
+    forwards = sum(t.forwards for t in trajectories)
+    return {
+        "rollout_tokens": tokens,
+        "tokens_per_denoising_step": tokens / max(passes, 1),
+        "tokens_per_forward": tokens / max(forwards, 1),
+        "mean_response_tokens": tokens / max(len(trajectories), 1),
+        "eos_fraction": sum(t.finish_reason == "stop" for t in trajectories) / max(len(trajectories), 1),
+    }
+
+
+def state_counts(states: Sequence[State]) -> dict[str, int]:
+    """What the update is made on."""
+    return {
+        "sequences": len(states),
+        "trained_tokens": sum(state.trained_tokens for state in states),
+        "loss_tokens": sum(sum(state.counted) for state in states),
+    }
+
+
+def speeds(watch: Stopwatch, trained_tokens: int, rollout_tokens: int) -> dict[str, float]:
+    """Seconds of the phases and tokens a second; ``trained_tokens_per_second`` counts the whole step's time."""
+    seconds = watch.seconds
+    update = seconds.get("update", 0.0) + seconds.get("states", 0.0)
+    total = sum(seconds.values())
+    return {
+        "seconds_rollout": seconds.get("rollout", 0.0),
+        "seconds_teacher": seconds.get("teacher", 0.0),
+        "seconds_update": update,
+        "trained_tokens_per_second": trained_tokens / max(total, 1e-9),
+        "rollout_tokens_per_second": rollout_tokens / max(seconds.get("rollout", 0.0), 1e-9),
+    }
+
+
+def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
+    """Means over the step's updates, summed over the model replicas first.
+
+    ``loss`` is each update's mean over its sequences, ``kl`` the mean over positions in nats, ``kl_by_masked_fraction`` the same
+    by the share of its block's response tokens that were masked.
+    """
+    replicas = parallel.gather_objects_over_data_parallel([list(reports)])
+    losses = []
+    for shares in zip(*replicas, strict=True):
+        values = [value for report in shares for value in report.sequence_loss]
+        losses.append(sum(values) / len(values))
+    sums: dict[float, float] = {}
+    counts: dict[float, int] = {}
+    for report in (report for replica in replicas for report in replica):
+        for share, value in report.share_sum.items():
+            sums[share] = sums.get(share, 0.0) + value
+            counts[share] = counts.get(share, 0) + report.share_count[share]
+    return {
+        "loss": sum(losses) / len(losses),
+        "kl": sum(sums.values()) / max(sum(counts.values()), 1),
+        "grad_norm": sum(report.grad_norm for report in reports) / len(reports),
+        "kl_by_masked_fraction": {f"{share:.2f}": sums[share] / counts[share] for share in sorted(sums)},
+    }

@@ -1,0 +1,174 @@
+"""Resolved configuration -> live objects. What can be checked before a process group exists is checked first."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_opdlm import parallel
+
+# isort: split
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import Float16Module
+
+from checkpoint_tools.manifest import BlockContract, is_checkpoint, read_manifest
+from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, read_shape
+from checkpoint_tools.safetensors_dir import open_weights
+from checkpoint_tools.vocabulary import load_tokenizer, read_vocabulary
+from megatron_opdlm.checkpoint import Checkpoints, dtype_name, huggingface_dir, load_model
+from megatron_opdlm.config import Config, to_yaml
+from megatron_opdlm.divergence import Divergence
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.model.qwen3 import Qwen3, build_model
+from megatron_opdlm.parallel import Layout
+from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
+from megatron_opdlm.records import Vocabulary
+from megatron_opdlm.update import Objective, Student
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A checked model directory: everything but the weights' values is known."""
+
+    directory: Path
+    shape: Qwen3Shape
+    vocabulary: Vocabulary
+    contract: BlockContract | None  # of a Megatron checkpoint
+
+    @property
+    def files(self) -> Path:
+        """Config and tokenizer."""
+        return huggingface_dir(self.directory)
+
+
+def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSource:
+    """Check a Hugging Face directory or Megatron checkpoint. InputError names ``key``, the option that gave the path."""
+    if not path:
+        raise InputError(f"{key} is empty: give a Hugging Face Qwen3 directory or a Megatron checkpoint")
+    directory = Path(path)
+    if not directory.is_dir():
+        raise InputError(f"{key}={path} is not a directory: give a Hugging Face Qwen3 directory or a Megatron checkpoint")
+    contract = read_manifest(directory).block_contract if is_checkpoint(directory) else None
+    files = huggingface_dir(directory)
+    shape = read_shape(files)
+    if contract is None:
+        open_weights(directory, shape).close()  # missing, truncated or misshaped tensors are found here
+    vocabulary = read_vocabulary(files, mask_token_id if mask_token_id is not None or contract is None else contract.mask_token_id)
+    return ModelSource(directory=directory, shape=shape, vocabulary=vocabulary, contract=contract)
+
+
+def model_layout(config: Config) -> Layout:
+    """The parallel layout of student and teacher."""
+    m = config.model
+    return Layout(
+        tensor=m.tensor_parallel, pipeline=m.pipeline_parallel, context=m.context_parallel, sequence_parallel=m.sequence_parallel
+    )
+
+
+def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
+    """``auto`` is the hardware's choice."""
+    return hardware.dtype if name == "auto" else _DTYPES[name]
+
+
+def build_prompts(config: Config, student: ModelSource) -> tuple[PromptSet, PromptOrder]:
+    """Prompts of ``data.path`` and the order in which steps take them."""
+    longest = min(student.shape.max_positions, config.model.max_positions or student.shape.max_positions)
+    limit = longest - config.rollout.block_size
+    prompts = load_prompts(
+        config.data.path,
+        load_tokenizer(student.files),
+        vocab_size=student.shape.vocab_size,
+        enable_thinking=config.data.enable_thinking,
+        max_prompt_tokens=min(limit, config.data.max_prompt_tokens or limit),
+    )
+    order = PromptOrder(
+        len(prompts.prompts), config.rollout.prompts_per_step, config.data.epochs, config.train.seed, config.data.shuffle
+    )
+    return prompts, order
+
+
+def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qwen3:
+    """The frozen autoregressive model, on the same layout as the student."""
+    dtype = resolve_dtype(config.teacher.dtype, hardware)
+    teacher = build_model(source.shape, model_layout(config), dtype, hardware, name="teacher.path")
+    load_model(teacher, source.directory)
+    return teacher.requires_grad_(False).eval()
+
+
+def build_student(source: ModelSource, config: Config, hardware: Hardware, *, load: bool = True) -> Student:
+    """The trained model with gradient reduction and the distributed optimizer. ``load`` False leaves the weights unfilled."""
+    dtype = resolve_dtype(config.model.dtype, hardware)
+    model = build_model(
+        source.shape, model_layout(config), dtype, hardware, name="model.path", recompute=config.model.recompute
+    )
+    if load:
+        load_model(model, source.directory)
+    wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
+    reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp = DistributedDataParallel(model.config, reduction, wrapped)
+    o = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=o.lr,
+        weight_decay=o.weight_decay,
+        adam_beta1=o.beta1,
+        adam_beta2=o.beta2,
+        adam_eps=o.eps,
+        clip_grad=o.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(optimizer_config, [ddp]))
+
+
+def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:
+    """What the update minimises."""
+    loss = config.loss
+    divergence = Divergence(kind=loss.kind, reverse_weight=loss.reverse_weight, jsd_alpha=loss.jsd_alpha)
+    return Objective(divergence=divergence, chunk_rows=loss.chunk_rows, teacher=teacher)
+
+
+def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -> Checkpoints:
+    """Where and how this run saves."""
+    return Checkpoints(
+        directory=Path(config.train.out) / "checkpoints",
+        keep=config.checkpoint.keep,
+        source=source.files,
+        config_yaml=to_yaml(config),
+        dtype=dtype_name(resolve_dtype(config.model.dtype, hardware)),
+        block_contract=BlockContract(
+            mask_token_id=source.vocabulary.mask_id,
+            block_size=config.rollout.block_size,
+            block_alignment=config.states.block_alignment,
+            logit_shift=config.loss.logit_shift,
+        ),
+    )
+
+
+def require_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
+    """Teacher and student must speak the same token ids."""
+    if student.vocabulary.size != teacher.vocabulary.size:
+        raise InputError(
+            f"teacher.path={teacher.directory} has vocab_size={teacher.vocabulary.size}, model.path={student.directory} has "
+            f"{student.vocabulary.size}; use a teacher with the student's tokenizer"
+        )
+    pair = [load_tokenizer(source.files) for source in (student, teacher)]
+    if all(pair):
+        ours, theirs = ({k: v for k, v in t.get_vocab().items() if v != student.vocabulary.mask_id} for t in pair)
+        if ours != theirs:
+            raise InputError(
+                f"teacher.path={teacher.directory} has another tokenizer than model.path={student.directory}; "
+                "use a teacher with the student's tokenizer"
+            )
+
+
+def require_layout(config: Config, source: ModelSource, key: str, world_size: int) -> None:
+    """The layout must divide the ranks and the model's heads, groups, feed-forward width and layers."""
+    layout = model_layout(config)
+    layout.data_parallel(world_size)
+    check_layout(source.shape, layout.tensor, layout.pipeline, key)

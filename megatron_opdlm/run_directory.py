@@ -1,0 +1,50 @@
+"""A run directory and whether this command may use it: a new one, or the one that the same configuration made."""
+
+from pathlib import Path
+
+from megatron_opdlm.checkpoint import CONFIG, replace_text
+from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
+from megatron_opdlm.errors import InputError
+
+# Keys that may change between two starts of one run: they decide where and how fast, never what is computed.
+_FREE_SECTIONS = ("attention", "checkpoint", "logging")
+_FREE_KEYS = {
+    "model.tensor_parallel",
+    "model.pipeline_parallel",
+    "model.context_parallel",
+    "model.sequence_parallel",
+    "model.recompute",
+    "rollout.slots",
+    "loss.chunk_rows",
+    "update.tokens_per_microbatch",
+}
+
+
+def check_run_directory(config: Config) -> None:
+    """InputError where ``train.out`` holds something else, or a run of another configuration (naming the differing keys)."""
+    out = Path(config.train.out)
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"train.out={out} is a file; choose another directory")
+    if not (out / CONFIG).is_file():
+        if any(out.iterdir()):
+            raise InputError(f"train.out={out} already holds something that is no run of ours; choose another directory or empty it")
+        return
+    differing = [
+        key
+        for key in differing_keys(load_config(out / CONFIG, []), config)
+        if key not in _FREE_KEYS and key.partition(".")[0] not in _FREE_SECTIONS and key != "train.out"
+    ]
+    if differing:
+        raise InputError(
+            f"train.out={out} was made by another configuration, which differs in {', '.join(differing)}; "
+            "use that configuration to resume, or another directory"
+        )
+
+
+def prepare_run_directory(config: Config) -> None:
+    """Create the directory and record the resolved configuration (rank 0 only)."""
+    out = Path(config.train.out)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / CONFIG, to_yaml(config))

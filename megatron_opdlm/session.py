@@ -1,0 +1,262 @@
+"""The live objects of one training run, and the glue between the stages of a step."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm import accounting, curriculum, parallel
+from megatron_opdlm.build import (
+    ModelSource,
+    build_checkpoints,
+    build_objective,
+    build_prompts,
+    build_student,
+    build_teacher,
+    model_layout,
+    open_model,
+    require_layout,
+    require_same_tokens,
+)
+from megatron_opdlm.checkpoint import Checkpoints, Progress
+from megatron_opdlm.config import Config
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.metrics import MetricsWriter
+from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.prompts import PromptOrder, PromptSet
+from megatron_opdlm.rollout import Request, Rollout, generate
+from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
+from megatron_opdlm.sample_texts import sample_rows
+from megatron_opdlm.states import PackedBatch, State, pack, split_into_microbatches, split_over_ranks
+from megatron_opdlm.update import Objective, Student, UpdateReport
+
+
+@dataclass(kw_only=True)
+class Session:
+    """Everything a run holds. ``progress`` is the only part that changes; the rest changes inside (weights, optimizer)."""
+
+    config: Config
+    hardware: Hardware
+    source: ModelSource
+    prompts: PromptSet
+    order: PromptOrder
+    total_steps: int
+    student: Student
+    teacher: Qwen3 | None  # None: the loss needs none
+    teacher_source: ModelSource
+    objective: Objective
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    progress: Progress
+
+    @property
+    def state_options(self) -> dict[str, Any]:
+        """How trajectories become states."""
+        return {
+            "mode": self.config.states.mode,
+            "block_size": self.config.rollout.block_size,
+            "vocabulary": self.source.vocabulary,
+            "exclude_eos": self.config.loss.exclude_eos,
+        }
+
+    def budget(self, step: int) -> int:
+        """Response tokens that the curriculum allows at this step."""
+        return curriculum.generation_budget(step, self.config.curriculum, self.config.rollout)
+
+    def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
+        """Generate this step's responses, shared out over the model replicas; all of them end up on every rank."""
+        requests = self._requests(step)
+        mine = requests[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+        made = generate(
+            self.student.model, mine, self._decoding(step), self.source.vocabulary, key=key, slots=self.config.rollout.slots
+        )
+        trajectories = parallel.gather_objects_over_data_parallel(made.trajectories)
+        flops = parallel.sum_over_data_parallel(torch.tensor(made.flops, dtype=torch.float64, device=self.hardware.device))
+        return Rollout(trajectories=sorted(trajectories, key=lambda t: t.sample), flops=float(flops))
+
+    def _requests(self, step: int) -> list[Request]:
+        rollout = self.config.rollout
+        longest = min(self.source.shape.max_positions, self.config.model.max_positions or self.source.shape.max_positions)
+        requests = []
+        for place, position in enumerate(self.order.batch(step)):
+            prompt = self.prompts.prompts[position]
+            limit = curriculum.response_limit(self.budget(step), prompt.domain, rollout.max_new_tokens_by_domain)
+            limit = min(limit, longest - len(prompt.ids))
+            for response in range(rollout.responses_per_prompt):
+                sample = place * rollout.responses_per_prompt + response
+                requests.append(Request(sample=sample, prompt=prompt, max_new_tokens=limit))
+        return requests
+
+    def _decoding(self, step: int) -> Decoding:
+        rollout = self.config.rollout
+        return Decoding(
+            block_size=rollout.block_size,
+            denoising_steps=rollout.denoising_steps,
+            remasking=rollout.remasking,
+            threshold=curriculum.threshold_at(step, self.config.threshold_schedule, rollout, self.total_steps),
+            entropy_bound=rollout.entropy_bound,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.config.train.seed,
+            logit_shift=self.config.loss.logit_shift,
+        ).validate()
+
+    def pack_updates(self, states: Sequence[State]) -> list[list[PackedBatch]]:
+        """One entry per update of an inner epoch: this replica's microbatches."""
+        size = self.config.optimizer.batch_size
+        rank, ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
+        return [
+            pack_microbatches(split_over_ranks(states[start : start + size], ranks)[rank], self.config, self.source, self.hardware)
+            for start in range(0, len(states), size)
+        ]
+
+    def no_targets(self, updates: Sequence[Sequence[PackedBatch]]) -> list[list[Tensor | None]]:
+        """Stands in for the teacher's phase where the loss needs no teacher."""
+        return [[None] * len(batches) for batches in updates]
+
+    def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:
+        """(prepared update, learning rate) of each optimizer step: all prepared updates once per inner epoch."""
+        order = list(range(prepared)) * self.config.train.inner_epochs
+        return [(i, self._learning_rate(step, number, len(order))) for number, i in enumerate(order)]
+
+    def _learning_rate(self, step: int, number: int, updates: int) -> float:
+        """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts nominal updates, so that modes
+        that make more states out of a rollout keep the same curve over steps."""
+        rollout, o = self.config.rollout, self.config.optimizer
+        nominal = curriculum.updates_per_step(
+            rollout.prompts_per_step * rollout.responses_per_prompt, o.batch_size, self.config.train.inner_epochs
+        )
+        position = (step - 1) * nominal + number * nominal / updates
+        return curriculum.learning_rate(position, o, updates_per_step=nominal, total_steps=self.total_steps)
+
+    def finish_step(
+        self,
+        step: int,
+        rollout: Rollout,
+        states: Sequence[State],
+        updates: Sequence[Sequence[PackedBatch]],
+        reports: Sequence[UpdateReport],
+        watch: accounting.Stopwatch,
+    ) -> None:
+        """Count, write, save."""
+        flops = self._update_flops(updates) + rollout.flops
+        counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(states)
+        trained = int(counts["trained_tokens"]) * self.config.train.inner_epochs
+        done = self.progress
+        self.progress = replace(
+            done,
+            step=step,
+            cumulative_trained_tokens=done.cumulative_trained_tokens + trained,
+            cumulative_rollout_tokens=done.cumulative_rollout_tokens + int(counts["rollout_tokens"]),
+            cumulative_flops=done.cumulative_flops + flops,
+            cumulative_flops_paper=done.cumulative_flops_paper + accounting.paper_flops(self.source.shape, trained),
+        )
+        losses = accounting.reduce_losses(reports)
+        speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
+        row = losses | counts | {"trained_tokens": trained} | speeds | asdict(self.progress)
+        row |= {
+            "lr": self._learning_rate(step, len(reports) - 1, len(reports)),
+            "max_new_tokens": self.budget(step),
+            "threshold": self._decoding(step).threshold,
+            "updates": len(reports),
+            "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
+        }
+        self.metrics.write(step, row)
+        every = self.config.logging.samples_every
+        if every and (step % every == 0 or step == 1):
+            chosen = rollout.trajectories[: self.config.logging.samples]
+            self.metrics.samples(step, sample_rows(chosen, self.source.files))
+        if step % self.config.checkpoint.every == 0 or step == self.total_steps:
+            self.checkpoints.save(self.student, self.progress)
+
+    def _update_flops(self, updates: Sequence[Sequence[PackedBatch]]) -> float:
+        recompute, epochs = self.config.model.recompute, self.config.train.inner_epochs
+        flops = 0.0
+        for batch in (batch for batches in updates for batch in batches):
+            teacher = accounting.teacher_flops(self.teacher_source.shape, batch) if self.teacher else 0.0
+            flops += teacher + epochs * accounting.student_flops(self.source.shape, batch, recompute=recompute)
+        total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
+        return float(parallel.sum_over_data_parallel(total))
+
+    def close(self) -> None:
+        """End of the run."""
+        self.metrics.close()
+        parallel.barrier()
+
+
+def pack_microbatches(states: Sequence[State], config: Config, source: ModelSource, hardware: Hardware) -> list[PackedBatch]:
+    """Pack one replica's states of one update to the token budget."""
+    return [
+        pack(
+            group,
+            block_size=config.rollout.block_size,
+            mask_id=source.vocabulary.mask_id,
+            logit_shift=config.loss.logit_shift,
+            align=config.model.tensor_parallel,
+            device=hardware.device,
+        )
+        for group in split_into_microbatches(states, config.update.tokens_per_microbatch)
+    ]
+
+
+def open_session(config: Config) -> Session:
+    """Check everything, then build everything; continues from the newest checkpoint where there is one."""
+    check_run_directory(config)
+    source = open_model(config.model.path, "model.path", config.model.mask_token_id)
+    teacher_source = open_model(config.teacher.path, "teacher.path", config.model.mask_token_id) if config.teacher.path else source
+    require_same_tokens(source, teacher_source)
+    for model, key in ((source, "model.path"), (teacher_source, "teacher.path")):
+        require_layout(config, model, key, int(os.environ.get("WORLD_SIZE", "1")))
+    prompts, order = build_prompts(config, source)
+    hardware = parallel.init(model_layout(config), seed=config.train.seed)
+    checkpoints = build_checkpoints(config, source, hardware)
+    latest = checkpoints.latest()
+    student = build_student(source, config, hardware, load=latest is None)
+    progress = Progress() if latest is None else checkpoints.restore(student, latest)
+    teacher = None if config.loss.kind == "nll" else build_teacher(teacher_source, config, hardware)
+    total_steps = order.total_steps if config.train.steps < 0 else config.train.steps
+    if parallel.is_writer():
+        prepare_run_directory(config)
+        _announce(config, hardware, prompts, progress, total_steps)
+    parallel.barrier()
+    return Session(
+        config=config,
+        hardware=hardware,
+        source=source,
+        prompts=prompts,
+        order=order,
+        total_steps=total_steps,
+        student=student,
+        teacher=teacher,
+        teacher_source=teacher_source,
+        objective=build_objective(config, teacher),
+        checkpoints=checkpoints,
+        metrics=MetricsWriter(
+            Path(config.train.out),
+            enabled=parallel.is_writer(),
+            tensorboard=config.logging.tensorboard,
+            total_steps=total_steps,
+            start_step=progress.step,
+        ),
+        progress=progress,
+    )
+
+
+def _announce(config: Config, hardware: Hardware, prompts: PromptSet, progress: Progress, total_steps: int) -> None:
+    """What is about to happen, on stderr beside the progress bar."""
+    layout = model_layout(config)
+    lines = [
+        f"hardware: {hardware.reason}",
+        f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data {parallel.data_parallel_size()}"
+        + (", sequence parallel" if layout.sequence_parallel else ""),
+        f"prompts: {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
+        f"steps: {total_steps}" + (f", resuming after step {progress.step}" if progress.step else ""),
+    ]
+    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,0 +1,63 @@
+"""On-policy distillation, the loop: ``torchrun ... -m megatron_opdlm.train --config FILE [dotted.key=value ...]``.
+
+Read ``run`` first: one line per act of a step.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_opdlm.config import Config, load_config, require
+from megatron_opdlm.errors import command
+
+
+def run(config: Config) -> None:
+    """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
+    from megatron_opdlm.accounting import Stopwatch
+    from megatron_opdlm.session import open_session
+    from megatron_opdlm.states import choose_states
+    from megatron_opdlm.teacher import score
+    from megatron_opdlm.update import update
+
+    session = open_session(config)
+    for step in range(session.progress.step + 1, session.total_steps + 1):
+        watch, key = Stopwatch(), (config.train.seed, step)
+        with watch.phase("rollout"):
+            rollout = session.rollout(step, key)
+        with watch.phase("states"):
+            states = choose_states(rollout.trajectories, key=key, **session.state_options)
+            updates = session.pack_updates(states)
+        with watch.phase("teacher"):
+            targets = [score(session.teacher, batches) for batches in updates] if session.teacher else session.no_targets(updates)
+        with watch.phase("update"):
+            reports = [
+                update(session.student, updates[i], targets[i], session.objective, rate)
+                for i, rate in session.update_schedule(step, len(updates))
+            ]
+        session.finish_step(step, rollout, states, updates, reports, watch)
+    session.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, validate everything that needs no process group, train."""
+    parser = argparse.ArgumentParser(prog="megatron_opdlm.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="YAML recipe; defaults hold for what it leaves out")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and memory, train nothing")
+    parser.add_argument("--world-size", type=int, help="number of ranks that --dry-run assumes (default: WORLD_SIZE or 1)")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override a key of the recipe")
+    options = parser.parse_args(arguments)
+    config = load_config(options.config, options.overrides)
+    require(config, "model.path", "data.path", "train.out")
+    if options.dry_run:
+        from megatron_opdlm.dry_run import describe
+
+        world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(config, world_size))
+        return
+    run(config)
+
+
+if __name__ == "__main__":
+    command(main)
