@@ -22,7 +22,7 @@ KINDS = ("model", "training")
 class BlockContract:
     """What a decoder must know of how a model was trained. ``block_size`` None: it never was."""
 
-    mask_token_id: int
+    mask_token_id: int | None  # None: not known yet (an imported model whose tokenizer has none)
     block_size: int | None = None  # tokens
     block_alignment: str = "absolute"  # blocks are counted from position 0
     logit_shift: bool = False  # the token at position i is read from logits i - 1
@@ -93,8 +93,8 @@ def read_manifest(directory: Path | str) -> Manifest:
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes instead of {size}"
             raise InputError(
-                f"{directory}: {name} {state}: its save was cut short; use an earlier checkpoint or "
-                "copy it again"
+                f"{directory}: {name} {state}: its save was cut short; use an earlier checkpoint "
+                "or copy it again"
             )
     return manifest
 

@@ -22,7 +22,6 @@ MASK_TEXTS = (MASK_TEXT, "<|mask|>", "<MASK>", "<mask>", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
-@lru_cache(maxsize=8)
 def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase | None":
     """The directory's tokenizer, or None when it has no tokenizer file. Never runs code from the
     directory.
@@ -33,6 +32,13 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase | None":
     hf_dir = Path(hf_dir)
     if not any((hf_dir / name).is_file() for name in TOKENIZER_FILES):
         return None
+    stamp = tuple(path.stat().st_mtime_ns for path in sorted(hf_dir.iterdir()) if path.is_file())
+    return _load_tokenizer(hf_dir, stamp)
+
+
+@lru_cache(maxsize=8)
+def _load_tokenizer(hf_dir: Path, stamp: tuple[int, ...]) -> "PreTrainedTokenizerBase":
+    """``stamp`` (times of change) makes an edited directory load again."""
     from transformers import AutoTokenizer, Qwen3Config
 
     plain = Qwen3Config()
@@ -89,9 +95,14 @@ def forbidden_ids(hf_dir: Path | str, mask_id: int) -> tuple[int, ...]:
     return tuple(i for i in range(vocab_size) if i == mask_id or i not in known)
 
 
-def read_vocabulary(hf_dir: Path | str, mask_override: int | None = None) -> Vocabulary:
-    """Every id with a role, as the record that rollout and evaluation take."""
-    mask_id = mask_token(hf_dir, mask_override)
+def read_vocabulary(
+    hf_dir: Path | str, mask_override: int | None = None, *, need_mask: bool = True
+) -> Vocabulary:
+    """Every id with a role, as the record that rollout and evaluation take.
+
+    ``need_mask`` False gives a model that has none (for autoregressive decoding) the mask id -1.
+    """
+    mask_id = mask_token(hf_dir, mask_override) if need_mask else -1
     return Vocabulary(
         size=read_shape(Path(hf_dir)).vocab_size,
         mask_id=mask_id,

@@ -139,7 +139,7 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
         cached = cache.get_seq_length()
         for number in range(rules.steps):
             logits = self._block_logits(ids[:, cached:], cached, cache)
-            cache.crop(left)
+            cache.crop(-size)  # the block is not final; everything before it is
             cached = left
             keys = (rules.seed, 0, sample, position, number, DRAW_TOKEN)
             drawn = draw(

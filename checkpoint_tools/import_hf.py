@@ -1,0 +1,72 @@
+"""Hugging Face Qwen3 directory -> Megatron checkpoint directory.
+
+Takes ``qwen3`` and ``a2d-qwen3`` directories. The checkpoint can be read at any tensor and pipeline
+parallelism.
+"""
+
+from pathlib import Path
+
+from checkpoint_tools.arguments import DTYPES, Arguments, start_alone
+from checkpoint_tools.hf_files import carry_over, plain_qwen3_config, read_contract, write_json
+from checkpoint_tools.manifest import BlockContract, write_manifest
+from checkpoint_tools.publish import check_free, new_directory
+from checkpoint_tools.qwen3_shape import read_json, read_shape
+from checkpoint_tools.safetensors_dir import HFWeights, open_weights
+from checkpoint_tools.vocabulary import end_tokens, mask_token
+from megatron_opdlm.errors import command
+
+
+def main() -> None:
+    """Check everything that can be checked before torch is imported, then convert."""
+    arguments = _parser().parse_args()
+    start_alone("import_hf")
+    check_free(arguments.out)
+    shape = read_shape(arguments.hf)
+    with open_weights(arguments.hf, shape) as weights:
+        config = read_json(arguments.hf / "config.json")
+        contract = read_contract(config, mask_token(arguments.hf, arguments.mask_token_id))
+        end_tokens(arguments.hf)
+        weights.check_tied_head()
+        dtype = arguments.dtype or weights.stored_dtype()
+        convert(weights, arguments.out, contract, dtype)
+    size = f"{shape.parameters:,} parameters, {shape.layers} layers, {dtype}"
+    mask = f"mask token {contract.mask_token_id}"
+    print(f"imported {arguments.hf} ({size}, {mask}) into {arguments.out}")
+
+
+def convert(weights: HFWeights, out: Path, contract: BlockContract, dtype: str) -> None:
+    """Write the checkpoint directory ``out`` whole or not at all."""
+    from checkpoint_tools.megatron_weights import DTYPES as TORCH_DTYPES
+    from megatron_opdlm import parallel
+    from megatron_opdlm.checkpoint import save_weights
+    from megatron_opdlm.model.qwen3 import build_model, fill
+
+    with new_directory(out) as directory:
+        carry_over(weights.directory, directory / "huggingface")
+        config_path = directory / "huggingface" / "config.json"
+        config = plain_qwen3_config(read_json(config_path))
+        write_json(config_path, config | {"mask_token_id": contract.mask_token_id})
+        hardware = parallel.init(parallel.Layout())
+        model = build_model(
+            weights.model_shape, parallel.Layout(), TORCH_DTYPES[dtype], hardware, name=str(out)
+        )
+        fill(model, weights.get)
+        save_weights(model, directory / "weights")
+        write_manifest(directory, kind="model", dtype=dtype, block_contract=contract)
+
+
+def _parser() -> Arguments:
+    parser = Arguments(prog="python -m checkpoint_tools.import_hf", description=__doc__)
+    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen3 directory")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
+    parser.add_argument(
+        "--mask-token-id",
+        type=int,
+        help="id of the mask token, where the tokenizer has none and 151669 does not fit",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    command(main)
