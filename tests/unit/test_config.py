@@ -1,0 +1,275 @@
+"""The configuration is strict: what it accepts comes back whole, what it refuses says why."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm.config import (
+    Config,
+    OptimizerConfig,
+    TrainConfig,
+    differing_keys,
+    flatten,
+    load_config,
+    require,
+    to_yaml,
+)
+from megatron_opdlm.errors import InputError
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def write(directory: Path, text: str) -> Path:
+    file = directory / "run.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_defaults_without_a_file():
+    assert load_config(None, []) == Config()
+
+
+def test_file_beats_defaults_and_overrides_beat_the_file(tmp_path):
+    file = write(tmp_path, "optimizer: {lr: 3e-4, batch_size: 16}\ntrain:\n  steps: 7\n")
+    config = load_config(file, ["optimizer.batch_size=32", "train.seed=0"])
+    assert config.optimizer == OptimizerConfig(lr=3e-4, batch_size=32)
+    assert config.train == TrainConfig(steps=7, seed=0)
+    assert config.rollout == Config().rollout
+
+
+def test_later_override_wins():
+    assert load_config(None, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),
+        ("optimizer.clip_grad=2", "optimizer.clip_grad", 2.0),
+        ("model.sequence_parallel=false", "model.sequence_parallel", False),
+        ("model.mask_token_id=151669", "model.mask_token_id", 151669),
+        ("model.mask_token_id=null", "model.mask_token_id", None),
+        ("train.out=runs/a=b", "train.out", "runs/a=b"),
+        ("train.out=", "train.out", ""),
+        ("evaluation.tasks=[]", "evaluation.tasks", []),
+        (
+            "rollout.max_new_tokens_by_domain.math=4096",
+            "rollout.max_new_tokens_by_domain",
+            {"math": 4096},
+        ),
+        (
+            "rollout.max_new_tokens_by_domain={math: 4096, code: 2048}",
+            "rollout.max_new_tokens_by_domain",
+            {"math": 4096, "code": 2048},
+        ),
+    ],
+)
+def test_override_values_are_yaml_of_the_keys_type(override, key, expected):
+    value = flatten(load_config(None, [override]))[key]
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_value_may_refer_to_another_key():
+    config = load_config(None, ["model.path=hf/teacher", "train.out=${model.path}-${train.seed}"])
+    assert config.train.out == "hf/teacher-10086"
+
+
+def test_section_without_keys_is_the_default(tmp_path):
+    assert load_config(write(tmp_path, "model:\ntrain:\n  # steps: 3\n"), []) == Config()
+
+
+BAD_OVERRIDES = [
+    # keys that do not exist name the nearest one
+    ("rolout.block_size=4", "'rolout.block_size' does not exist (did you mean 'rollout.block_siz"),
+    ("rollout.blocksize=4", "'rollout.blocksize' does not exist (did you mean 'rollout.block_size"),
+    ("lr=1", "'lr' does not exist (did you mean 'optimizer.lr'?)"),
+    ("loss.lr=1", "'loss.lr' does not exist (did you mean 'optimizer.lr'?)"),
+    ("tensor_parallel=2", "(did you mean 'model.tensor_parallel'?)"),
+    ("model.path.x=1", 'model.path={"x": 1} must be text'),
+    ("model=qwen", 'model="qwen" is a section; write model.KEY=value'),
+    # forms
+    ("train.steps", "override 'train.steps' is not of the form section.key=value"),
+    ("=3", "override '=3' is not of the form section.key=value"),
+    ("evaluation.tasks=[a", "override 'evaluation.tasks=[a': not valid YAML"),
+    ("train.out=${nowhere}", "Interpolation key 'nowhere' not found"),
+    # types
+    ("model.tensor_parallel=two", 'model.tensor_parallel="two" must be an integer'),
+    ("model.tensor_parallel=2.0", "model.tensor_parallel=2.0 must be an integer"),
+    ("model.tensor_parallel=true", "model.tensor_parallel=true must be an integer"),
+    ("model.mask_token_id=mask", 'model.mask_token_id="mask" must be an integer'),
+    ("model.recompute=1", "model.recompute=1 must be true or false"),
+    ("optimizer.lr=fast", 'optimizer.lr="fast" must be a finite number'),
+    ("optimizer.lr=.nan", "optimizer.lr=NaN must be a finite number"),
+    ("optimizer.lr=.inf", "optimizer.lr=Infinity must be a finite number"),
+    ("model.path=3", "model.path=3 must be text"),
+    ("evaluation.tasks=gsm8k", 'evaluation.tasks="gsm8k" must be a list'),
+    ("evaluation.tasks=[1]", "evaluation.tasks[0]=1 must be text"),
+    ("rollout.max_new_tokens_by_domain=9", "max_new_tokens_by_domain=9 must be a mapping"),
+    ("rollout.max_new_tokens_by_domain.a=b", 'max_new_tokens_by_domain.a="b" must be an integer'),
+    # enumerations
+    ("loss.kind=foward_kl", "must be one of forward_kl, reverse_kl, mixed, jsd, nll (did you mean"),
+    ("model.dtype=fp16", 'model.dtype="fp16" must be one of auto, fp32, bf16'),
+    ("curriculum.kind=exp", 'curriculum.kind="exp" must be one of linear, sin, cos, constant'),
+    ("rollout.remasking=random", "must be one of low_confidence_static, low_confidence_dynamic, s"),
+    ("states.mode=off", "states.mode=false must be one of one_per_block, all, random_mask"),
+    # ranges
+    ("rollout.block_size=0", "rollout.block_size=0 must be at least 1"),
+    ("rollout.denoising_steps=0", "rollout.denoising_steps=0 must be at least 1"),
+    ("model.max_positions=0", "model.max_positions=0 must be at least 1"),
+    ("optimizer.warmup_steps=-1", "optimizer.warmup_steps=-1 must be at least 0"),
+    ("rollout.temperature=-0.5", "rollout.temperature=-0.5 must be at least 0"),
+    ("optimizer.lr=0", "optimizer.lr=0.0 must be greater than 0"),
+    ("rollout.threshold=1.01", "rollout.threshold=1.01 must lie in [0, 1]"),
+    ("rollout.top_p=0", "rollout.top_p=0.0 must lie in (0, 1]"),
+    ("rollout.top_p=1.5", "rollout.top_p=1.5 must lie in (0, 1]"),
+    ("optimizer.beta2=1", "optimizer.beta2=1.0 must lie in [0, 1)"),
+    ("train.steps=0", "train.steps=0 must be at least 1, or -1 for all epochs of the data"),
+    ("threshold_schedule.steps=-2", "must be at least 1, or -1 for to the end of the run"),
+    ("rollout.max_new_tokens_by_domain.chat=0", "max_new_tokens_by_domain.chat=0 must be at least"),
+    # agreement between keys: both numbers
+    ("optimizer.min_lr=0.5", "optimizer.min_lr=0.5 exceeds optimizer.lr=1e-05; use at most 1e-05"),
+    ("rollout.denoising_steps=8", "denoising_steps=8 exceeds rollout.block_size=4"),
+    ("curriculum.start=5000", "curriculum.start=5000 exceeds curriculum.end=4000"),
+    ("model.sequence_parallel=true", "but model.tensor_parallel=1; use more ranks or"),
+    ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
+    # not built yet
+    ("loss.kind=jsd", "loss.kind=jsd is not built yet; use loss.kind=forward_kl"),
+    ("loss.top_k=16", "loss.top_k=16 is not built yet; use loss.top_k=0 (the full vocabulary)"),
+    ("loss.reverse_weight=0.5", "loss.reverse_weight=0.5 is not built yet; use"),
+    ("model.context_parallel=2", "model.context_parallel=2 is not built yet; use"),
+    ("states.block_alignment=response", "states.block_alignment=response is not built yet; use"),
+    ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
+    ("checkpoint.async_save=true", "checkpoint.async_save=true is not built yet; use"),
+]
+
+
+@pytest.mark.parametrize(("override", "fragment"), BAD_OVERRIDES)
+def test_bad_value_is_refused_in_one_line_with_the_reason(override, fragment):
+    with pytest.raises(InputError) as caught:
+        load_config(None, [override])
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragment"),
+    [
+        (
+            ["threshold_schedule.enabled=true", "rollout.remasking=sequential"],
+            "has no effect with rollout.remasking=sequential",
+        ),
+        (
+            ["threshold_schedule.enabled=true", "train.steps=100"],
+            "threshold_schedule.hold_steps=150 leaves no step of train.steps=100",
+        ),
+        (
+            ["model.max_positions=512", "data.max_prompt_tokens=512"],
+            "data.max_prompt_tokens=512 leaves no room for a response within model.max_pos",
+        ),
+    ],
+)
+def test_disagreement_between_two_keys_names_both(overrides, fragment):
+    with pytest.raises(InputError, match="=") as caught:
+        load_config(None, overrides)
+    assert fragment in str(caught.value)
+
+
+def test_rules_that_do_not_apply_do_not_fire():
+    load_config(None, ["curriculum.kind=constant", "curriculum.start=5000"])
+    load_config(None, ["threshold_schedule.enabled=true", "train.steps=151"])
+    load_config(None, ["rollout.block_size=8", "rollout.denoising_steps=8"])
+    load_config(None, ["model.sequence_parallel=true", "model.tensor_parallel=2"])
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("model: {path: a\ntrain: 3\n", "line 2: not valid YAML"),
+        ("train:\n\tsteps: 3\n", "line 2: not valid YAML"),
+        ("train: {steps: 3}\ntrain: {seed: 1}\n", "duplicate key train"),
+        ("- a\n- b\n", "must hold sections"),
+        ("just words\n", "key 'just words' does not exist"),
+        ("1: 2\n", "configuration key '1' does not exist"),
+    ],
+)
+def test_malformed_file_is_refused_by_name(tmp_path, text, fragment):
+    file = write(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        load_config(file, [])
+    assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.yaml does not exist"):
+        load_config(tmp_path / "nowhere.yaml", [])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path, [])
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00model")
+    with pytest.raises(InputError, match=r"binary\.yaml"):
+        load_config(binary, [])
+
+
+def test_yaml_of_a_configuration_reads_back_equal(tmp_path):
+    config = load_config(
+        None,
+        [
+            "model.path='1e-5'",
+            "train.out='true'",
+            "data.path='a: b # c'",
+            "optimizer.lr=2.5e-05",
+            "model.mask_token_id=7",
+            "rollout.max_new_tokens_by_domain={math: 12, 'on': 3}",
+        ],
+    )
+    assert load_config(write(tmp_path, to_yaml(config)), []) == config
+
+
+def test_flatten_has_every_key_once_in_order():
+    keys = list(flatten(Config()))
+    expected = [
+        f"{section.name}.{key.name}"
+        for section in dataclasses.fields(Config)
+        for key in dataclasses.fields(getattr(Config(), section.name))
+    ]
+    assert keys == expected
+    assert keys[0] == "model.path"
+    assert "rollout.max_new_tokens_by_domain" in keys
+
+
+def test_differing_keys():
+    a = load_config(None, ["train.seed=1", "rollout.max_new_tokens_by_domain.math=3"])
+    assert differing_keys(a, Config()) == ["rollout.max_new_tokens_by_domain", "train.seed"]
+    assert differing_keys(a, a) == []
+
+
+def test_require_names_the_empty_key():
+    config = load_config(None, ["model.path=hf"])
+    require(config, "model.path")
+    with pytest.raises(InputError, match=r"^train\.out is not set"):
+        require(config, "model.path", "train.out")
+
+
+def test_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().train.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.name)
+def test_every_recipe_is_valid(recipe):
+    load_config(recipe, [])
+
+
+def test_there_is_a_recipe():
+    assert RECIPES
+
+
+def test_a_configuration_is_read_without_torch():
+    code = "import sys, megatron_opdlm.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

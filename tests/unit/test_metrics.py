@@ -1,0 +1,119 @@
+"""Each step stands once in the metrics file, whatever was killed before; one rank writes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm.metrics import MetricsWriter, forget_after, scalars
+
+
+def writer(run_dir: Path, *, start_step: int = 0, enabled: bool = True, tensorboard: bool = False):
+    return MetricsWriter(
+        run_dir,
+        enabled=enabled,
+        tensorboard=tensorboard,
+        total_steps=10,
+        start_step=start_step,
+    )
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_one_line_a_step_on_disk_at_once(tmp_path):
+    metrics = writer(tmp_path / "run")
+    metrics.write(1, {"loss": 0.5, "kl_by_masked_fraction": {"0.25": 0.1}})
+    assert read(tmp_path / "run/metrics.jsonl") == [
+        {"step": 1, "loss": 0.5, "kl_by_masked_fraction": {"0.25": 0.1}}
+    ]
+    metrics.write(2, {"loss": 0.25})
+    assert [row["step"] for row in read(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    metrics.close()
+
+
+def test_samples_carry_their_step_and_any_text(tmp_path):
+    metrics = writer(tmp_path)
+    metrics.samples(3, [{"response": "a\u2028b 数"}, {"response": "\ud800", "extra": {1, 2}}])
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().split(b"\n")[:2]]
+    assert [row["step"] for row in rows] == [3, 3]
+    assert [row["response"] for row in rows] == ["a\u2028b 数", "\ud800"]
+    assert "数" in (tmp_path / "samples.jsonl").read_text()
+
+
+def test_resume_forgets_later_steps_and_a_line_that_was_cut_short(tmp_path):
+    first = writer(tmp_path)
+    for step in range(1, 6):
+        first.write(step, {"loss": 1.0 / step})
+        first.samples(step, [{"response": "x\u2028y"}, {"response": "z"}])
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as stream:
+        stream.write('{"step": 3, "loss": "é'.encode()[:-1])
+    second = writer(tmp_path, start_step=3)
+    second.write(4, {"loss": 9.0})
+    second.close()
+    assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert read(tmp_path / "metrics.jsonl")[3]["loss"] == 9.0
+    lines = (tmp_path / "samples.jsonl").read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3]
+
+
+def test_start_at_zero_forgets_everything(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    writer(tmp_path).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    forget_after(tmp_path / "nowhere.jsonl", 0)
+    assert not (tmp_path / "nowhere.jsonl").exists()
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    metrics = writer(tmp_path)
+    metrics.write(1, {"loss": math.nan, "by": [1.0, math.inf]})
+    metrics.close()
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": None, "by": [1.0, None]}]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    metrics = writer(tmp_path / "run", enabled=False, tensorboard=True)
+    metrics.write(1, {"loss": 1.0})
+    metrics.samples(1, [{"response": "a"}])
+    metrics.close()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_bar_shows_what_one_watches(tmp_path, capsys):
+    metrics = writer(tmp_path, start_step=4)
+    metrics.write(
+        5,
+        {"loss": 0.51, "kl": 0.37, "trained_tokens_per_second": 1234.5, "max_new_tokens": 48},
+    )
+    metrics.close()
+    bar = capsys.readouterr().err
+    for shown in ("5/10", "loss=0.51", "KL=0.37", "tok/s=1234", "length=48"):
+        assert shown in bar
+
+
+def test_scalars_names_nested_numbers_and_leaves_out_the_rest():
+    found = dict(scalars({"loss": 1, "by": {"a": 2.0, "b": [3, None]}, "text": "x", "none": None}))
+    assert found == {"loss": 1.0, "by/a": 2.0, "by/b/0": 3.0}
+
+
+def test_tensorboard_has_every_scalar_of_every_step_once(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = writer(tmp_path, tensorboard=True)
+    for step in (1, 2, 3):
+        first.write(step, {"loss": 10.0 * step, "by": {"a": 1.0}})
+    first.close()
+    second = writer(tmp_path, start_step=2, tensorboard=True)
+    second.write(3, {"loss": 99.0, "by": {"a": 1.0}})
+    second.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 10.0), (2, 20.0), (3, 99.0)]
+    assert events.Tags()["scalars"] == ["loss", "by/a"]
