@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 QWEN3_MASK_ID = 151669  # the first unused row of Qwen3's padded vocabulary of 151936
+NO_MASK = -1
 MASK_TEXT = "<|MASK|>"
 MASK_TEXTS = (MASK_TEXT, "<|mask|>", "<MASK>", "<mask>", "[MASK]")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -100,9 +101,10 @@ def read_vocabulary(
 ) -> Vocabulary:
     """Every id with a role, as the record that rollout and evaluation take.
 
-    ``need_mask`` False gives a model that has none (for autoregressive decoding) the mask id -1.
+    ``need_mask`` False is for autoregressive decoding of a model without a mask token: its id is then
+    ``NO_MASK``, which is no token.
     """
-    mask_id = mask_token(hf_dir, mask_override) if need_mask else -1
+    mask_id = mask_token(hf_dir, mask_override) if need_mask else NO_MASK
     return Vocabulary(
         size=read_shape(Path(hf_dir)).vocab_size,
         mask_id=mask_id,
