@@ -74,7 +74,7 @@ def stage(name: str) -> str:
 
 
 def names_in_code(text: str, word: str) -> Iterator[int]:
-    """Lines that name ``word`` in code or in a string, leaving out comments and docstrings."""
+    """Lines where ``word`` is a name or stands in a string; comments and docstrings left out."""
     docstrings = {
         node.value.lineno
         for node in ast.walk(ast.parse(text))
@@ -83,9 +83,10 @@ def names_in_code(text: str, word: str) -> Iterator[int]:
         and isinstance(node.value.value, str)
     }
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE):
+        if token.type == tokenize.COMMENT or token.start[0] in docstrings:
             continue
-        if token.start[0] not in docstrings and word in token.string.lower():
+        name = token.type == tokenize.NAME
+        if token.string == word if name else word in token.string.lower():
             yield token.start[0]
 
 
@@ -158,3 +159,4 @@ def test_the_reader_sees_every_form_of_import():
 def test_the_reader_sees_cuda_in_code_but_not_in_prose():
     text = '"""About CUDA."""\n# cuda\nx.cuda()\ny = "cuda:0"\n\ndef f():\n    """cuda"""\n'
     assert list(names_in_code(text, "cuda")) == [3, 4]
+    assert not list(names_in_code("model_parallel_cuda_manual_seed(1)\n", "cuda"))
