@@ -15,10 +15,15 @@ from megatron_opdlm.update import UpdateReport
 
 
 def student_flops(shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool) -> float:
-    """Operations of a microbatch: forward, backward (twice as much) and, with recomputation, the forward once more."""
+    """Operations of a microbatch: forward, backward (twice as much) and, with recomputation, the
+    forward once more.
+    """
     pairs = attended_pairs(batch.student_plan)
     forward = forward_flops(
-        shape, tokens=len(batch.student_tokens), attended_pairs=pairs, projected_rows=len(batch.labels)
+        shape,
+        tokens=len(batch.student_tokens),
+        attended_pairs=pairs,
+        projected_rows=len(batch.labels),
     )
     return forward * (4 if recompute else 3)
 
@@ -27,12 +32,17 @@ def teacher_flops(shape: Qwen3Shape, batch: PackedBatch) -> float:
     """Operations of the teacher's forward over a microbatch, its output projection included."""
     pairs = attended_pairs(batch.teacher_plan)
     return forward_flops(
-        shape, tokens=len(batch.teacher_tokens), attended_pairs=pairs, projected_rows=len(batch.labels)
+        shape,
+        tokens=len(batch.teacher_tokens),
+        attended_pairs=pairs,
+        projected_rows=len(batch.labels),
     )
 
 
 def paper_flops(shape: Qwen3Shape, trained_tokens: int) -> float:
-    """The paper's figure 8 N D: 2 N teacher + 6 N student per trained token, generation and prompts left out."""
+    """The paper's figure 8 N D: 2 N teacher + 6 N student per trained token, generation and prompts
+    left out.
+    """
     return 8.0 * shape.parameters * trained_tokens
 
 
@@ -62,7 +72,8 @@ def rollout_counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "tokens_per_denoising_step": tokens / max(passes, 1),
         "tokens_per_forward": tokens / max(forwards, 1),
         "mean_response_tokens": tokens / max(len(trajectories), 1),
-        "eos_fraction": sum(t.finish_reason == "stop" for t in trajectories) / max(len(trajectories), 1),
+        "eos_fraction": sum(t.finish_reason == "stop" for t in trajectories)
+        / max(len(trajectories), 1),
     }
 
 
@@ -76,7 +87,9 @@ def state_counts(states: Sequence[State]) -> dict[str, int]:
 
 
 def speeds(watch: Stopwatch, trained_tokens: int, rollout_tokens: int) -> dict[str, float]:
-    """Seconds of the phases and tokens a second; ``trained_tokens_per_second`` counts the whole step's time."""
+    """Seconds of the phases and tokens a second; ``trained_tokens_per_second`` counts the whole
+    step's time.
+    """
     seconds = watch.seconds
     update = seconds.get("update", 0.0) + seconds.get("states", 0.0)
     total = sum(seconds.values())
@@ -92,8 +105,8 @@ def speeds(watch: Stopwatch, trained_tokens: int, rollout_tokens: int) -> dict[s
 def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
     """Means over the step's updates, summed over the model replicas first.
 
-    ``loss`` is each update's mean over its sequences, ``kl`` the mean over positions in nats, ``kl_by_masked_fraction`` the same
-    by the share of its block's response tokens that were masked.
+    ``loss`` is each update's mean over its sequences, ``kl`` the mean over positions in nats,
+    ``kl_by_masked_fraction`` the same by the share of its block's response tokens that were masked.
     """
     replicas = parallel.gather_objects_over_data_parallel([list(reports)])
     losses = []
@@ -110,5 +123,7 @@ def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
         "loss": sum(losses) / len(losses),
         "kl": sum(sums.values()) / max(sum(counts.values()), 1),
         "grad_norm": sum(report.grad_norm for report in reports) / len(reports),
-        "kl_by_masked_fraction": {f"{share:.2f}": sums[share] / counts[share] for share in sorted(sums)},
+        "kl_by_masked_fraction": {
+            f"{share:.2f}": sums[share] / counts[share] for share in sorted(sums)
+        },
     }

@@ -1,11 +1,12 @@
-"""Resolved configuration -> live objects. What can be checked before a process group exists is checked first."""
+"""Resolved configuration -> live objects. What can be checked before a process group exists is
+checked first.
+"""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from megatron_opdlm import parallel
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -46,26 +47,58 @@ class ModelSource:
 
 
 def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSource:
-    """Check a Hugging Face directory or Megatron checkpoint. InputError names ``key``, the option that gave the path."""
+    """Check a Hugging Face directory or Megatron checkpoint. InputError names ``key``, the option
+    that gave the path.
+    """
     if not path:
-        raise InputError(f"{key} is empty: give a Hugging Face Qwen3 directory or a Megatron checkpoint")
+        raise InputError(
+            f"{key} is empty: give a Hugging Face Qwen3 directory or a Megatron checkpoint"
+        )
     directory = Path(path)
     if not directory.is_dir():
-        raise InputError(f"{key}={path} is not a directory: give a Hugging Face Qwen3 directory or a Megatron checkpoint")
+        raise InputError(
+            f"{key}={path} is not a directory: give a Hugging Face Qwen3 "
+            "directory or a Megatron checkpoint"
+        )
     contract = read_manifest(directory).block_contract if is_checkpoint(directory) else None
     files = huggingface_dir(directory)
     shape = read_shape(files)
     if contract is None:
-        open_weights(directory, shape).close()  # missing, truncated or misshaped tensors are found here
-    vocabulary = read_vocabulary(files, mask_token_id if mask_token_id is not None or contract is None else contract.mask_token_id)
+        open_weights(
+            directory, shape
+        ).close()  # missing, truncated or misshaped tensors are found here
+    vocabulary = read_vocabulary(
+        files,
+        mask_token_id if mask_token_id is not None or contract is None else contract.mask_token_id,
+    )
     return ModelSource(directory=directory, shape=shape, vocabulary=vocabulary, contract=contract)
+
+
+def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSource, ModelSource]:
+    """Student's and teacher's directories, checked against each other and against the layout.
+
+    ``world_size`` None: the number of ranks that were started.
+    """
+    mask = config.model.mask_token_id
+    student = open_model(config.model.path, "model.path", mask)
+    teacher = (
+        open_model(config.teacher.path, "teacher.path", mask) if config.teacher.path else student
+    )
+    require_same_tokens(student, teacher)
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    for source, key in ((student, "model.path"), (teacher, "teacher.path")):
+        require_layout(config, source, key, ranks)
+    return student, teacher
 
 
 def model_layout(config: Config) -> Layout:
     """The parallel layout of student and teacher."""
     m = config.model
     return Layout(
-        tensor=m.tensor_parallel, pipeline=m.pipeline_parallel, context=m.context_parallel, sequence_parallel=m.sequence_parallel
+        tensor=m.tensor_parallel,
+        pipeline=m.pipeline_parallel,
+        context=m.context_parallel,
+        sequence_parallel=m.sequence_parallel,
     )
 
 
@@ -76,7 +109,9 @@ def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
 
 def build_prompts(config: Config, student: ModelSource) -> tuple[PromptSet, PromptOrder]:
     """Prompts of ``data.path`` and the order in which steps take them."""
-    longest = min(student.shape.max_positions, config.model.max_positions or student.shape.max_positions)
+    longest = min(
+        student.shape.max_positions, config.model.max_positions or student.shape.max_positions
+    )
     limit = longest - config.rollout.block_size
     prompts = load_prompts(
         config.data.path,
@@ -86,7 +121,11 @@ def build_prompts(config: Config, student: ModelSource) -> tuple[PromptSet, Prom
         max_prompt_tokens=min(limit, config.data.max_prompt_tokens or limit),
     )
     order = PromptOrder(
-        len(prompts.prompts), config.rollout.prompts_per_step, config.data.epochs, config.train.seed, config.data.shuffle
+        len(prompts.prompts),
+        config.rollout.prompts_per_step,
+        config.data.epochs,
+        config.train.seed,
+        config.data.shuffle,
     )
     return prompts, order
 
@@ -99,16 +138,27 @@ def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qw
     return teacher.requires_grad_(False).eval()
 
 
-def build_student(source: ModelSource, config: Config, hardware: Hardware, *, load: bool = True) -> Student:
-    """The trained model with gradient reduction and the distributed optimizer. ``load`` False leaves the weights unfilled."""
+def build_student(
+    source: ModelSource, config: Config, hardware: Hardware, *, load: bool = True
+) -> Student:
+    """The trained model with gradient reduction and the distributed optimizer. ``load`` False
+    leaves the weights unfilled.
+    """
     dtype = resolve_dtype(config.model.dtype, hardware)
     model = build_model(
-        source.shape, model_layout(config), dtype, hardware, name="model.path", recompute=config.model.recompute
+        source.shape,
+        model_layout(config),
+        dtype,
+        hardware,
+        name="model.path",
+        recompute=config.model.recompute,
     )
     if load:
         load_model(model, source.directory)
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
-    reduction = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    reduction = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+    )
     ddp = DistributedDataParallel(model.config, reduction, wrapped)
     o = config.optimizer
     optimizer_config = OptimizerConfig(
@@ -129,7 +179,9 @@ def build_student(source: ModelSource, config: Config, hardware: Hardware, *, lo
 def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:
     """What the update minimises."""
     loss = config.loss
-    divergence = Divergence(kind=loss.kind, reverse_weight=loss.reverse_weight, jsd_alpha=loss.jsd_alpha)
+    divergence = Divergence(
+        kind=loss.kind, reverse_weight=loss.reverse_weight, jsd_alpha=loss.jsd_alpha
+    )
     return Objective(divergence=divergence, chunk_rows=loss.chunk_rows, teacher=teacher)
 
 
@@ -154,21 +206,28 @@ def require_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
     """Teacher and student must speak the same token ids."""
     if student.vocabulary.size != teacher.vocabulary.size:
         raise InputError(
-            f"teacher.path={teacher.directory} has vocab_size={teacher.vocabulary.size}, model.path={student.directory} has "
+            f"teacher.path={teacher.directory} has vocab_size={teacher.vocabulary.size}, "
+            f"model.path={student.directory} has "
             f"{student.vocabulary.size}; use a teacher with the student's tokenizer"
         )
     pair = [load_tokenizer(source.files) for source in (student, teacher)]
     if all(pair):
-        ours, theirs = ({k: v for k, v in t.get_vocab().items() if v != student.vocabulary.mask_id} for t in pair)
+        ours, theirs = (
+            {k: v for k, v in t.get_vocab().items() if v != student.vocabulary.mask_id}
+            for t in pair
+        )
         if ours != theirs:
             raise InputError(
-                f"teacher.path={teacher.directory} has another tokenizer than model.path={student.directory}; "
+                f"teacher.path={teacher.directory} has another tokenizer than "
+                f"model.path={student.directory}; "
                 "use a teacher with the student's tokenizer"
             )
 
 
 def require_layout(config: Config, source: ModelSource, key: str, world_size: int) -> None:
-    """The layout must divide the ranks and the model's heads, groups, feed-forward width and layers."""
+    """The layout must divide the ranks and the model's heads, groups, feed-forward width and
+    layers.
+    """
     layout = model_layout(config)
     layout.data_parallel(world_size)
     check_layout(source.shape, layout.tensor, layout.pipeline, key)

@@ -1,8 +1,10 @@
-"""Saving and resuming: Megatron distributed checkpoints, published atomically, loadable at any TP, PP and DP.
+"""Saving and resuming: Megatron distributed checkpoints, published atomically, loadable at any TP,
+PP and DP.
 
-A checkpoint directory holds ``weights/`` (torch_dist), ``huggingface/`` (config, tokenizer, generation config), ``state.json`` and
-``config.yaml`` (training only) and, written last, ``manifest.json`` with the size of every file. It gets its final name when it is
-complete; a save that was cut short is a directory that no reader accepts.
+A checkpoint directory holds ``weights/`` (torch_dist), ``huggingface/`` (config, tokenizer,
+generation config), ``state.json`` and ``config.yaml`` (training only) and, written last,
+``manifest.json`` with the size of every file. It gets its final name when it is complete; a save
+that was cut short is a directory that no reader accepts.
 """
 
 import json
@@ -28,7 +30,13 @@ from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model.qwen3 import Qwen3, load_hf
 from megatron_opdlm.update import Student
 
-WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = "weights", "huggingface", "state.json", "config.yaml", "latest"
+WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = (
+    "weights",
+    "huggingface",
+    "state.json",
+    "config.yaml",
+    "latest",
+)
 _PREFIX = "model."  # of the weights' keys, in imported and in training checkpoints alike
 # How Megatron lays out optimizer state so that any other parallel layout can read it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -36,7 +44,9 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What a run has done. All else (data order, schedules, random numbers) is a pure function of the step and the seed."""
+    """What a run has done. All else (data order, schedules, random numbers) is a pure function of
+    the step and the seed.
+    """
 
     step: int = 0  # steps done
     cumulative_trained_tokens: int = 0
@@ -46,12 +56,12 @@ class Progress:
 
 
 def huggingface_dir(model_dir: Path) -> Path:
-    """Where a model directory keeps its Hugging Face files: itself, or its ``huggingface/`` part."""
+    """Where a model directory keeps its Hugging Face files: itself or ``huggingface/``."""
     return model_dir / HUGGINGFACE if is_checkpoint(model_dir) else model_dir
 
 
 def load_model(model: Qwen3, model_dir: Path) -> None:
-    """Fill a model from a Hugging Face directory or a Megatron checkpoint (imported or training)."""
+    """Fill a model from a Hugging Face directory or a Megatron checkpoint of either kind."""
     if is_checkpoint(model_dir):
         load_weights(model, model_dir / WEIGHTS)
     else:
@@ -59,7 +69,7 @@ def load_model(model: Qwen3, model_dir: Path) -> None:
 
 
 def save_weights(model: Qwen3, directory: Path) -> None:
-    """Write a model's weights as a torch_dist checkpoint into a new directory; all ranks take part."""
+    """Write a model's weights as a torch_dist checkpoint into a new directory, all ranks together."""
     _save({"model": model.sharded_state_dict(prefix=_PREFIX)}, directory)
 
 
@@ -67,7 +77,9 @@ def load_weights(model: Qwen3, directory: Path) -> None:
     """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it."""
     wanted = {"model": model.sharded_state_dict(prefix=_PREFIX, metadata=_METADATA)}
     loaded = _load(wanted, directory, strict_prefix=_PREFIX)
-    model.load_state_dict({name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()})
+    model.load_state_dict(
+        {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
+    )
 
 
 def _save(state: dict[str, Any], directory: Path) -> None:
@@ -78,22 +90,30 @@ def _save(state: dict[str, Any], directory: Path) -> None:
 
 
 def _load(wanted: dict[str, Any], directory: Path, *, strict_prefix: str) -> dict[str, Any]:
-    """Load with every wanted key present; keys that we do not ask for are fine only outside ``strict_prefix``.
+    """Load with every wanted key present; keys that we do not ask for are fine only outside
+    ``strict_prefix``.
 
-    Megatron validates on rank 0 alone and would leave the others in a collective, so names are compared on every rank first.
+    Megatron validates on rank 0 alone and would leave the others in a collective, so names are
+    compared on every rank first.
     """
     try:
         stored = set(dist_checkpointing.load_tensors_metadata(str(directory)))
     except (CheckpointingException, OSError, EOFError) as error:
-        raise InputError(f"{directory} cannot be read ({error}); use an earlier checkpoint or copy it again") from None
+        raise InputError(
+            f"{directory} cannot be read ({error}); use an earlier checkpoint or copy it again"
+        ) from None
     asked = _keys(wanted)
     missing = sorted(key for key in asked if key not in stored)
     if not parallel.all_succeeded(not missing):
-        raise InputError(f"{directory} lacks {', '.join(missing[:3]) or 'a tensor'}; it belongs to another model")
+        raise InputError(
+            f"{directory} lacks {', '.join(missing[:3]) or 'a tensor'}; it belongs to another model"
+        )
     try:
         return dist_checkpointing.load(wanted, str(directory))
     except (CheckpointingException, EOFError) as error:
-        raise InputError(f"{directory} does not fit this model ({error}); use the directory that belongs to it") from None
+        raise InputError(
+            f"{directory} does not fit this model ({error}); use the directory that belongs to it"
+        ) from None
 
 
 def _keys(state: Any) -> set[str]:
@@ -126,7 +146,9 @@ class Checkpoints:
         return final
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. Raises InputError where ``latest`` names a damaged one."""
+        """The newest complete checkpoint, or None. Raises InputError where ``latest`` names a
+        damaged one.
+        """
         pointer = self.directory / LATEST
         if not pointer.is_file():
             return None
@@ -138,7 +160,9 @@ class Checkpoints:
         """Fill weights and optimizer from a training checkpoint and return what had been done."""
         wanted = _training_state(student, is_loading=True)
         loaded = _load(wanted, checkpoint / WEIGHTS, strict_prefix=_PREFIX)
-        student.model.load_state_dict({name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()})
+        student.model.load_state_dict(
+            {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
+        )
         student.optimizer.load_state_dict(loaded["optimizer"])
         return Progress(**json.loads((checkpoint / STATE).read_text()))
 
@@ -152,7 +176,13 @@ class Checkpoints:
 
     def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
         (temporary / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
-        write_manifest(temporary, kind="training", dtype=self.dtype, block_contract=self.block_contract, step=progress.step)
+        write_manifest(
+            temporary,
+            kind="training",
+            dtype=self.dtype,
+            block_contract=self.block_contract,
+            step=progress.step,
+        )
         if final.exists():  # a run that went back to an earlier checkpoint comes by again
             shutil.rmtree(final)
         publish(temporary, final)
@@ -161,7 +191,9 @@ class Checkpoints:
             shutil.rmtree(old)
 
     def _on_writer(self, action: Callable[[], None]) -> None:
-        """Run file operations on rank 0; a failure there ends all ranks instead of leaving them in a collective."""
+        """Run file operations on rank 0; a failure there ends all ranks instead of leaving them in
+        a collective.
+        """
         problem: OSError | None = None
         if parallel.is_writer():
             try:
@@ -169,7 +201,10 @@ class Checkpoints:
             except OSError as error:
                 problem = error
         if not parallel.all_succeeded(problem is None):
-            raise RunError(f"{self.directory}: checkpoint not written ({problem or 'rank 0 failed'}); earlier ones are untouched")
+            raise RunError(
+                f"{self.directory}: checkpoint not written ({problem or 'rank 0 failed'}); "
+                "earlier ones are untouched"
+            )
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -181,7 +216,9 @@ def replace_text(path: Path, text: str) -> None:
 
 def _training_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
     model = student.model.sharded_state_dict(prefix=_PREFIX, metadata=_METADATA)
-    optimizer = student.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+    optimizer = student.optimizer.sharded_state_dict(
+        model, is_loading=is_loading, metadata=_METADATA
+    )
     return {"model": model, "optimizer": optimizer}
 
 

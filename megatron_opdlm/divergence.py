@@ -1,12 +1,14 @@
-"""Divergences between teacher and student distributions: value and gradient in one pass over row chunks.
+"""Divergences between teacher and student distributions: value and gradient in one pass over row
+chunks.
 
-In words: p is the teacher's distribution over the next token, q the student's over the same position. Forward KL is the
-extra surprise of someone who expects q and sees p. Only hidden states come in; logits exist for one chunk of rows at a time,
-so memory is O(chunk x V) whatever the number of positions. The reduction over a vocabulary that is split over tensor ranks is
-passed in; this file knows no process group.
+In words: p is the teacher's distribution over the next token, q the student's over the same
+position. Forward KL is the extra surprise of someone who expects q and sees p. Only hidden states
+come in; logits exist for one chunk of rows at a time, so memory is O(chunk x V) whatever the number
+of positions. The reduction over a vocabulary that is split over tensor ranks is passed in; this
+file knows no process group.
 
-Every loss is written as its derivative g_v with respect to log q_v. With q = softmax(z) the gradient with respect to the logits is
-dL/dz_j = g_j - q_j * sum_v g_v.
+Every loss is written as its derivative g_v with respect to log q_v. With q = softmax(z) the
+gradient with respect to the logits is dL/dz_j = g_j - q_j * sum_v g_v.
 """
 
 from collections.abc import Callable
@@ -55,14 +57,16 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Terms:
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Terms:
-    """KL(q || p) = sum_v q (log q - log p); the constant part of g_v cancels in the logits' gradient."""
+    """KL(q || p) = sum_v q (log q - log p); the constant part of g_v cancels in the logits'
+    gradient.
+    """
     q = log_q.exp()
     value = _times(q, log_q - log_p)
     return Terms(value, value)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, alpha: float) -> Terms:
-    """a KL(p || m) + (1 - a) KL(q || m) with m = a p + (1 - a) q; dL/dq = (1 - a) (log q - log m)."""
+    """a KL(p || m) + (1 - a) KL(q || m), m = a p + (1 - a) q; dL/dq = (1 - a) (log q - log m)."""
     p, q = log_p.exp(), log_q.exp()
     log_m = torch.log(alpha * p + (1 - alpha) * q)
     to_q = (1 - alpha) * _times(q, log_q - log_m)
@@ -80,7 +84,9 @@ def terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Terms:
     if divergence.kind == "mixed":
         weight = divergence.reverse_weight
         forward, reverse = forward_kl(log_p, log_q), reverse_kl(log_p, log_q)
-        value, slope = ((1 - weight) * f + weight * r for f, r in zip(forward, reverse, strict=True))
+        value, slope = (
+            (1 - weight) * f + weight * r for f, r in zip(forward, reverse, strict=True)
+        )
         return Terms(value, slope)
     raise ValueError(f"divergence kind {divergence.kind!r} is unknown")
 
@@ -99,11 +105,13 @@ def negative_log_likelihood(log_q: Tensor, label_M: Tensor, start: int) -> Terms
     return Terms(torch.where(hit, -log_q, 0.0), -hit.to(log_q.dtype))
 
 
-Project = Callable[[Tensor, Tensor], Tensor]  # (hidden [m, H], weight [columns, H]) -> logits [m, columns], padding at -inf
+Project = Callable[
+    [Tensor, Tensor], Tensor
+]  # (hidden [m, H], weight [columns, H]) -> logits [m, columns], padding at -inf
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Weighted sum of per-position divergences; the gradients are written during the forward pass."""
+    """Weighted sum of position values; the gradients are written during the forward pass."""
 
     @staticmethod
     def forward(
@@ -119,7 +127,9 @@ class _ChunkedDivergence(torch.autograd.Function):
         accumulate = torch.promote_types(student_MH.dtype, torch.float32)
         value_M = torch.zeros(len(student_MH), dtype=accumulate, device=student_MH.device)
         grad_hidden = torch.zeros_like(student_MH)
-        grad_weight = torch.zeros_like(student_weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        grad_weight = (
+            torch.zeros_like(student_weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
+        )
         for start in range(0, len(student_MH), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden = student_MH[rows]
@@ -138,10 +148,22 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the hidden states is this shard's part: whoever split the vocabulary sums it over the shards."""
+        """The gradient of the hidden states is this shard's part: whoever split the vocabulary sums
+        it over the shards.
+        """
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
-        return (grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, None, None, None, None, None)
+        grad_weight = (
+            None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
+        )
+        return (
+            grad_hidden * grad_total.to(grad_hidden.dtype),
+            grad_weight,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def distillation_loss(
@@ -164,7 +186,8 @@ def distillation_loss(
         project: hidden states and weight -> logits with the layout's padding at -inf.
 
     Returns:
-        (sum of row_weight * value, value of each position [M] in nats). The caller divides by the number of sequences.
+        (sum of row_weight * value, value of each position [M] in nats). The caller divides by the
+        number of sequences.
     """
     accumulate = torch.promote_types(student_MH.dtype, torch.float32)
 
@@ -172,7 +195,9 @@ def distillation_loss(
         log_p = log_softmax(project(teacher_MH[rows], teacher_weight).to(accumulate), reduction)
         return terms(divergence, log_p, log_q)
 
-    return _ChunkedDivergence.apply(student_MH, student_weight, row_weight_M, values, project, reduction, chunk_rows)
+    return _ChunkedDivergence.apply(
+        student_MH, student_weight, row_weight_M, values, project, reduction, chunk_rows
+    )
 
 
 def likelihood_loss(
@@ -184,9 +209,13 @@ def likelihood_loss(
     reduction: Reduction,
     chunk_rows: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of -log q(label) at M positions; arguments and result as in ``distillation_loss``."""
+    """Weighted sum of -log q(label) at M positions; arguments and result as in
+    ``distillation_loss``.
+    """
 
     def values(log_q: Tensor, rows: slice) -> Terms:
         return negative_log_likelihood(log_q, label_M[rows], reduction.start)
 
-    return _ChunkedDivergence.apply(student_MH, student_weight, row_weight_M, values, project, reduction, chunk_rows)
+    return _ChunkedDivergence.apply(
+        student_MH, student_weight, row_weight_M, values, project, reduction, chunk_rows
+    )

@@ -1,4 +1,6 @@
-"""Errors that finish the job: one line with the value, the rule and the remedy, and the exit code that says whose fault it was."""
+"""Errors that finish the job: one line with the value, the rule and the remedy, and the exit code
+that says whose fault it was.
+"""
 
 import difflib
 import os
@@ -20,7 +22,9 @@ class RunError(RuntimeError):
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """Suggestion for a mistyped name: ``" (did you mean 'x'?)"``, or an empty string when nothing is close."""
+    """Suggestion for a mistyped name: ``" (did you mean 'x'?)"``, or an empty string when nothing
+    is close.
+    """
     matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
@@ -30,7 +34,9 @@ def _rank() -> int:
 
 
 def _report(message: str) -> None:
-    """Print the one ``error:`` line. Rank 0 speaks for all; stdout is flushed first so that the order on a terminal is right."""
+    """Print the one ``error:`` line. Rank 0 speaks for all; stdout is flushed first so that the
+    order on a terminal is right.
+    """
     sys.stdout.flush()
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
@@ -38,8 +44,9 @@ def _report(message: str) -> None:
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main`` and exit with the contract's codes: 0 done, 2 bad input, 1 failure.
 
-    Bad input is found on every rank alike, so only rank 0 prints it. A failure may happen on one rank alone, so every
-    rank that fails names itself; a traceback is printed only for what we did not foresee.
+    Bad input is found on every rank alike, so only rank 0 prints it. A failure may happen on one
+    rank alone, so every rank that fails names itself; a traceback is printed only for what we did
+    not foresee.
     """
     try:
         main()
@@ -60,7 +67,9 @@ def command(main: Callable[[], None]) -> NoReturn:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit. After a failure, leave without the interpreter's shutdown: it can wait for collectives that never finish."""
+    """Exit. After a failure, leave without the interpreter's shutdown: it can wait for collectives
+    that never finish.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:

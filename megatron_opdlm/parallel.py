@@ -1,4 +1,6 @@
-"""Process groups and the few collectives that the stages need. Every helper is a no-op on one rank, so callers hold no ``if``."""
+"""Process groups and the few collectives that the stages need. Every helper is a no-op on one rank,
+so callers hold no ``if``.
+"""
 
 import atexit
 import os
@@ -39,7 +41,8 @@ class Layout:
 
 
 def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardware:
-    """Join the process group that torchrun describes (a single process without it) and build Megatron's groups.
+    """Join the process group that torchrun describes (a single process without it) and build
+    Megatron's groups.
 
     Calling it again with another layout rebuilds Megatron's groups only (tests do).
     """
@@ -63,7 +66,9 @@ def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(hardware.process_group_backend, **options)
     else:
-        dist.init_process_group(hardware.process_group_backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        dist.init_process_group(
+            hardware.process_group_backend, store=dist.HashStore(), rank=0, world_size=1, **options
+        )
     atexit.register(_leave)
 
 
@@ -107,7 +112,9 @@ def send_to_next_stage(x: Tensor) -> None:
     dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
 
 
-def receive_from_previous_stage(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def receive_from_previous_stage(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Blocking receive of activations from the previous pipeline stage."""
     x = torch.empty(shape, dtype=dtype, device=device)
     dist.recv(x, parallel_state.get_pipeline_model_parallel_prev_rank())
@@ -115,7 +122,8 @@ def receive_from_previous_stage(shape: tuple[int, ...], dtype: torch.dtype, devi
 
 
 def broadcast_from_last_stage(x: Tensor) -> Tensor:
-    """Make ``x`` of the last stage's first tensor rank the value on every rank of this model replica (in place).
+    """Make ``x`` of the last stage's first tensor rank the value on every rank of this model
+    replica (in place).
 
     So all ranks of a replica take the same decisions whatever the rounding of their reductions.
     """
@@ -127,8 +135,13 @@ def broadcast_from_last_stage(x: Tensor) -> Tensor:
 
 
 def _last_stage_source(ranks: list[int]) -> int:
-    """Global rank of (last pipeline stage, tensor rank 0): pipeline stages are the slowest dimension of a replica's ranks."""
-    return sorted(ranks)[-parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_context_parallel_world_size()]
+    """Global rank of (last pipeline stage, tensor rank 0): pipeline stages are the slowest
+    dimension of a replica's ranks.
+    """
+    return sorted(ranks)[
+        -parallel_state.get_tensor_model_parallel_world_size()
+        * parallel_state.get_context_parallel_world_size()
+    ]
 
 
 def broadcast_over_pipeline(x: Tensor) -> Tensor:
@@ -168,7 +181,9 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_succeeded(ok: bool) -> bool:
-    """True on every rank only if ``ok`` is True on every rank; keeps collectives after a local check from hanging."""
+    """True on every rank only if ``ok`` is True on every rank; keeps collectives after a local
+    check from hanging.
+    """
     flag = torch.tensor(0 if ok else 1, device=select_hardware().device)
     if dist.get_world_size() > 1:
         dist.all_reduce(flag)

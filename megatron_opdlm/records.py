@@ -2,9 +2,10 @@
 
 Shape legend, used in names and comments everywhere:
 
-    N  tokens of a packed row        S  slots (sequences being decoded)   W  window: new tokens of a slot in one forward
-    P  prompt tokens                 R  response tokens (whole blocks)     B  tokens per block
-    M  masked positions that count   V  vocabulary                         H  hidden size
+    N  tokens of a packed row        S  slots (sequences being decoded)   W  window: new tokens of a
+    slot in one forward P  prompt tokens                 R  response tokens (whole blocks)     B
+    tokens per block M  masked positions that count   V  vocabulary                         H
+    hidden size
 
 ``Trajectory`` keeps whole blocks; what a user sees is its first ``response_tokens`` tokens.
 """
@@ -21,7 +22,9 @@ class Prompt:
     ids: list[int]  # [P] rendered and tokenised
     domain: str | None = None
     response_ids: list[int] | None = None  # off-policy response from the file, if it has one
-    extra: dict[str, Any] = field(default_factory=dict)  # other keys of the row, carried into samples
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # other keys of the row, carried into samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,14 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Token ids with a role. ``size`` is the Hugging Face config's ``vocab_size``: softmax runs over all of it."""
+    """Token ids with a role. ``size`` is the Hugging Face config's ``vocab_size``: softmax runs
+    over all of it.
+    """
 
     size: int
     mask_id: int
     end_ids: tuple[int, ...]  # all of generation_config.eos_token_id
     pad_id: int
-    forbidden_ids: tuple[int, ...]  # never drawn: the mask token and ids that the tokenizer does not know
+    forbidden_ids: tuple[
+        int, ...
+    ]  # never drawn: the mask token and ids that the tokenizer does not know

@@ -1,11 +1,14 @@
-"""Rollout engine: the student module itself generates, block by block, over the slots of one KV cache.
+"""Rollout engine: the student module itself generates, block by block, over the slots of one KV
+cache.
 
-Every forward takes, for each active slot, the *window* of tokens that are not final in the cache yet:
-[finished block | fresh block] in the first pass of a block, [fresh block] in the others, [whole prompt | fresh block] right after
-admission. So a block costs T forwards: committing it shares a forward with the next block's first pass, and so does prefill.
-Sequences enter and leave as they finish. Autoregressive decoding is the case B = 1 with shifted logits.
+Every forward takes, for each active slot, the *window* of tokens that are not final in the cache
+yet: [finished block | fresh block] in the first pass of a block, [fresh block] in the others,
+[whole prompt | fresh block] right after admission. So a block costs T forwards: committing it
+shares a forward with the next block's first pass, and so does prefill. Sequences enter and leave as
+they finish. Autoregressive decoding is the case B = 1 with shifted logits.
 
-All ranks of a model replica hold the same bookkeeping on the host; only drawn tokens travel, from the last pipeline stage.
+All ranks of a model replica hold the same bookkeeping on the host; only drawn tokens travel, from
+the last pipeline stage.
 """
 
 from collections import deque
@@ -55,10 +58,12 @@ def generate(
     key: tuple[int, int],
     slots: int = 128,
 ) -> Rollout:
-    """Generate this model replica's requests; trajectories are in their order and the same on all its ranks.
+    """Generate this model replica's requests; trajectories are in their order and the same on all
+    its ranks.
 
-    ``key`` = (seed, step): with the sample's number it decides every random draw, so a response depends neither on its
-    batch nor on the layout. Raises InputError for an empty prompt where logits are read from the position before.
+    ``key`` = (seed, step): with the sample's number it decides every random draw, so a response
+    depends neither on its batch nor on the layout. Raises InputError for an empty prompt where
+    logits are read from the position before.
     """
     if not requests:
         return Rollout(trajectories=[], flops=0.0)
@@ -79,14 +84,18 @@ def generate(
 
 
 def _rules(decoding: Decoding) -> Decoding:
-    """Autoregressive decoding as block diffusion: blocks of one token, one pass, logits from the position before."""
+    """Autoregressive decoding as block diffusion: blocks of one token, one pass, logits from the
+    position before.
+    """
     if decoding.mode == "diffusion":
         return decoding
     return decoding.autoregressive()
 
 
 class _Engine:
-    """Bookkeeping of one ``generate`` call. Tensors indexed by slot live on the host; S slots, L cached positions, B block."""
+    """Bookkeeping of one ``generate`` call. Tensors indexed by slot live on the host; S slots, L
+    cached positions, B block.
+    """
 
     def __init__(
         self,
@@ -105,17 +114,27 @@ class _Engine:
         block = rules.block_size
         length = max(sequence_end(len(r.prompt.ids), r.max_new_tokens, block) for r in requests)
         self.cache = _allocate_cache(model, slots, length)
-        self.forbidden = torch.tensor(vocabulary.forbidden_ids, dtype=torch.int64, device=self.device)
+        self.forbidden = torch.tensor(
+            vocabulary.forbidden_ids, dtype=torch.int64, device=self.device
+        )
         self.end_ids = torch.tensor(vocabulary.end_ids, dtype=torch.int64)
         self.flops = 0.0
-        self.carry = torch.zeros(slots, model.shape.hidden, dtype=model.config.params_dtype, device=self.device)
+        self.carry = torch.zeros(
+            slots, model.shape.hidden, dtype=model.config.params_dtype, device=self.device
+        )
 
         self.request = torch.full((slots,), -1)  # which request a slot works on; -1: free
         self.tokens = torch.full((slots, length), vocabulary.mask_id)
         self.committed_at = torch.zeros((slots, length), dtype=torch.int64)
-        self.prompt_tokens, self.end, self.sample = (torch.zeros(slots, dtype=torch.int64) for _ in range(3))
-        self.block_start, self.clean_until = (torch.zeros(slots, dtype=torch.int64) for _ in range(2))
-        self.pass_index, self.forwards, self.passes = (torch.zeros(slots, dtype=torch.int64) for _ in range(3))
+        self.prompt_tokens, self.end, self.sample = (
+            torch.zeros(slots, dtype=torch.int64) for _ in range(3)
+        )
+        self.block_start, self.clean_until = (
+            torch.zeros(slots, dtype=torch.int64) for _ in range(2)
+        )
+        self.pass_index, self.forwards, self.passes = (
+            torch.zeros(slots, dtype=torch.int64) for _ in range(3)
+        )
 
     def run(self) -> Rollout:
         """Admit, denoise and retire until every request has its trajectory."""
@@ -123,7 +142,9 @@ class _Engine:
             self._admit()
             self._denoise()
             self._retire()
-        return Rollout(trajectories=[self.finished[i] for i in range(len(self.requests))], flops=self.flops)
+        return Rollout(
+            trajectories=[self.finished[i] for i in range(len(self.requests))], flops=self.flops
+        )
 
     def _admit(self) -> None:
         """Give waiting requests the free slots; their prompts ride along in the next forward."""
@@ -136,7 +157,11 @@ class _Engine:
             self.tokens[slot] = self.vocabulary.mask_id
             self.tokens[slot, : len(prompt)] = prompt
             self.committed_at[slot] = 0
-            self.request[slot], self.sample[slot], self.prompt_tokens[slot] = number, request.sample, len(prompt)
+            self.request[slot], self.sample[slot], self.prompt_tokens[slot] = (
+                number,
+                request.sample,
+                len(prompt),
+            )
             self.end[slot] = sequence_end(len(prompt), request.max_new_tokens, block)
             self.block_start[slot] = first_block_start(len(prompt), block)
             for counter in (self.clean_until, self.pass_index, self.forwards, self.passes):
@@ -145,7 +170,9 @@ class _Engine:
     def _denoise(self) -> None:
         """One forward of all active slots and the commits that follow from it."""
         active = torch.nonzero(self.request >= 0).flatten()
-        block_position = self.block_start[active, None] + torch.arange(self.rules.block_size)  # [n, B]
+        block_position = self.block_start[active, None] + torch.arange(
+            self.rules.block_size
+        )  # [n, B]
         fresh = block_position >= self.prompt_tokens[active, None]
         masked = fresh & (self.committed_at[active[:, None], block_position] == 0)
         drawn = self._draw(active, block_position, masked)
@@ -169,18 +196,27 @@ class _Engine:
         self.clean_until[active] = self.block_start[active]
 
     def _draw(self, active: Tensor, block_position: Tensor, masked: Tensor) -> denoising.Draw:
-        """Draw a token at every masked position (row-major order), the same on all ranks of the replica."""
+        """Draw a token at every masked position (row-major order), the same on all ranks of the
+        replica.
+        """
         row, column = torch.nonzero(masked, as_tuple=True)
         hidden, first_token = self._forward(active, projected_rows=len(row))
         position = block_position[row, column]
         result = torch.zeros(3, len(row), dtype=torch.float64, device=self.device)
         if hidden is not None:
-            read = first_token[row] + position - self.clean_until[active[row]]  # index into the packed windows
+            read = (
+                first_token[row] + position - self.clean_until[active[row]]
+            )  # index into the packed windows
             hidden_MH = self._read(hidden, read, active, row, column)
             logits = project(hidden_MH, self.model.head_weight, self.model.shard, self.forbidden)
             seed, step = self.key
             uniform = randomness.uniform(
-                seed, step, self.sample[active[row]], position, self.pass_index[active[row]], randomness.DRAW_TOKEN
+                seed,
+                step,
+                self.sample[active[row]],
+                position,
+                self.pass_index[active[row]],
+                randomness.DRAW_TOKEN,
             )
             drawn = denoising.draw(
                 logits,
@@ -194,11 +230,14 @@ class _Engine:
         token, confidence, entropy = parallel.broadcast_from_last_stage(result).cpu()
         return denoising.Draw(token.long(), confidence, entropy)
 
-    def _read(self, hidden: Tensor, read: Tensor, active: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    def _read(
+        self, hidden: Tensor, read: Tensor, active: Tensor, row: Tensor, column: Tensor
+    ) -> Tensor:
         """Hidden states [M, H] that predict the masked positions.
 
-        With shifted logits position i is read at i - 1; a block's first position is read from the last one before the
-        block as it was last computed clean, which is in the window of the block's first pass and carried from then on.
+        With shifted logits position i is read at i - 1; a block's first position is read from the
+        last one before the block as it was last computed clean, which is in the window of the
+        block's first pass and carried from then on.
         """
         if not self.rules.logit_shift:
             return hidden[read.to(self.device)]
@@ -213,24 +252,41 @@ class _Engine:
     def _forward(self, active: Tensor, *, projected_rows: int) -> tuple[Tensor | None, Tensor]:
         """Run all windows through this rank's stage.
 
-        Returns the final hidden states [N, H] (None on other stages than the last) and each window's first token's index.
+        Returns the final hidden states [N, H] (None on other stages than the last) and each
+        window's first token's index.
         """
         start = self.clean_until[active]
-        end = self.block_start[active] + (0 if self._fresh_block_is_not_read() else self.rules.block_size)
+        end = self.block_start[active] + (
+            0 if self._fresh_block_is_not_read() else self.rules.block_size
+        )
         lengths = end - start
         first_token = lengths.cumsum(0) - lengths
         slot_N = torch.repeat_interleave(active, lengths)
-        position_N = torch.arange(int(lengths.sum())) - torch.repeat_interleave(first_token - start, lengths)
+        position_N = torch.arange(int(lengths.sum())) - torch.repeat_interleave(
+            first_token - start, lengths
+        )
         tokens_N = self.tokens[slot_N, position_N].to(self.device)
         position_N = position_N.to(self.device)
-        plan = cached_plan(lengths.tolist(), active.tolist(), position_N, end.tolist(), self.rules.block_size, self.cache)
+        plan = cached_plan(
+            lengths.tolist(),
+            active.tolist(),
+            position_N,
+            end.tolist(),
+            self.rules.block_size,
+            self.cache,
+        )
         self.flops += forward_flops(
-            self.model.shape, tokens=len(position_N), attended_pairs=attended_pairs(plan), projected_rows=projected_rows
+            self.model.shape,
+            tokens=len(position_N),
+            attended_pairs=attended_pairs(plan),
+            projected_rows=projected_rows,
         )
         if not parallel.is_first_stage():
             shape = (len(position_N), 1, self.model.shape.hidden)
             dtype = self.model.config.params_dtype
-            self.model.set_input_tensor(parallel.receive_from_previous_stage(shape, dtype, self.device))
+            self.model.set_input_tensor(
+                parallel.receive_from_previous_stage(shape, dtype, self.device)
+            )
         output = self.model.run(tokens_N, position_N, plan)
         if parallel.is_last_stage():
             return output.flatten(0, 1), first_token
@@ -238,11 +294,15 @@ class _Engine:
         return None, first_token
 
     def _fresh_block_is_not_read(self) -> bool:
-        """With B = 1 and shifted logits the fresh token is predicted from the one before it: leave its mask token out."""
+        """With B = 1 and shifted logits the fresh token is predicted from the one before it: leave
+        its mask token out.
+        """
         return self.rules.logit_shift and self.rules.block_size == 1
 
     def _retire(self) -> None:
-        """Close finished blocks: a sequence ends with an end token in its response or at its length limit."""
+        """Close finished blocks: a sequence ends with an end token in its response or at its length
+        limit.
+        """
         block = self.rules.block_size
         active = torch.nonzero(self.request >= 0).flatten()
         position = self.block_start[active, None] + torch.arange(block)
@@ -277,7 +337,9 @@ class _Engine:
 
 
 def _spread(values_M: Tensor, masked: Tensor) -> Tensor:
-    """Row-major values at the masked positions -> a tensor of the block's shape [n, B], zero elsewhere."""
+    """Row-major values at the masked positions -> a tensor of the block's shape [n, B], zero
+    elsewhere.
+    """
     spread = torch.zeros(masked.shape, dtype=values_M.dtype)
     spread[masked] = values_M
     return spread

@@ -1,4 +1,6 @@
-"""A run directory and whether this command may use it: a new one, or the one that the same configuration made."""
+"""A run directory and whether this command may use it: a new one, or the one that the same
+configuration made.
+"""
 
 from pathlib import Path
 
@@ -6,7 +8,8 @@ from megatron_opdlm.checkpoint import CONFIG, replace_text
 from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
 from megatron_opdlm.errors import InputError
 
-# Keys that may change between two starts of one run: they decide where and how fast, never what is computed.
+# Keys that may change between two starts of one run: they decide where and how fast, never what is
+# computed.
 _FREE_SECTIONS = ("attention", "checkpoint", "logging")
 _FREE_KEYS = {
     "model.tensor_parallel",
@@ -21,7 +24,9 @@ _FREE_KEYS = {
 
 
 def check_run_directory(config: Config) -> None:
-    """InputError where ``train.out`` holds something else, or a run of another configuration (naming the differing keys)."""
+    """InputError where ``train.out`` holds something else, or a run of another configuration
+    (naming the differing keys).
+    """
     out = Path(config.train.out)
     if not out.exists():
         return
@@ -29,12 +34,16 @@ def check_run_directory(config: Config) -> None:
         raise InputError(f"train.out={out} is a file; choose another directory")
     if not (out / CONFIG).is_file():
         if any(out.iterdir()):
-            raise InputError(f"train.out={out} already holds something that is no run of ours; choose another directory or empty it")
+            raise InputError(
+                f"train.out={out} already holds something that is no run of ours; choose another directory or empty it"
+            )
         return
     differing = [
         key
         for key in differing_keys(load_config(out / CONFIG, []), config)
-        if key not in _FREE_KEYS and key.partition(".")[0] not in _FREE_SECTIONS and key != "train.out"
+        if key not in _FREE_KEYS
+        and key.partition(".")[0] not in _FREE_SECTIONS
+        and key != "train.out"
     ]
     if differing:
         raise InputError(

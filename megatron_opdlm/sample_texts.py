@@ -15,7 +15,10 @@ def sample_rows(trajectories: Sequence[Trajectory], model_files: Path) -> list[d
     for t in trajectories:
         row: dict[str, Any] = {"sample": t.sample, "index": t.prompt.index}
         if tokenizer is not None:
-            row |= {"prompt": tokenizer.decode(t.prompt.ids), "response": tokenizer.decode(t.user_ids)}
+            row |= {
+                "prompt": tokenizer.decode(t.prompt.ids),
+                "response": tokenizer.decode(t.user_ids),
+            }
         row |= {
             "prompt_ids": t.prompt.ids,
             "response_ids": t.response_ids,

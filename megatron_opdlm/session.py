@@ -1,6 +1,5 @@
 """The live objects of one training run, and the glue between the stages of a step."""
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +18,7 @@ from megatron_opdlm.build import (
     build_student,
     build_teacher,
     model_layout,
-    open_model,
-    require_layout,
-    require_same_tokens,
+    open_pair,
 )
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
@@ -33,13 +30,21 @@ from megatron_opdlm.prompts import PromptOrder, PromptSet
 from megatron_opdlm.rollout import Request, Rollout, generate
 from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
 from megatron_opdlm.sample_texts import sample_rows
-from megatron_opdlm.states import PackedBatch, State, pack, split_into_microbatches, split_over_ranks
+from megatron_opdlm.states import (
+    PackedBatch,
+    State,
+    pack,
+    split_into_microbatches,
+    split_over_ranks,
+)
 from megatron_opdlm.update import Objective, Student, UpdateReport
 
 
 @dataclass(kw_only=True)
 class Session:
-    """Everything a run holds. ``progress`` is the only part that changes; the rest changes inside (weights, optimizer)."""
+    """Everything a run holds. ``progress`` is the only part that changes; the rest changes inside
+    (weights, optimizer).
+    """
 
     config: Config
     hardware: Hardware
@@ -70,23 +75,39 @@ class Session:
         return curriculum.generation_budget(step, self.config.curriculum, self.config.rollout)
 
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
-        """Generate this step's responses, shared out over the model replicas; all of them end up on every rank."""
+        """Generate this step's responses, shared out over the model replicas; all of them end up on
+        every rank.
+        """
         requests = self._requests(step)
         mine = requests[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
         made = generate(
-            self.student.model, mine, self._decoding(step), self.source.vocabulary, key=key, slots=self.config.rollout.slots
+            self.student.model,
+            mine,
+            self._decoding(step),
+            self.source.vocabulary,
+            key=key,
+            slots=self.config.rollout.slots,
         )
         trajectories = parallel.gather_objects_over_data_parallel(made.trajectories)
-        flops = parallel.sum_over_data_parallel(torch.tensor(made.flops, dtype=torch.float64, device=self.hardware.device))
-        return Rollout(trajectories=sorted(trajectories, key=lambda t: t.sample), flops=float(flops))
+        flops = parallel.sum_over_data_parallel(
+            torch.tensor(made.flops, dtype=torch.float64, device=self.hardware.device)
+        )
+        return Rollout(
+            trajectories=sorted(trajectories, key=lambda t: t.sample), flops=float(flops)
+        )
 
     def _requests(self, step: int) -> list[Request]:
         rollout = self.config.rollout
-        longest = min(self.source.shape.max_positions, self.config.model.max_positions or self.source.shape.max_positions)
+        longest = min(
+            self.source.shape.max_positions,
+            self.config.model.max_positions or self.source.shape.max_positions,
+        )
         requests = []
         for place, position in enumerate(self.order.batch(step)):
             prompt = self.prompts.prompts[position]
-            limit = curriculum.response_limit(self.budget(step), prompt.domain, rollout.max_new_tokens_by_domain)
+            limit = curriculum.response_limit(
+                self.budget(step), prompt.domain, rollout.max_new_tokens_by_domain
+            )
             limit = min(limit, longest - len(prompt.ids))
             for response in range(rollout.responses_per_prompt):
                 sample = place * rollout.responses_per_prompt + response
@@ -99,7 +120,9 @@ class Session:
             block_size=rollout.block_size,
             denoising_steps=rollout.denoising_steps,
             remasking=rollout.remasking,
-            threshold=curriculum.threshold_at(step, self.config.threshold_schedule, rollout, self.total_steps),
+            threshold=curriculum.threshold_at(
+                step, self.config.threshold_schedule, rollout, self.total_steps
+            ),
             entropy_bound=rollout.entropy_bound,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
@@ -113,7 +136,12 @@ class Session:
         size = self.config.optimizer.batch_size
         rank, ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
         return [
-            pack_microbatches(split_over_ranks(states[start : start + size], ranks)[rank], self.config, self.source, self.hardware)
+            pack_microbatches(
+                split_over_ranks(states[start : start + size], ranks)[rank],
+                self.config,
+                self.source,
+                self.hardware,
+            )
             for start in range(0, len(states), size)
         ]
 
@@ -122,19 +150,28 @@ class Session:
         return [[None] * len(batches) for batches in updates]
 
     def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:
-        """(prepared update, learning rate) of each optimizer step: all prepared updates once per inner epoch."""
+        """(prepared update, learning rate) of each optimizer step: all prepared updates once per
+        inner epoch.
+        """
         order = list(range(prepared)) * self.config.train.inner_epochs
-        return [(i, self._learning_rate(step, number, len(order))) for number, i in enumerate(order)]
+        return [
+            (i, self._learning_rate(step, number, len(order))) for number, i in enumerate(order)
+        ]
 
     def _learning_rate(self, step: int, number: int, updates: int) -> float:
-        """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts nominal updates, so that modes
-        that make more states out of a rollout keep the same curve over steps."""
+        """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts
+        nominal updates, so that modes that make more states out of a rollout keep the same curve
+        over steps."""
         rollout, o = self.config.rollout, self.config.optimizer
         nominal = curriculum.updates_per_step(
-            rollout.prompts_per_step * rollout.responses_per_prompt, o.batch_size, self.config.train.inner_epochs
+            rollout.prompts_per_step * rollout.responses_per_prompt,
+            o.batch_size,
+            self.config.train.inner_epochs,
         )
         position = (step - 1) * nominal + number * nominal / updates
-        return curriculum.learning_rate(position, o, updates_per_step=nominal, total_steps=self.total_steps)
+        return curriculum.learning_rate(
+            position, o, updates_per_step=nominal, total_steps=self.total_steps
+        )
 
     def finish_step(
         self,
@@ -154,9 +191,11 @@ class Session:
             done,
             step=step,
             cumulative_trained_tokens=done.cumulative_trained_tokens + trained,
-            cumulative_rollout_tokens=done.cumulative_rollout_tokens + int(counts["rollout_tokens"]),
+            cumulative_rollout_tokens=done.cumulative_rollout_tokens
+            + int(counts["rollout_tokens"]),
             cumulative_flops=done.cumulative_flops + flops,
-            cumulative_flops_paper=done.cumulative_flops_paper + accounting.paper_flops(self.source.shape, trained),
+            cumulative_flops_paper=done.cumulative_flops_paper
+            + accounting.paper_flops(self.source.shape, trained),
         )
         losses = accounting.reduce_losses(reports)
         speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
@@ -180,8 +219,12 @@ class Session:
         recompute, epochs = self.config.model.recompute, self.config.train.inner_epochs
         flops = 0.0
         for batch in (batch for batches in updates for batch in batches):
-            teacher = accounting.teacher_flops(self.teacher_source.shape, batch) if self.teacher else 0.0
-            flops += teacher + epochs * accounting.student_flops(self.source.shape, batch, recompute=recompute)
+            teacher = (
+                accounting.teacher_flops(self.teacher_source.shape, batch) if self.teacher else 0.0
+            )
+            flops += teacher + epochs * accounting.student_flops(
+                self.source.shape, batch, recompute=recompute
+            )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_data_parallel(total))
 
@@ -191,7 +234,9 @@ class Session:
         parallel.barrier()
 
 
-def pack_microbatches(states: Sequence[State], config: Config, source: ModelSource, hardware: Hardware) -> list[PackedBatch]:
+def pack_microbatches(
+    states: Sequence[State], config: Config, source: ModelSource, hardware: Hardware
+) -> list[PackedBatch]:
     """Pack one replica's states of one update to the token budget."""
     return [
         pack(
@@ -207,13 +252,11 @@ def pack_microbatches(states: Sequence[State], config: Config, source: ModelSour
 
 
 def open_session(config: Config) -> Session:
-    """Check everything, then build everything; continues from the newest checkpoint where there is one."""
+    """Check everything, then build everything; continues from the newest checkpoint where there is
+    one.
+    """
     check_run_directory(config)
-    source = open_model(config.model.path, "model.path", config.model.mask_token_id)
-    teacher_source = open_model(config.teacher.path, "teacher.path", config.model.mask_token_id) if config.teacher.path else source
-    require_same_tokens(source, teacher_source)
-    for model, key in ((source, "model.path"), (teacher_source, "teacher.path")):
-        require_layout(config, model, key, int(os.environ.get("WORLD_SIZE", "1")))
+    source, teacher_source = open_pair(config)
     prompts, order = build_prompts(config, source)
     hardware = parallel.init(model_layout(config), seed=config.train.seed)
     checkpoints = build_checkpoints(config, source, hardware)
@@ -249,7 +292,9 @@ def open_session(config: Config) -> Session:
     )
 
 
-def _announce(config: Config, hardware: Hardware, prompts: PromptSet, progress: Progress, total_steps: int) -> None:
+def _announce(
+    config: Config, hardware: Hardware, prompts: PromptSet, progress: Progress, total_steps: int
+) -> None:
     """What is about to happen, on stderr beside the progress bar."""
     layout = model_layout(config)
     lines = [
@@ -257,6 +302,7 @@ def _announce(config: Config, hardware: Hardware, prompts: PromptSet, progress: 
         f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data {parallel.data_parallel_size()}"
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"prompts: {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
-        f"steps: {total_steps}" + (f", resuming after step {progress.step}" if progress.step else ""),
+        f"steps: {total_steps}"
+        + (f", resuming after step {progress.step}" if progress.step else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
 """Trajectories -> partially denoised states -> packed two-stream batches.
 
-A state is one point of a sequence's own denoising trajectory: which response tokens are still masked. The student reads it as
-[prompt | clean response | noisy response] under the mask of ``diffusion/masks.py``; the teacher reads [prompt | response].
+A state is one point of a sequence's own denoising trajectory: which response tokens are still
+masked. The student reads it as [prompt | clean response | noisy response] under the mask of
+``diffusion/masks.py``; the teacher reads [prompt | response].
 """
 
 from collections.abc import Sequence
@@ -29,13 +30,17 @@ class State:
 
     @property
     def cost(self) -> int:
-        """Positions of the two-stream sequence and of the teacher's: what packing and balancing count."""
+        """Positions of the two-stream sequence and of the teacher's: what packing and balancing
+        count.
+        """
         return 2 * len(self.prompt_ids) + 3 * len(self.response_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One microbatch: packed rows for student and teacher, and what is read from them. M counted positions."""
+    """One microbatch: packed rows for student and teacher, and what is read from them. M counted
+    positions.
+    """
 
     states: list[State]
     student_tokens: Tensor  # [N]
@@ -63,15 +68,25 @@ def choose_states(
 ) -> list[State]:
     """Non-terminal states of each trajectory.
 
-    ``one_per_block``: one state a sequence, every block at one of its own states drawn uniformly (the paper).
-    ``all``: state j of every block together, for j = 1..; blocks with fewer states are clean in the later ones.
-    ``random_mask``: every position masked with a block's rate t ~ U(0, 1), at least one a block.
+    ``one_per_block``: one state a sequence, every block at one of its own states drawn uniformly
+    (the paper). ``all``: state j of every block together, for j = 1..; blocks with fewer states are
+    clean in the later ones. ``random_mask``: every position masked with a block's rate t ~ U(0, 1),
+    at least one a block.
     """
     states = []
     for trajectory in trajectories:
-        masks = {"one_per_block": _one_per_block, "all": _all_rounds, "random_mask": _random_mask}[mode](trajectory, block_size, key)
+        masks = {"one_per_block": _one_per_block, "all": _all_rounds, "random_mask": _random_mask}[
+            mode
+        ](trajectory, block_size, key)
         states += [
-            make_state(trajectory.sample, trajectory.prompt.ids, trajectory.response_ids, mask, vocabulary, exclude_eos=exclude_eos)
+            make_state(
+                trajectory.sample,
+                trajectory.prompt.ids,
+                trajectory.response_ids,
+                mask,
+                vocabulary,
+                exclude_eos=exclude_eos,
+            )
             for mask in masks
         ]
     return states
@@ -86,8 +101,13 @@ def make_state(
     *,
     exclude_eos: bool,
 ) -> State:
-    """A state with its counted positions: masked, not after the first end token, nor the end token itself if excluded."""
-    first_end = next((i for i, token in enumerate(response_ids) if token in vocabulary.end_ids), len(response_ids))
+    """A state with its counted positions: masked, not after the first end token, nor the end token
+    itself if excluded.
+    """
+    first_end = next(
+        (i for i, token in enumerate(response_ids) if token in vocabulary.end_ids),
+        len(response_ids),
+    )
     last = first_end if exclude_eos else first_end + 1
     return State(
         sample=sample,
@@ -102,13 +122,17 @@ def make_state(
 def _blocks(trajectory: Trajectory, block_size: int) -> list[slice]:
     """The response's blocks as slices of it."""
     edges, start = [], 0
-    for length in block_lengths(len(trajectory.prompt.ids), len(trajectory.response_ids), block_size):
+    for length in block_lengths(
+        len(trajectory.prompt.ids), len(trajectory.response_ids), block_size
+    ):
         edges.append(slice(start, start + length))
         start += length
     return edges
 
 
-def _one_per_block(trajectory: Trajectory, block_size: int, key: tuple[int, int]) -> list[list[bool]]:
+def _one_per_block(
+    trajectory: Trajectory, block_size: int, key: tuple[int, int]
+) -> list[list[bool]]:
     mask: list[bool] = []
     for block in _blocks(trajectory, block_size):
         committed = trajectory.committed_at[block]
@@ -124,7 +148,12 @@ def _all_rounds(trajectory: Trajectory, block_size: int, key: tuple[int, int]) -
     passes = [sorted(set(committed)) for committed in blocks]
     rounds = max(len(p) for p in passes)
     return [
-        [j < len(p) and at >= p[j] for committed, p in zip(blocks, passes, strict=True) for at in committed] for j in range(rounds)
+        [
+            j < len(p) and at >= p[j]
+            for committed, p in zip(blocks, passes, strict=True)
+            for at in committed
+        ]
+        for j in range(rounds)
     ]
 
 
@@ -150,8 +179,9 @@ def pack(
     align: int,
     device: torch.device,
 ) -> PackedBatch:
-    """Pack states into one row each for student and teacher; rows are a multiple of ``align`` tokens long (tensor ranks under
-    sequence parallelism), the tail belonging to no sequence. An empty list gives a row of ``align`` tokens without loss."""
+    """Pack states into one row each for student and teacher; rows are a multiple of ``align``
+    tokens long (tensor ranks under sequence parallelism), the tail belonging to no sequence. An
+    empty list gives a row of ``align`` tokens without loss."""
     student, teacher = _Row(), _Row()
     student_read: list[int] = []
     teacher_read: list[int] = []
@@ -166,17 +196,23 @@ def pack(
         noisy = [mask_id if m else token for m, token in zip(state.masked, response, strict=True)]
         noisy_copy = prompt[start:] + noisy
         student_base, teacher_base = len(student.tokens), len(teacher.tokens)
-        student.add(finished + noisy_copy, [*range(end), *range(start, end)], [True] * end + [False] * len(noisy_copy))
+        student.add(
+            finished + noisy_copy,
+            [*range(end), *range(start, end)],
+            [True] * end + [False] * len(noisy_copy),
+        )
         teacher.add(finished, list(range(end)), [True] * end)
         counted = [i for i, is_counted in enumerate(state.counted) if is_counted]
         shares = _masked_shares(state, block_size)
         for i in counted:
             position = len(prompt) + i
-            student_read.append(student_base + _student_index(position, start, end, block_size, logit_shift))
+            student_read.append(
+                student_base + _student_index(position, start, end, block_size, logit_shift)
+            )
             teacher_read.append(teacher_base + position - 1)
             labels.append(response[i])
             share.append(shares[i])
-        row_weight += [1.0 / len(counted)] * len(counted)
+        row_weight += [1.0 / len(counted) for _ in counted]
         sequence += [number] * len(counted)
     student.align(align)
     teacher.align(align)
@@ -228,8 +264,9 @@ class _Row:
 
 
 def _student_index(position: int, start: int, end: int, block_size: int, logit_shift: bool) -> int:
-    """Where in [prompt | clean | noisy] the student predicts ``position``: in the noisy copy, at the position itself; with
-    shifted logits one before it, for a block's first position the clean copy's last one before the block."""
+    """Where in [prompt | clean | noisy] the student predicts ``position``: in the noisy copy, at
+    the position itself; with shifted logits one before it, for a block's first position the clean
+    copy's last one before the block."""
     if not logit_shift:
         return end + position - start
     return position - 1 if position % block_size == 0 else end + position - 1 - start
@@ -247,7 +284,9 @@ def _masked_shares(state: State, block_size: int) -> list[float]:
 
 
 def split_over_ranks(states: Sequence[State], ranks: int) -> list[list[State]]:
-    """Share one update's sequences out so that every rank gets about the same cost (longest first, to the lightest)."""
+    """Share one update's sequences out so that every rank gets about the same cost (longest first,
+    to the lightest).
+    """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0] * ranks
     for number in sorted(range(len(states)), key=lambda i: (-states[i].cost, i)):
@@ -257,10 +296,14 @@ def split_over_ranks(states: Sequence[State], ranks: int) -> list[list[State]]:
     return [[states[i] for i in sorted(share)] for share in shares]
 
 
-def split_into_microbatches(states: Sequence[State], tokens_per_microbatch: int) -> list[list[State]]:
-    """First-fit packing to a token budget (positions of the student's row); a longer sequence gets its own microbatch.
+def split_into_microbatches(
+    states: Sequence[State], tokens_per_microbatch: int
+) -> list[list[State]]:
+    """First-fit packing to a token budget (positions of the student's row); a longer sequence gets
+    its own microbatch.
 
-    At least one microbatch, empty where this rank has no work, so that every rank takes part in the collectives.
+    At least one microbatch, empty where this rank has no work, so that every rank takes part in the
+    collectives.
     """
     bins: list[list[State]] = []
     room: list[int] = []

@@ -1,4 +1,5 @@
-"""On-policy distillation, the loop: ``torchrun ... -m megatron_opdlm.train --config FILE [dotted.key=value ...]``.
+"""On-policy distillation, the loop: ``torchrun ... -m megatron_opdlm.train --config FILE
+[dotted.key=value ...]``.
 
 Read ``run`` first: one line per act of a step.
 """
@@ -29,7 +30,11 @@ def run(config: Config) -> None:
             states = choose_states(rollout.trajectories, key=key, **session.state_options)
             updates = session.pack_updates(states)
         with watch.phase("teacher"):
-            targets = [score(session.teacher, batches) for batches in updates] if session.teacher else session.no_targets(updates)
+            targets = (
+                [score(session.teacher, batches) for batches in updates]
+                if session.teacher
+                else session.no_targets(updates)
+            )
         with watch.phase("update"):
             reports = [
                 update(session.student, updates[i], targets[i], session.objective, rate)
@@ -41,11 +46,25 @@ def run(config: Config) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
-    parser = argparse.ArgumentParser(prog="megatron_opdlm.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, help="YAML recipe; defaults hold for what it leaves out")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the layout and memory, train nothing")
-    parser.add_argument("--world-size", type=int, help="number of ranks that --dry-run assumes (default: WORLD_SIZE or 1)")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="override a key of the recipe")
+    parser = argparse.ArgumentParser(
+        prog="megatron_opdlm.train", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything, print the layout and memory, train nothing",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        help="number of ranks that --dry-run assumes (default: WORLD_SIZE or 1)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="override a key of the recipe"
+    )
     options = parser.parse_args(arguments)
     config = load_config(options.config, options.overrides)
     require(config, "model.path", "data.path", "train.out")

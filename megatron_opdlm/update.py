@@ -1,5 +1,8 @@
-"""Update of the student: Megatron's pipeline schedule and distributed optimizer over packed microbatches."""
+"""Update of the student: Megatron's pipeline schedule and distributed optimizer over packed
+microbatches.
+"""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +27,9 @@ from megatron_opdlm.states import PackedBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """The trained model: the module itself, Megatron's wrapper that reduces its gradients, and its optimizer."""
+    """The trained model: the module itself, Megatron's wrapper that reduces its gradients, and its
+    optimizer.
+    """
 
     model: Qwen3
     ddp: DistributedDataParallel
@@ -51,28 +56,58 @@ class UpdateReport:
 
 
 def update(
-    student: Student, batches: Sequence[PackedBatch], targets: Sequence[Tensor | None], objective: Objective, lr: float
+    student: Student,
+    batches: Sequence[PackedBatch],
+    targets: Sequence[Tensor | None],
+    objective: Objective,
+    lr: float,
 ) -> UpdateReport:
     """Forward, backward and one optimizer step over this replica's microbatches.
 
-    The loss is the mean over all sequences of the update, on all replicas. Raises RunError, before anything is changed, when a
-    sequence's loss is not finite.
+    The loss is the mean over all sequences of the update, on all replicas. Raises RunError, before
+    anything is changed, when a sequence's loss is not finite.
     """
-    losses = accumulate_gradients(student, batches, targets, objective)
-    values, share_sum, share_count = _collect(batches, losses)
-    _require_finite(batches, values)
+    report = measure(student, batches, targets, objective)
     for group in student.optimizer.param_groups:
         group["lr"] = lr
-    succeeded, grad_norm, _ = student.optimizer.step()
-    if not succeeded or not torch.isfinite(torch.tensor(float(grad_norm))):
-        raise RunError(f"gradient norm is {grad_norm} after this update; lower optimizer.lr or inspect the samples of this step")
-    return UpdateReport(sequence_loss=values.tolist(), share_sum=share_sum, share_count=share_count, grad_norm=float(grad_norm))
+    student.optimizer.step()
+    return report
 
 
-def accumulate_gradients(
-    student: Student, batches: Sequence[PackedBatch], targets: Sequence[Tensor | None], objective: Objective
+def measure(
+    student: Student,
+    batches: Sequence[PackedBatch],
+    targets: Sequence[Tensor | None],
+    objective: Objective,
+) -> UpdateReport:
+    """Losses, and gradients left in the buffers, without changing a weight."""
+    losses = _accumulate_gradients(student, batches, targets, objective)
+    values, share_sum, share_count = _collect(batches, losses)
+    _require_finite(batches, values)
+    found_inf = student.optimizer.prepare_grads()
+    grad_norm = float(student.optimizer.get_grad_norm())
+    if found_inf or not math.isfinite(grad_norm):
+        raise RunError(
+            f"grad_norm={grad_norm} is not finite; nothing was updated: lower optimizer.lr or look "
+            "at this step's samples"
+        )
+    return UpdateReport(
+        sequence_loss=values.tolist(),
+        share_sum=share_sum,
+        share_count=share_count,
+        grad_norm=grad_norm,
+    )
+
+
+def _accumulate_gradients(
+    student: Student,
+    batches: Sequence[PackedBatch],
+    targets: Sequence[Tensor | None],
+    objective: Objective,
 ) -> list[Tensor]:
-    """Run Megatron's schedule; returns each microbatch's position values [M] (on the last stage, else an empty list)."""
+    """Run Megatron's schedule; returns each microbatch's position values [M] (on the last stage,
+    else an empty list).
+    """
     student.ddp.zero_grad_buffer()
     student.optimizer.zero_grad()
     student.model.config.finalize_model_grads_func = finalize_model_grads
@@ -89,49 +124,91 @@ def accumulate_gradients(
 
 
 def _forward_step(
-    iterator: Iterator[tuple[PackedBatch, Tensor | None]], model: torch.nn.Module, *, student: Student, objective: Objective
+    iterator: Iterator[tuple[PackedBatch, Tensor | None]],
+    model: torch.nn.Module,
+    *,
+    student: Student,
+    objective: Objective,
 ) -> tuple[Tensor, Any]:
     batch, target = next(iterator)
-    output = model(batch.student_tokens[None], batch.student_positions[None], None, packed_seq_params=batch.student_plan)
+    output = model(
+        batch.student_tokens[None],
+        batch.student_positions[None],
+        None,
+        packed_seq_params=batch.student_plan,
+    )
     return output, partial(_loss, batch=batch, target=target, student=student, objective=objective)
 
 
 def _loss(
-    output: Tensor, *, batch: PackedBatch, target: Tensor | None, student: Student, objective: Objective
+    output: Tensor,
+    *,
+    batch: PackedBatch,
+    target: Tensor | None,
+    student: Student,
+    objective: Objective,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum over the microbatch's sequences, number of sequences, log); Megatron divides by the number summed over replicas."""
+    """(sum over the microbatch's sequences, number of sequences, log); Megatron divides by the
+    number summed over replicas.
+    """
     model = student.model
-    hidden = select_positions(output, batch.student_read, sequence_parallel=model.config.sequence_parallel)
+    hidden = select_positions(
+        output, batch.student_read, sequence_parallel=model.config.sequence_parallel
+    )
     hidden = hidden.to(model.head_weight.dtype)  # Megatron's 16-bit wrapper returns float32
-    common = {"project": partial(project, shard=model.shard), "reduction": model.shard, "chunk_rows": objective.chunk_rows}
+    common = {
+        "project": partial(project, shard=model.shard),
+        "reduction": model.shard,
+        "chunk_rows": objective.chunk_rows,
+    }
     if objective.divergence.kind == "nll":
-        total, values = likelihood_loss(hidden, model.head_weight, batch.labels, batch.row_weight, **common)
+        total, values = likelihood_loss(
+            hidden, model.head_weight, batch.labels, batch.row_weight, **common
+        )
     else:
         assert objective.teacher is not None and target is not None
         weight = objective.teacher.head_weight.detach()
         total, values = distillation_loss(
-            hidden, model.head_weight, target, weight, batch.row_weight, objective.divergence, **common
+            hidden,
+            model.head_weight,
+            target,
+            weight,
+            batch.row_weight,
+            objective.divergence,
+            **common,
         )
     sequences = torch.tensor(len(batch.states), dtype=torch.int, device=output.device)
     return total, sequences, {"values": values.detach().clone()}
 
 
-def _collect(batches: Sequence[PackedBatch], losses: list[Tensor]) -> tuple[Tensor, dict[float, float], dict[float, int]]:
+def _collect(
+    batches: Sequence[PackedBatch], losses: list[Tensor]
+) -> tuple[Tensor, dict[float, float], dict[float, int]]:
     """Per-sequence losses [sequences] and per-share sums, known to every pipeline stage."""
     weight = torch.cat([batch.row_weight for batch in batches]).double()
     share = torch.cat([batch.masked_share for batch in batches])
     offsets = [0]
     for batch in batches:
         offsets.append(offsets[-1] + len(batch.states))
-    sequence = torch.cat([batch.sequence + offset for batch, offset in zip(batches, offsets, strict=False)])
+    sequence = torch.cat(
+        [batch.sequence + offset for batch, offset in zip(batches, offsets, strict=False)]
+    )
     values = torch.cat(losses).double() if losses else torch.zeros_like(weight)
     values = parallel.broadcast_over_pipeline(values)
-    per_sequence = torch.zeros(offsets[-1], dtype=torch.float64, device=values.device).index_add(0, sequence, values * weight)
+    per_sequence = torch.zeros(offsets[-1], dtype=torch.float64, device=values.device).index_add(
+        0, sequence, values * weight
+    )
     levels, level = torch.unique((share * 100).round() / 100, return_inverse=True)
-    sums = torch.zeros(len(levels), dtype=torch.float64, device=values.device).index_add(0, level, values)
+    sums = torch.zeros(len(levels), dtype=torch.float64, device=values.device).index_add(
+        0, level, values
+    )
     counts = torch.bincount(level, minlength=len(levels))
     keys = [round(x, 2) for x in levels.tolist()]
-    return per_sequence, dict(zip(keys, sums.tolist(), strict=True)), dict(zip(keys, counts.tolist(), strict=True))
+    return (
+        per_sequence,
+        dict(zip(keys, sums.tolist(), strict=True)),
+        dict(zip(keys, counts.tolist(), strict=True)),
+    )
 
 
 def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor) -> None:
@@ -142,4 +219,6 @@ def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor) -> Non
     states = [state for batch in batches for state in batch.states]
     bad = [states[i].sample for i in torch.nonzero(~finite).flatten().tolist()]
     where = f"sample {bad[0]}" if bad else "a sample of another replica"
-    raise RunError(f"the loss of {where} is not finite; nothing was updated: check the teacher and student weights and model.dtype")
+    raise RunError(
+        f"the loss of {where} is not finite; nothing was updated: check the teacher and student weights and model.dtype"
+    )

@@ -1,1 +1,3 @@
-"""The mathematics of block diffusion in plain torch: blocks, masks, denoising, keyed randomness. No Megatron in here."""
+"""The mathematics of block diffusion in plain torch: blocks, masks, denoising, keyed randomness. No
+Megatron in here.
+"""

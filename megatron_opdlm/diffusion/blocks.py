@@ -1,23 +1,31 @@
 """The block contract: blocks are counted from absolute position 0, block(i) = i // B.
 
-Rollout, training, export and evaluation share these three functions. The tokens of a prompt's unfinished last block sit,
-clean and never masked, in the first generated block.
+Rollout, training, export and evaluation share these three functions. The tokens of a prompt's
+unfinished last block sit, clean and never masked, in the first generated block.
 """
+
+from itertools import pairwise
 
 
 def first_block_start(prompt_tokens: int, block_size: int) -> int:
-    """Position at which the first generated block starts; P - P mod B prompt tokens lie before it."""
+    """Position where the first generated block starts; P - P mod B prompt tokens lie before it."""
     return prompt_tokens // block_size * block_size
 
 
 def sequence_end(prompt_tokens: int, max_new_tokens: int, block_size: int) -> int:
-    """Position after the whole block that holds the last allowed response token (DESIGN 4b, length limit)."""
+    """Position after the whole block that holds the last allowed response token (DESIGN 4b, length
+    limit).
+    """
     return -(-(prompt_tokens + max_new_tokens) // block_size) * block_size
 
 
 def block_lengths(prompt_tokens: int, response_tokens: int, block_size: int) -> list[int]:
-    """Response tokens in each generated block, in order. The first can be short (it shares its block with the prompt's
-    tail), the last too (a recorded response that ends in mid-block)."""
-    ends = range(first_block_start(prompt_tokens, block_size) + block_size, prompt_tokens + response_tokens, block_size)
+    """Response tokens in each generated block, in order. The first can be short (it shares its
+    block with the prompt's tail), the last too (a recorded response that ends in mid-block)."""
+    ends = range(
+        first_block_start(prompt_tokens, block_size) + block_size,
+        prompt_tokens + response_tokens,
+        block_size,
+    )
     edges = [prompt_tokens, *ends, prompt_tokens + response_tokens]
-    return [right - left for left, right in zip(edges, edges[1:], strict=False) if right > left]
+    return [right - left for left, right in pairwise(edges) if right > left]

@@ -1,4 +1,4 @@
-"""How to decode: the one record of generation settings that rollout, sampling and evaluation share."""
+"""How to decode: the record of generation settings of rollout, sampling and evaluation."""
 
 import math
 from dataclasses import dataclass, replace
@@ -17,7 +17,9 @@ REMASKING = (
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """Settings of one generation. ``mode="ar"`` reads temperature, top-p, top-k, the length limit and the seed only."""
+    """Settings of one generation. ``mode="ar"`` reads temperature, top-p, top-k, the length limit
+    and the seed only.
+    """
 
     mode: str = "diffusion"
     block_size: int = 4  # tokens per block
@@ -33,7 +35,9 @@ class Decoding:
     logit_shift: bool = False  # position i is read from logits i - 1
 
     def validate(self) -> "Decoding":
-        """Check every value; returns itself so that it can be chained. InputError: value, rule, remedy."""
+        """Check every value; returns itself so that it can be chained. InputError: value, rule,
+        remedy.
+        """
         _check_name("mode", self.mode, MODES)
         _check_name("remasking", self.remasking, REMASKING)
         _check_at_least("block_size", self.block_size, 1)
@@ -51,7 +55,7 @@ class Decoding:
         return self
 
     def autoregressive(self) -> "Decoding":
-        """The same sampling as blocks of one token: one pass each, logits from the position before."""
+        """The same sampling as blocks of one token: one pass, logits from the position before."""
         return replace(
             self,
             block_size=1,

@@ -1,11 +1,14 @@
-"""Decoding rules of block diffusion: draw a token at every position, then choose which positions to commit.
+"""Decoding rules of block diffusion: draw a token at every position, then choose which positions to
+commit.
 
-Plain torch and self-contained: exported models carry this very file. Vectorised over positions and sequences; a vocabulary
-that is split over tensor-parallel ranks is reduced through the ``shard`` argument and its logits are never gathered.
+Plain torch and self-contained: exported models carry this very file. Vectorised over positions and
+sequences; a vocabulary that is split over tensor-parallel ranks is reduced through the ``shard``
+argument and its logits are never gathered.
 
 Definitions (they follow DESIGN 4b):
 - confidence of a position = probability of its drawn token under the unshaped softmax;
-- temperature, top-k and top-p, in this order, shape the distribution that is drawn from; temperature 0 is the arg-max;
+- temperature, top-k and top-p, in this order, shape the distribution that is drawn from;
+  temperature 0 is the arg-max;
 - ties go to the lowest token id, then to the lowest position.
 """
 
@@ -18,7 +21,9 @@ REMASKING = ("low_confidence_static", "low_confidence_dynamic", "sequential", "e
 
 
 class WholeVocabulary:
-    """The trivial shard: this process holds every logit. A tensor-parallel shard offers the same four methods."""
+    """The trivial shard: this process holds every logit. A tensor-parallel shard offers the same
+    four methods.
+    """
 
     start = 0  # global id of the first local column
 
@@ -35,7 +40,9 @@ class WholeVocabulary:
         return x
 
     def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum over the shards with lower ids, sum over all shards), the same values on every shard."""
+        """(sum over the shards with lower ids, sum over all shards), the same values on every
+        shard.
+        """
         return torch.zeros_like(x), x
 
 
@@ -59,9 +66,11 @@ def draw(
     top_p: float = 1.0,
     shard: WholeVocabulary = WHOLE,
 ) -> Draw:
-    """Draw one token a row by inverting the cumulative distribution at ``uniform_M`` (float64 in [0, 1)).
+    """Draw one token a row by inverting the cumulative distribution at ``uniform_M`` (float64 in
+    [0, 1)).
 
-    ``logits_MV`` are this shard's columns, forbidden ids already at -inf. Cumulative sums are taken in float64.
+    ``logits_MV`` are this shard's columns, forbidden ids already at -inf. Cumulative sums are taken
+    in float64.
     """
     logits = logits_MV.float()
     top = shard.max(logits.amax(-1, keepdim=True))
@@ -77,7 +86,9 @@ def draw(
         shaped = torch.exp((logits - top) / temperature)
         if top_k > 0:
             count = torch.full_like(total, top_k)
-            shaped = torch.where(_largest(shaped, torch.ones_like(shaped), count, shard), shaped, 0.0)
+            shaped = torch.where(
+                _largest(shaped, torch.ones_like(shaped), count, shard), shaped, 0.0
+            )
         if top_p < 1:
             mass = top_p * shard.sum(shaped.double().sum(-1))
             shaped = torch.where(_largest(shaped, shaped, mass, shard), shaped, 0.0)
@@ -90,7 +101,9 @@ def draw(
 _NOWHERE = torch.iinfo(torch.int64).max
 
 
-def _invert(weight_MV: Tensor, uniform_M: Tensor, columns: Tensor, shard: WholeVocabulary) -> Tensor:
+def _invert(
+    weight_MV: Tensor, uniform_M: Tensor, columns: Tensor, shard: WholeVocabulary
+) -> Tensor:
     """First id whose cumulative weight exceeds u times the total. Exactly one shard holds it."""
     cumulative = weight_MV.double().cumsum(-1)
     before, total = shard.before(cumulative[:, -1])
@@ -99,11 +112,15 @@ def _invert(weight_MV: Tensor, uniform_M: Tensor, columns: Tensor, shard: WholeV
     return shard.min(torch.where(beyond, columns, _NOWHERE).amin(-1))
 
 
-def _largest(value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary) -> Tensor:
-    """The smallest set of largest values whose measures sum to ``need_M``, ties broken towards the lowest id.
+def _largest(
+    value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary
+) -> Tensor:
+    """The smallest set of largest values whose measures sum to ``need_M``, ties broken towards the
+    lowest id.
 
-    Non-negative float32 numbers are ordered like their bit patterns, so the smallest value that is kept is found by
-    bisection over 31 bits, each step one sum over the vocabulary: exact, and nothing is sorted or gathered.
+    Non-negative float32 numbers are ordered like their bit patterns, so the smallest value that is
+    kept is found by bisection over 31 bits, each step one sum over the vocabulary: exact, and
+    nothing is sorted or gathered.
     """
     bits = value_MV.contiguous().view(torch.int32)
 
@@ -117,14 +134,20 @@ def _largest(value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeV
     above = bits > low[:, None]
     tied = (bits == low[:, None]) & (value_MV > 0)
     before, _ = shard.before(tied.double().sum(-1))
-    order = before[:, None] + tied.double().cumsum(-1) - tied.double()  # tied columns with a lower id
-    one = shard.max(torch.where(tied, measure_MV, 0.0).amax(-1)).double()  # tied values have one measure
+    order = (
+        before[:, None] + tied.double().cumsum(-1) - tied.double()
+    )  # tied columns with a lower id
+    one = shard.max(
+        torch.where(tied, measure_MV, 0.0).amax(-1)
+    ).double()  # tied values have one measure
     missing = need_M - sum_where(above)
     return above | (tied & (order * one[:, None] < missing[:, None]))
 
 
 def quota(pass_index: Tensor, block_size: int, steps: int) -> Tensor:
-    """Positions to commit in pass s (from 0): B // T, one more in the first B mod T passes, after T passes all of them."""
+    """Positions to commit in pass s (from 0): B // T, one more in the first B mod T passes, after T
+    passes all of them.
+    """
     regular = block_size // steps + (pass_index < block_size % steps).to(pass_index.dtype)
     return torch.where(pass_index < steps, regular, block_size)
 
@@ -140,13 +163,15 @@ def choose_commits(
     threshold: float = 0.9,
     entropy_bound: float = 0.35,
 ) -> Tensor:
-    """Which masked positions of each block to commit in this pass (bool [S, B], a subset of ``masked_SB``).
+    """Which masked positions of each block to commit in this pass (bool [S, B], a subset of
+    ``masked_SB``).
 
     - ``low_confidence_static``: the quota's most confident positions.
-    - ``low_confidence_dynamic``: every position strictly above the threshold, and at least the quota's most confident.
+    - ``low_confidence_dynamic``: every position strictly above the threshold, and at least the
+      quota's most confident.
     - ``sequential``: the quota's left-most positions.
-    - ``entropy_bounded``: positions in order of rising entropy while their cumulative entropy stays below the bound, at
-      least one; after ``steps`` passes whatever is left.
+    - ``entropy_bounded``: positions in order of rising entropy while their cumulative entropy stays
+      below the bound, at least one; after ``steps`` passes whatever is left.
     """
     block_size = masked_SB.shape[1]
     allowance = quota(pass_S, block_size, steps)[:, None]
@@ -158,7 +183,9 @@ def choose_commits(
         leading = (ordered.cumsum(1) < entropy_bound) | (allowance >= block_size)
         leading[:, 0] = True
         return masked_SB & torch.zeros_like(masked_SB).scatter(1, order, leading)
-    order = torch.sort(torch.where(masked_SB, confidence_SB, -1.0), dim=1, descending=True, stable=True).indices
+    order = torch.sort(
+        torch.where(masked_SB, confidence_SB, -1.0), dim=1, descending=True, stable=True
+    ).indices
     rank = torch.argsort(order, dim=1)
     best = masked_SB & (rank < allowance)
     if remasking == "low_confidence_static":

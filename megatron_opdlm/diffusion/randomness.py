@@ -1,8 +1,10 @@
-"""Keyed randomness: every draw is a pure function of integers such as (seed, step, sample, position, pass, purpose).
+"""Keyed randomness: every draw is a pure function of integers such as (seed, step, sample,
+position, pass, purpose).
 
-A counter-based generator: the keys are absorbed one after the other by the finaliser of SplitMix64 (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", OOPSLA 2014). So a sample's random numbers do not depend on its batch, on
-the parallel layout or on a resume, and nothing has to be stored in a checkpoint but the seed.
+A counter-based generator: the keys are absorbed one after the other by the finaliser of SplitMix64
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014). So a
+sample's random numbers do not depend on its batch, on the parallel layout or on a resume, and
+nothing has to be stored in a checkpoint but the seed.
 """
 
 import torch
@@ -17,7 +19,9 @@ MASK_POSITION = 3
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX2 = -7723592293110705685  # 0x94D049BB133111EB
-_UNIFORM_BITS = 48  # enough for any vocabulary, and u * total < total holds in float64 whatever the rounding
+_UNIFORM_BITS = (
+    48  # enough for any vocabulary, and u * total < total holds in float64 whatever the rounding
+)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -35,11 +39,18 @@ def hash_keys(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor
     """64 mixed bits (int64) for each element of the broadcast keys."""
     state = torch.zeros((), dtype=torch.int64, device=device)
     for key in keys:
-        key = key.to(torch.int64) if isinstance(key, Tensor) else torch.tensor(key, dtype=torch.int64, device=device)
+        key = (
+            key.to(torch.int64)
+            if isinstance(key, Tensor)
+            else torch.tensor(key, dtype=torch.int64, device=device)
+        )
         state = _finalise((state ^ key) + _GOLDEN)
     return state
 
 
 def uniform(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """float64 numbers in [0, 1) with 48 random bits, one for each element of the broadcast keys."""
-    return _shift(hash_keys(*keys, device=device), 64 - _UNIFORM_BITS).to(torch.float64) * 2.0**-_UNIFORM_BITS
+    return (
+        _shift(hash_keys(*keys, device=device), 64 - _UNIFORM_BITS).to(torch.float64)
+        * 2.0**-_UNIFORM_BITS
+    )

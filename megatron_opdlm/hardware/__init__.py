@@ -1,4 +1,4 @@
-"""Hardware as a value. Importing this package makes megatron-core usable on a machine without CUDA."""
+"""Hardware as a value. Importing this package makes megatron-core usable without CUDA."""
 
 from megatron_opdlm.hardware.select import Hardware, select_hardware
 

@@ -1,4 +1,4 @@
-"""What running on NVIDIA GPUs means for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
+"""What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
 from typing import Any
 

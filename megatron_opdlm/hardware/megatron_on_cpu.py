@@ -1,23 +1,28 @@
-"""The compatibility file: lets unmodified megatron-core 0.16 run on CPU with gloo. A no-op where CUDA is available.
+"""The compatibility file: lets unmodified megatron-core 0.16 run on CPU with gloo. A no-op where
+CUDA is available.
 
-Megatron names CUDA in a few places on our path (``torch.cuda.current_device``, ``device="cuda"``, tensor type strings). Instead of
-patching torch itself, every ``megatron.core`` module gets a private view of the torch namespace in which these names mean
-the CPU. Real torch stays untouched: ``torch.cuda.is_available()`` stays honest and other libraries notice nothing.
+Megatron names CUDA in a few places on our path (``torch.cuda.current_device``, ``device="cuda"``,
+tensor type strings). Instead of patching torch itself, every ``megatron.core`` module gets a
+private view of the torch namespace in which these names mean the CPU. Real torch stays untouched:
+``torch.cuda.is_available()`` stays honest and other libraries notice nothing.
 
-It also gives Megatron an Adam with the contract of Transformer Engine's FusedAdam (one ``step`` per parameter group), so that
-CPU runs take the code path of production runs through the distributed optimizer and its checkpoints.
+It also gives Megatron an Adam with the contract of Transformer Engine's FusedAdam (one ``step`` per
+parameter group), so that CPU runs take the code path of production runs through the distributed
+optimizer and its checkpoints.
 """
 
 import functools
 import importlib
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-# Modules that megatron-core imports lazily on our path; a module must be imported before it can get its view.
+# Modules that megatron-core imports lazily on our path; a module must be imported before it can get
+# its view.
 _MODULES = (
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel",
@@ -36,14 +41,25 @@ _MODULES = (
     "megatron.core.inference.contexts",
     "megatron.core.rerun_state_machine",
 )
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like", "as_tensor")
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "empty_like",
+    "zeros_like",
+    "as_tensor",
+)
 
 
 class GroupAdam(torch.optim.Optimizer):
     """Adam whose step count belongs to the parameter group, as in Transformer Engine's FusedAdam.
 
-    Kingma and Ba (2015) with decoupled weight decay (Loshchilov and Hutter, 2019) when ``adam_w_mode`` is set. State per
-    parameter: ``exp_avg`` and ``exp_avg_sq``, nothing else, which is what Megatron's distributed optimizer stores.
+    Kingma and Ba (2015) with decoupled weight decay (Loshchilov and Hutter, 2019) when
+    ``adam_w_mode`` is set. State per parameter: ``exp_avg`` and ``exp_avg_sq``, nothing else, which
+    is what Megatron's distributed optimizer stores.
     """
 
     def __init__(
@@ -56,7 +72,13 @@ class GroupAdam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
     ) -> None:
-        defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "bias_correction": bias_correction,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+        }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 
@@ -155,7 +177,9 @@ def _torch_view() -> types.ModuleType:
 
 
 def _patch_tensor_methods() -> None:
-    """``Tensor.cuda()`` returns the tensor; ``Tensor.type()`` says ``torch.cuda.…`` to Megatron alone, which tests for it."""
+    """``Tensor.cuda()`` returns the tensor; ``Tensor.type()`` says ``torch.cuda.…`` to Megatron
+    alone, which tests for it.
+    """
     original_type = torch.Tensor.type
 
     def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -186,20 +210,41 @@ def _use_cpu_generator() -> None:
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
 
 
+def _quiet_expected_warnings() -> None:
+    """Megatron warns of what a CPU run is: no Transformer Engine, no Apex, gradients read from
+    views.
+    """
+    for message in (
+        "Transformer Engine and Apex are not installed",
+        "Apex is not installed",
+        "full scope is deprecated",
+        r"The \.grad attribute of a Tensor that is not a leaf Tensor",
+        r"`torch\.distributed\.\w+` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 _installed = False
 
 
 def install() -> None:
-    """Import Megatron's modules of our path and, where there is no CUDA, adapt them to the CPU. Idempotent."""
+    """Import Megatron's modules of our path and, where there is no CUDA, adapt them to the CPU.
+    Idempotent.
+    """
     global _installed
     if torch.cuda.is_available():
         return
-    # torch.compile around Megatron's small functions costs seconds of start-up on CPU and buys nothing.
+    _quiet_expected_warnings()
+    # torch.compile around Megatron's small functions costs seconds of start-up on CPU and buys
+    # nothing.
     importlib.import_module("megatron.core.jit").disable_jit_fuser()
     for name in _MODULES:
         importlib.import_module(name)
     for name, module in list(sys.modules.items()):
-        if name.startswith(("megatron.core", "modelopt.torch")) and module.__dict__.get("torch") is torch:
+        if (
+            name.startswith(("megatron.core", "modelopt.torch"))
+            and module.__dict__.get("torch") is torch
+        ):
             module.__dict__["torch"] = _torch_view()
     if not _installed:
         _patch_tensor_methods()

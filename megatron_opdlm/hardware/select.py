@@ -30,7 +30,9 @@ def _peak_resident_bytes() -> int:
 
 @functools.cache
 def select_hardware() -> Hardware:
-    """GPUs if CUDA is available, else the CPU with one thread a rank (more threads make small models slower)."""
+    """GPUs if CUDA is available, else the CPU with one thread a rank (more threads make small
+    models slower).
+    """
     if torch.cuda.is_available():
         return Hardware(
             device=gpu.set_device(int(os.environ.get("LOCAL_RANK", "0"))),

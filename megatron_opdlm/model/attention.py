@@ -1,8 +1,10 @@
-"""The attention slot: Megatron's ``core_attention`` with our masks. Backend ``dense``: SDPA with a materialised mask.
+"""The attention slot: Megatron's ``core_attention`` with our masks. Backend ``dense``: SDPA with a
+materialised mask.
 
-A packed row [N tokens] is attended in *buckets*: sequences of similar length gathered to rows [n, L], each with its own small
-mask, so the cost is that of the sequences and not of the N x N square. The plan of a forward (buckets, masks, cache) is
-built once and travels to every layer inside ``packed_seq_params``.
+A packed row [N tokens] is attended in *buckets*: sequences of similar length gathered to rows [n,
+L], each with its own small mask, so the cost is that of the sequences and not of the N x N square.
+The plan of a forward (buckets, masks, cache) is built once and travels to every layer inside
+``packed_seq_params``.
 """
 
 from collections.abc import Sequence
@@ -22,17 +24,23 @@ from megatron_opdlm.model.kv_cache import KVCache
 class Bucket:
     """Sequences that are attended together."""
 
-    gather: Tensor  # [n, L] indices into the packed row; places beyond a sequence's end repeat its first token
+    gather: Tensor  # [n, L] into the packed row; beyond a sequence's end its first token repeats
     mask: Tensor  # [n, 1, L, keys] bool, True = may attend
-    slots: Tensor | None = None  # [n] cache slots; None: all slots in order (with a cache), no cache otherwise
+    slots: Tensor | None = (
+        None  # [n] cache slots; None: all slots in order (with a cache), no cache otherwise
+    )
 
 
 @dataclass
 class AttentionPlan(PackedSeqParams):
-    """Everything that attention needs to know about one forward. ``qkv_format`` is "sbhd" with one packed row."""
+    """Everything that attention needs to know about one forward. ``qkv_format`` is "sbhd" with one
+    packed row.
+    """
 
     buckets: tuple[Bucket, ...] = ()
-    scatter: Tensor | None = None  # [N] place of each packed token among the buckets' flattened rows
+    scatter: Tensor | None = (
+        None  # [N] place of each packed token among the buckets' flattened rows
+    )
     cache: KVCache | None = None
     cache_slot: Tensor | None = None  # [N] where new keys and values go
     cache_position: Tensor | None = None  # [N]
@@ -41,7 +49,14 @@ class AttentionPlan(PackedSeqParams):
 class MaskedAttention(torch.nn.Module):
     """Grouped-query attention under an ``AttentionPlan``. Has no parameters."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.layer_number = layer_number
         scale = kwargs.get("softmax_scale")
@@ -61,9 +76,13 @@ class MaskedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: AttentionPlan | None = None,
     ) -> Tensor:
-        """query [N, 1, heads, d], key and value [N, 1, groups, d] -> [N, 1, heads * d]; keys arrive with RoPE applied."""
+        """query [N, 1, heads, d], key and value [N, 1, groups, d] -> [N, 1, heads * d]; keys arrive
+        with RoPE applied.
+        """
         plan = packed_seq_params
-        assert isinstance(plan, AttentionPlan), "our attention is driven by an AttentionPlan in packed_seq_params"
+        assert isinstance(plan, AttentionPlan), (
+            "our attention is driven by an AttentionPlan in packed_seq_params"
+        )
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if plan.cache is not None:
             plan.cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
@@ -71,7 +90,9 @@ class MaskedAttention(torch.nn.Module):
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
         return flat.index_select(0, plan.scatter).flatten(1).unsqueeze(1)
 
-    def _attend(self, bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None) -> Tensor:
+    def _attend(
+        self, bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
+    ) -> Tensor:
         """Attention of one bucket -> [n * L, heads, d]."""
         q = _gather(query, bucket.gather)
         if cache is None:
@@ -95,7 +116,9 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def group_by_length(lengths: Sequence[int], waste: float = 0.25) -> list[list[int]]:
-    """Indices of sequences grouped so that padding a group to its longest wastes at most ``waste`` of a row."""
+    """Indices of sequences grouped so that padding a group to its longest wastes at most ``waste``
+    of a row.
+    """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[index] >= (1 - waste) * lengths[groups[-1][0]]:
@@ -114,7 +137,9 @@ def _rows(starts: list[int], lengths: list[int], device: torch.device) -> tuple[
     return start + torch.where(real, offset, 0), real
 
 
-def _plan(lengths: Sequence[int], tokens: int, device: torch.device) -> tuple[list[tuple[list[int], Tensor]], Tensor]:
+def _plan(
+    lengths: Sequence[int], tokens: int, device: torch.device
+) -> tuple[list[tuple[list[int], Tensor]], Tensor]:
     """Buckets (members, gather index) of the packed sequences, and the scatter index [N].
 
     ``tokens`` may exceed the sum of lengths: the alignment tail reads row 0 and nobody reads it.
@@ -150,7 +175,9 @@ def two_stream_plan(lengths: Sequence[int], block_N: Tensor, clean_N: Tensor) ->
     built = []
     for members, gather in buckets:
         block, clean = block_N[gather], clean_N[gather]
-        mask = two_stream_visible(block[:, :, None], clean[:, :, None], block[:, None, :], clean[:, None, :])
+        mask = two_stream_visible(
+            block[:, :, None], clean[:, :, None], block[:, None, :], clean[:, None, :]
+        )
         length = torch.tensor([lengths[i] for i in members], device=gather.device)
         real = torch.arange(gather.shape[1], device=gather.device) < length[:, None]
         # A place beyond the end repeats the first token, which must not be seen twice.
@@ -159,9 +186,15 @@ def two_stream_plan(lengths: Sequence[int], block_N: Tensor, clean_N: Tensor) ->
 
 
 def cached_plan(
-    lengths: Sequence[int], slots: Sequence[int], position_N: Tensor, key_positions: Sequence[int], block_size: int, cache: KVCache
+    lengths: Sequence[int],
+    slots: Sequence[int],
+    position_N: Tensor,
+    key_positions: Sequence[int],
+    block_size: int,
+    cache: KVCache,
 ) -> AttentionPlan:
-    """Decoding attention: ``lengths[i]`` new tokens of slot ``slots[i]`` against ``key_positions[i]`` cached positions.
+    """Decoding attention: ``lengths[i]`` new tokens of slot ``slots[i]`` against
+    ``key_positions[i]`` cached positions.
 
     ``block_size`` 1 is causal decoding.
     """

@@ -1,14 +1,16 @@
 """Floating-point operations of a forward, counted from what is really computed.
 
-A multiply-add counts as 2 operations: 2 per body parameter and token, 4 * heads * head_dim per layer and attended (query, key)
-pair, 2 * V * H per row that is projected to the vocabulary.
+A multiply-add counts as 2 operations: 2 per body parameter and token, 4 * heads * head_dim per
+layer and attended (query, key) pair, 2 * V * H per row that is projected to the vocabulary.
 """
 
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm.model.attention import AttentionPlan
 
 
-def forward_flops(shape: Qwen3Shape, *, tokens: int, attended_pairs: int, projected_rows: int) -> float:
+def forward_flops(
+    shape: Qwen3Shape, *, tokens: int, attended_pairs: int, projected_rows: int
+) -> float:
     """Operations of one forward of the whole model, whatever its layout."""
     embedding = shape.vocab_size * shape.hidden
     body = shape.parameters - embedding * (1 if shape.tied else 2)
@@ -17,5 +19,5 @@ def forward_flops(shape: Qwen3Shape, *, tokens: int, attended_pairs: int, projec
 
 
 def attended_pairs(plan: AttentionPlan) -> int:
-    """(query, key) pairs that the dense kernels compute, hidden ones included: they cost as much."""
+    """(query, key) pairs that dense kernels compute, hidden ones included: they cost as much."""
     return sum(bucket.mask.numel() for bucket in plan.buckets)

@@ -1,7 +1,8 @@
 """Keys and values of the sequences being decoded, indexed by absolute position.
 
-A position may be written many times: denoising passes overwrite the keys and values of their block until the block's final
-tokens have been through the model. Attention hides what lies beyond the query's block, so stale entries never count.
+A position may be written many times: denoising passes overwrite the keys and values of their block
+until the block's final tokens have been through the model. Attention hides what lies beyond the
+query's block, so stale entries never count.
 """
 
 import torch
@@ -25,18 +26,25 @@ class KVCache:
         """``layer_numbers`` are Megatron's global, 1-based numbers of this stage's layers."""
         shape = (len(layer_numbers), slots, positions, groups, head_dim)
         self._first_layer = layer_numbers.start
-        # Zeros rather than garbage: hidden positions are multiplied by probability 0, and 0 * nan is nan.
+        # Zeros rather than garbage: hidden positions are multiplied by probability 0, and 0 * nan
+        # is nan.
         self._keys = torch.zeros(shape, dtype=dtype, device=device)
         self._values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, layer_number: int, slot_N: Tensor, position_N: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(
+        self, layer_number: int, slot_N: Tensor, position_N: Tensor, key: Tensor, value: Tensor
+    ) -> None:
         """Store keys and values [N, groups, head_dim] of N new tokens at their (slot, position)."""
         layer = layer_number - self._first_layer
         self._keys[layer, slot_N, position_N] = key
         self._values[layer, slot_N, position_N] = value
 
-    def read(self, layer_number: int, slots: Tensor | None, positions: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, positions, groups, head_dim] of the given slots (None: all of them, without a copy)."""
+    def read(
+        self, layer_number: int, slots: Tensor | None, positions: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, positions, groups, head_dim] of the given slots (None: all of them,
+        without a copy).
+        """
         layer = layer_number - self._first_layer
         keys, values = self._keys[layer, :, :positions], self._values[layer, :, :positions]
         return (keys, values) if slots is None else (keys[slots], values[slots])

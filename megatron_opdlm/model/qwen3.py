@@ -1,4 +1,6 @@
-"""Builds Qwen3 as a Megatron-Core ``GPTModel``: the one model of student, teacher, rollout and evaluation."""
+"""Builds Qwen3 as a Megatron-Core ``GPTModel``: the one model of student, teacher, rollout and
+evaluation.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,12 +9,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
@@ -26,22 +31,31 @@ from megatron_opdlm.parallel import Layout
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm computed in float32 (Zhang and Sennrich, 2019), usable under sequence parallelism."""
+    """Root-mean-square norm computed in float32 (Zhang and Sennrich, 2019), usable under sequence
+    parallelism.
+    """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over tensor ranks
+        self.weight.sequence_parallel = (
+            config.sequence_parallel
+        )  # its gradient is summed over tensor ranks
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
         h = x.float()
-        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
 
 
 class ExplicitRope(torch.nn.Module):
-    """Rotary angles for explicit positions (the two streams share them): position_ids [b, s] -> [s, b, 1, d].
+    """Rotary angles for explicit positions (the two streams share them): position_ids [b, s] -> [s,
+    b, 1, d].
 
     Angles are products of elements in float32, never a matmul: TF32 would round the frequencies.
     """
@@ -50,7 +64,9 @@ class ExplicitRope(torch.nn.Module):
         super().__init__()
         self.dim, self.base = dim, base
 
-    def forward(self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group: Any = None) -> Tensor:
+    def forward(
+        self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group: Any = None
+    ) -> Tensor:
         steps = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device)
         frequency = 1.0 / (self.base ** (steps / self.dim))
         angle = position_ids.t().float().unsqueeze(-1) * frequency
@@ -58,7 +74,9 @@ class ExplicitRope(torch.nn.Module):
 
 
 class Qwen3(GPTModel):
-    """A GPTModel whose last pipeline stage returns final hidden states: logits are taken only where they are needed."""
+    """A GPTModel whose last pipeline stage returns final hidden states: logits are taken only where
+    they are needed.
+    """
 
     shape: Qwen3Shape
 
@@ -79,7 +97,10 @@ class Qwen3(GPTModel):
     @property
     def shard(self) -> VocabularyShard:
         """This rank's share of the vocabulary."""
-        return VocabularyShard(self.vocab_size // parallel_state.get_tensor_model_parallel_world_size(), self.shape.vocab_size)
+        return VocabularyShard(
+            self.vocab_size // parallel_state.get_tensor_model_parallel_world_size(),
+            self.shape.vocab_size,
+        )
 
     @property
     def layer_numbers(self) -> range:
@@ -92,7 +113,11 @@ def transformer_config(
     shape: Qwen3Shape, layout: Layout, dtype: torch.dtype, hardware: Hardware, *, recompute: bool
 ) -> TransformerConfig:
     """Megatron's description of a Qwen3 of this shape on this hardware."""
-    recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recomputation = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -132,7 +157,9 @@ def _layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = MaskedAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
 
 
 def build_model(
@@ -163,7 +190,30 @@ def build_model(
     )
     model.rotary_pos_emb = ExplicitRope(shape.head_dim, shape.rope_theta)
     model.shape = shape
+    _mark_tensor_parallel(model)
     return model.to(hardware.device)
+
+
+_SPLIT_DIMENSION = {
+    "word_embeddings": 0,
+    "linear_qkv": 0,
+    "linear_proj": 1,
+    "linear_fc1": 0,
+    "linear_fc2": 1,
+    "output_layer": 0,
+}
+
+
+def _mark_tensor_parallel(model: Qwen3) -> None:
+    """Tell Megatron which parameters are split over tensor ranks; the others count once in the
+    gradient norm.
+
+    Megatron does this while it initialises weights, which we skip.
+    """
+    for name, parameter in model.named_parameters():
+        split = _SPLIT_DIMENSION.get(name.split(".")[-2])
+        if split is not None and not hasattr(parameter, "tensor_model_parallel"):
+            tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)
 
 
 def named_global_parameters(model: Qwen3) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -182,23 +232,33 @@ def fill(model: Qwen3, get: Callable[[str], Tensor]) -> None:
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in named_global_parameters(model):
-        part = qwen3_names.megatron_from_hf(name, model.shape, get, tensor_rank, tensor_ranks, model.vocab_size)
+        part = qwen3_names.megatron_from_hf(
+            name, model.shape, get, tensor_rank, tensor_ranks, model.vocab_size
+        )
         assert part.shape == parameter.shape, (name, tuple(part.shape), tuple(parameter.shape))
         parameter.copy_(part)
 
 
 def load_hf(model: Qwen3, hf_dir: Path) -> None:
-    """Fill the model from a Hugging Face directory; each rank reads the tensors that it holds a part of."""
+    """Fill the model from a Hugging Face directory; each rank reads the tensors that it holds a
+    part of.
+    """
     with open_weights(hf_dir) as weights:
         fill(model, weights.get)
 
 
-_SEQUENCE_PARALLEL_SWITCHES = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+_SEQUENCE_PARALLEL_SWITCHES = (
+    "sequence_parallel",
+    "scatter_to_sequence_parallel",
+    "reduce_scatter_embeddings",
+)
 
 
 @contextmanager
 def without_sequence_parallel(model: Qwen3) -> Iterator[None]:
-    """Switch sequence parallelism off while decoding: a window can have fewer tokens than there are tensor ranks."""
+    """Switch sequence parallelism off while decoding: a window can have fewer tokens than there are
+    tensor ranks.
+    """
     if not model.config.sequence_parallel:
         yield
         return

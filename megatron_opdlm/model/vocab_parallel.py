@@ -1,10 +1,15 @@
-"""The output layer on chosen positions, its vocabulary split over tensor-parallel ranks. Full logits are never gathered."""
+"""The output layer on chosen positions, its vocabulary split over tensor-parallel ranks. Full
+logits are never gathered.
+"""
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
@@ -13,11 +18,14 @@ from megatron_opdlm.diffusion.denoising import WholeVocabulary
 class VocabularyShard(WholeVocabulary):
     """This rank's columns of the vocabulary and the reductions over all of them.
 
-    None of the reductions is differentiated: the divergence writes its own gradient, the sampler has none.
+    None of the reductions is differentiated: the divergence writes its own gradient, the sampler
+    has none.
     """
 
     def __init__(self, columns: int, vocab_size: int) -> None:
-        """``columns`` per rank, rows that parallel layouts pad on included; ``vocab_size`` of the Hugging Face config."""
+        """``columns`` per rank, rows that parallel layouts pad on included; ``vocab_size`` of the
+        Hugging Face config.
+        """
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.ranks = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
@@ -39,7 +47,9 @@ class VocabularyShard(WholeVocabulary):
             return super().before(x)
         parts = [torch.empty_like(x) for _ in range(self.ranks)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
-        running = torch.stack([torch.zeros_like(x), *parts]).cumsum(0)  # the same order of additions on every rank
+        running = torch.stack([torch.zeros_like(x), *parts]).cumsum(
+            0
+        )  # the same order of additions on every rank
         return running[self.rank], running[-1]
 
     def gather_rows(self, x: Tensor) -> Tensor:
@@ -65,10 +75,12 @@ class VocabularyShard(WholeVocabulary):
 
 
 def select_positions(hidden: Tensor, index_M: Tensor, *, sequence_parallel: bool) -> Tensor:
-    """Final hidden states [N, 1, H] (this rank's N / TP rows under sequence parallelism) -> [M, H] at packed positions.
+    """Final hidden states [N, 1, H] (this rank's N / TP rows under sequence parallelism) -> [M, H]
+    at packed positions.
 
-    Gradient: each tensor rank's gradient of the result is partial (its columns of the vocabulary); the backward of the
-    region function sums it over the ranks (and scatters it back under sequence parallelism).
+    Gradient: each tensor rank's gradient of the result is partial (its columns of the vocabulary);
+    the backward of the region function sums it over the ranks (and scatters it back under sequence
+    parallelism).
     """
     if sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -77,8 +89,12 @@ def select_positions(hidden: Tensor, index_M: Tensor, *, sequence_parallel: bool
     return hidden.flatten(0, 1).index_select(0, index_M)
 
 
-def project(hidden_MH: Tensor, weight_VH: Tensor, shard: VocabularyShard, forbidden: Tensor | None = None) -> Tensor:
-    """This rank's logits [M, columns], -inf in the rows that pad the layout and at the ``forbidden`` global ids."""
+def project(
+    hidden_MH: Tensor, weight_VH: Tensor, shard: VocabularyShard, forbidden: Tensor | None = None
+) -> Tensor:
+    """This rank's logits [M, columns], -inf in the rows that pad the layout and at the
+    ``forbidden`` global ids.
+    """
     logits = F.linear(hidden_MH, weight_VH)
     padding = shard.padding(logits.device)
     if padding is not None:

@@ -1,0 +1,49 @@
+"""What a training command would do, without doing it: layout, shapes and memory of each rank."""
+
+from megatron_opdlm.config import Config
+
+
+def describe(config: Config, world_size: int) -> str:
+    """Check models, layout and prompts as training would, and say what each rank would hold.
+
+    Raises InputError exactly where training would before it builds anything.
+    """
+    from checkpoint_tools.qwen3_shape import padded_vocab
+    from megatron_opdlm import build
+    from megatron_opdlm.hardware import select_hardware
+    from megatron_opdlm.run_directory import check_run_directory
+
+    check_run_directory(config)
+    source, teacher = build.open_pair(config, world_size)
+    prompts, order = build.build_prompts(config, source)
+    layout = build.model_layout(config)
+    replicas = layout.data_parallel(world_size)
+    hardware = select_hardware()
+    student_bytes = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    teacher_bytes = build.resolve_dtype(config.teacher.dtype, hardware).itemsize
+    shape = source.shape
+    share = layout.tensor * layout.pipeline
+    # Main parameters and two Adam moments in float32, split over the replicas; gradients in
+    # float32.
+    optimizer_bytes = (12 if student_bytes == 2 else 8) / replicas
+    gib = 1 / share / 2**30
+    steps = order.total_steps if config.train.steps < 0 else config.train.steps
+    lines = [
+        f"hardware     {hardware.reason}",
+        f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data "
+        f"{replicas}" + (", sequence parallel" if layout.sequence_parallel else ""),
+        f"student      {shape.parameters:,} parameters: {shape.layers} layers, hidden {shape.hidden}, "
+        f"{shape.heads}/{shape.groups} heads x {shape.head_dim}, ffn {shape.ffn}",
+        f"vocabulary   {shape.vocab_size} ids in {padded_vocab(shape.vocab_size, layout.tensor)} rows, "
+        f"mask token {source.vocabulary.mask_id}, end tokens {list(source.vocabulary.end_ids)}",
+        f"prompts      {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
+        f"steps        {steps} of {config.rollout.prompts_per_step} prompts x "
+        f"{config.rollout.responses_per_prompt} responses",
+        "memory of a rank, GiB (weights split evenly over tensor and pipeline ranks; activations and "
+        "KV cache not counted):",
+        f"  student weights    {shape.parameters * student_bytes * gib:.3f}",
+        f"  gradients          {shape.parameters * 4 * gib:.3f}",
+        f"  optimizer          {shape.parameters * optimizer_bytes * gib:.3f}",
+        f"  teacher weights    {teacher.shape.parameters * teacher_bytes * gib:.3f}",
+    ]
+    return "\n".join(lines)
