@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+import megatron_opdlm.hardware  # noqa: F401 -- before megatron-core
+
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer

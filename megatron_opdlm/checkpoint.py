@@ -69,7 +69,7 @@ def load_model(model: Qwen3, model_dir: Path) -> None:
 
 
 def save_weights(model: Qwen3, directory: Path) -> None:
-    """Write a model's weights as a torch_dist checkpoint into a new directory, all ranks together."""
+    """Write the weights as a torch_dist checkpoint into a new directory, all ranks together."""
     _save({"model": model.sharded_state_dict(prefix=_PREFIX)}, directory)
 
 

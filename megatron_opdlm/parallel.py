@@ -34,8 +34,9 @@ class Layout:
         model_ranks = self.tensor * self.pipeline * self.context
         if world_size % model_ranks:
             raise InputError(
-                f"{world_size} ranks cannot be split into tensor_parallel={self.tensor} x pipeline_parallel={self.pipeline} x "
-                f"context_parallel={self.context} = {model_ranks}; start a multiple of {model_ranks} ranks"
+                f"{world_size} ranks cannot be split into tensor_parallel={self.tensor} x "
+                f"pipeline_parallel={self.pipeline} x context_parallel={self.context} = {model_ranks}; "
+                f"start a multiple of {model_ranks} ranks"
             )
         return world_size // model_ranks
 

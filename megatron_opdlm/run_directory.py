@@ -35,7 +35,8 @@ def check_run_directory(config: Config) -> None:
     if not (out / CONFIG).is_file():
         if any(out.iterdir()):
             raise InputError(
-                f"train.out={out} already holds something that is no run of ours; choose another directory or empty it"
+                f"train.out={out} already holds something that is no run of ours; "
+                "choose another directory or empty it"
             )
         return
     differing = [
@@ -47,7 +48,8 @@ def check_run_directory(config: Config) -> None:
     ]
     if differing:
         raise InputError(
-            f"train.out={out} was made by another configuration, which differs in {', '.join(differing)}; "
+            f"train.out={out} was made by another configuration, which differs in "
+            f"{', '.join(differing)}; "
             "use that configuration to resume, or another directory"
         )
 

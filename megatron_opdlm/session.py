@@ -299,7 +299,8 @@ def _announce(
     layout = model_layout(config)
     lines = [
         f"hardware: {hardware.reason}",
-        f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data {parallel.data_parallel_size()}"
+        f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data "
+        f"{parallel.data_parallel_size()}"
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"prompts: {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
         f"steps: {total_steps}"

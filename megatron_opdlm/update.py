@@ -47,7 +47,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """One update, the same on every rank of a replica. Sums are over this replica's sequences only."""
+    """One update, the same on every rank of a replica; sums are over its sequences only."""
 
     sequence_loss: list[float]  # in the order of the microbatches' states
     share_sum: dict[float, float]  # masked share of the block -> sum of the positions' values, nats
@@ -220,5 +220,6 @@ def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor) -> Non
     bad = [states[i].sample for i in torch.nonzero(~finite).flatten().tolist()]
     where = f"sample {bad[0]}" if bad else "a sample of another replica"
     raise RunError(
-        f"the loss of {where} is not finite; nothing was updated: check the teacher and student weights and model.dtype"
+        f"the loss of {where} is not finite; nothing was updated: check the "
+        "teacher and student weights and model.dtype"
     )

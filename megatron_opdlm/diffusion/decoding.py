@@ -67,9 +67,8 @@ class Decoding:
 
 def _check_name(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InputError(
-            f"{name}={value}: not a known name; use {', '.join(allowed)}{nearest(str(value), allowed)}"
-        )
+        hint = nearest(str(value), allowed)
+        raise InputError(f"{name}={value}: not a known name; use {', '.join(allowed)}{hint}")
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -142,9 +142,9 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # Megatron refuses variable lengths otherwise, even without experts
-        calculate_per_token_loss=True,  # our unit is the sequence: gradients are divided by their number over DP
-        perform_initialization=False,  # weights are always loaded, and loading is checked to be complete
+        moe_token_dispatcher_type="alltoall",  # variable lengths need it, even without experts
+        calculate_per_token_loss=True,  # gradients are divided by the sequences summed over DP
+        perform_initialization=False,  # weights are always loaded, and loading is complete
         **(recomputation if recompute else {}),
         **hardware.transformer_options,
     )
