@@ -2,7 +2,7 @@
 
 ``a2d-qwen3`` ships its own code, with ``generate`` for block diffusion; ``qwen3`` is the plain
 autoregressive layout with the block contract noted in config.json. The tokenizer of both knows the
-mask token.
+mask token. An export gets its name after it has been compared with the checkpoint (see verify).
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from checkpoint_tools.arguments import DTYPES, Arguments, start_alone
 from checkpoint_tools.hf_files import (
     DEFAULT_BLOCK_SIZE,
     carry_over,
-    copy_modelling_files,
+    copy_code,
     export_config,
     write_json,
 )
@@ -20,6 +20,7 @@ from checkpoint_tools.mask_registration import register_mask, write_for_transfor
 from checkpoint_tools.publish import check_free, new_directory
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from checkpoint_tools.safetensors_dir import DEFAULT_SHARD_BYTES, write_weights
+from checkpoint_tools.verify import compare
 from checkpoint_tools.vocabulary import forbidden_ids
 from megatron_opdlm.errors import InputError, command
 
@@ -101,7 +102,7 @@ def convert(
         )
         write_json(directory / "config.json", config)
         if model_format == "a2d-qwen3":
-            copy_modelling_files(directory)
+            copy_code(directory)
         write_for_transformers_4(directory)
         register_mask(directory, contract.mask_token_id)
         get = read_weights(checkpoint, shape)
@@ -109,6 +110,10 @@ def convert(
             (name, tensor.to(TORCH_DTYPES[dtype])) for name, tensor in hf_from_megatron(shape, get)
         )
         write_weights(directory, shape, tensors, BYTES_PER_VALUE[dtype], shard_bytes)
+        for result in compare(
+            directory, checkpoint, manifest
+        ):  # an export that differs gets no name
+            print(f"verified {result}", flush=True)
 
 
 def _parser() -> Arguments:

@@ -21,8 +21,16 @@ CONTRACT_KEYS = (
     "forbidden_ids",
     "exporter_version",
 )
-MODELLING = Path(__file__).parent / "hf_modeling"
-DECODING_RULES = Path(__file__).parents[1] / "megatron_opdlm" / "diffusion"
+# The code of an a2d-qwen3 export: the model, and the very files that decide decoding in training.
+_MODEL = Path(__file__).parent / "hf_modeling"
+_DECODING = Path(__file__).parents[1] / "megatron_opdlm" / "diffusion"
+CODE_FILES = (
+    _MODEL / "configuration_a2d_qwen3.py",
+    _MODEL / "modeling_a2d_qwen3.py",
+    _DECODING / "blocks.py",
+    _DECODING / "denoising.py",
+    _DECODING / "randomness.py",
+)
 
 
 def carry_over(hf_dir: Path, target: Path) -> None:
@@ -87,12 +95,16 @@ def export_config(
     return exported
 
 
-def copy_modelling_files(target: Path) -> None:
-    """The model's code, and beside it the very files that decide decoding in training."""
-    for name in ("configuration_a2d_qwen3.py", "modeling_a2d_qwen3.py"):
-        shutil.copyfile(MODELLING / name, target / name)
-    for name in ("blocks.py", "denoising.py", "randomness.py"):
-        shutil.copyfile(DECODING_RULES / name, target / name)
+def copy_code(target: Path) -> None:
+    """Put the code of an ``a2d-qwen3`` export into ``target``."""
+    for file in CODE_FILES:
+        shutil.copyfile(file, target / file.name)
+
+
+def has_our_code(directory: Path) -> bool:
+    """True if the Python files of an export are, byte for byte, those that this version writes."""
+    expected = {file.name: file.read_bytes() for file in CODE_FILES}
+    return {file.name: file.read_bytes() for file in directory.glob("*.py")} == expected
 
 
 def as_ranges(ids: Sequence[int]) -> list[list[int]]:

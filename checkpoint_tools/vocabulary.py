@@ -101,8 +101,8 @@ def read_vocabulary(
 ) -> Vocabulary:
     """Every id with a role, as the record that rollout and evaluation take.
 
-    ``need_mask`` False is for autoregressive decoding of a model without a mask token: its id is then
-    ``NO_MASK``, which is no token.
+    ``need_mask`` False is for autoregressive decoding of a model without a mask token: its id is
+    then ``NO_MASK``, which is no token.
     """
     mask_id = mask_token(hf_dir, mask_override) if need_mask else NO_MASK
     return Vocabulary(

@@ -1,0 +1,82 @@
+"""Says what a model directory holds (Hugging Face Qwen3 or Megatron checkpoint), complete or not.
+
+Reads headers and file sizes only. Exit code 2 when the directory is incomplete or no model.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from checkpoint_tools.arguments import Arguments
+from checkpoint_tools.hf_files import CONTRACT_KEYS
+from checkpoint_tools.manifest import is_checkpoint, read_manifest
+from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
+from checkpoint_tools.safetensors_dir import open_weights
+from megatron_opdlm.errors import InputError, command
+
+
+def main() -> None:
+    """Print one ``name: value`` line for each fact."""
+    parser = Arguments(prog="python -m checkpoint_tools.inspect", description=__doc__)
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory; give a model directory")
+    facts = megatron_facts(directory) if is_checkpoint(directory) else hf_facts(directory)
+    try:
+        for name, value in facts:
+            print(f"{name}: {value}")
+    except InputError:
+        print("complete: no", flush=True)
+        raise
+    print("complete: yes")
+
+
+def hf_facts(directory: Path) -> Iterator[tuple[str, str]]:
+    """Facts of a Hugging Face directory. Raises InputError at the first that is wrong."""
+    config = read_json(directory / "config.json")
+    yield "kind", f"Hugging Face directory, model_type {config.get('model_type')}"
+    shape = read_shape(directory)
+    yield from shape_facts(shape)
+    weights = open_weights(directory, shape)
+    yield "dtype", weights.stored_dtype()
+    yield from _files(weights.files())
+    contract = {key: config[key] for key in CONTRACT_KEYS if key in config}
+    yield "block contract", json.dumps(contract) if contract else "none recorded"
+
+
+def megatron_facts(directory: Path) -> Iterator[tuple[str, str]]:
+    """Facts of a Megatron checkpoint. Raises InputError when its save was cut short."""
+    yield "kind", "Megatron checkpoint"
+    manifest = read_manifest(directory)
+    yield "content", {"model": "weights", "training": "weights and optimizer"}[manifest.kind]
+    yield from shape_facts(read_shape(directory / "huggingface"))
+    yield "dtype", manifest.dtype
+    yield "files", f"{len(manifest.files)}, {sum(manifest.files.values()):,} bytes"
+    yield "block contract", json.dumps(asdict(manifest.block_contract))
+    yield "step", "never trained" if manifest.step is None else str(manifest.step)
+    if (directory / "state.json").is_file():
+        state = read_json(directory / "state.json")
+        yield "trained tokens", f"{state.get('cumulative_trained_tokens', 0):,}"
+
+
+def shape_facts(shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
+    """The model's sizes."""
+    yield "parameters", f"{shape.parameters:,}"
+    yield (
+        "shape",
+        f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads in {shape.groups} "
+        f"groups of size {shape.head_dim}, ffn {shape.ffn}, vocabulary {shape.vocab_size}, "
+        f"{'tied' if shape.tied else 'untied'} embeddings",
+    )
+    yield "positions", f"{shape.max_positions}, rope_theta {shape.rope_theta:g}"
+
+
+def _files(files: list[Path]) -> Iterator[tuple[str, str]]:
+    total = sum(file.stat().st_size for file in files)
+    yield "weight files", f"{len(files)}, {total:,} bytes"
+
+
+if __name__ == "__main__":
+    command(main)
