@@ -33,9 +33,11 @@ def describe(config: Config, world_size: int) -> str:
         f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data "
         f"{replicas}" + (", sequence parallel" if layout.sequence_parallel else ""),
         f"student      {shape.parameters:,} parameters: {shape.layers} layers, "
-        f"hidden {shape.hidden}, {shape.heads}/{shape.groups} heads x {shape.head_dim}, ffn {shape.ffn}",
+        f"hidden {shape.hidden}, {shape.heads}/{shape.groups} heads x {shape.head_dim}, "
+        f"ffn {shape.ffn}",
         f"vocabulary   {shape.vocab_size} ids in "
-        f"{padded_vocab(shape.vocab_size, layout.tensor)} rows, mask token {source.vocabulary.mask_id}, end tokens {list(source.vocabulary.end_ids)}",
+        f"{padded_vocab(shape.vocab_size, layout.tensor)} rows, "
+        f"mask token {source.vocabulary.mask_id}, end tokens {list(source.vocabulary.end_ids)}",
         f"prompts      {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
         f"steps        {steps} of {config.rollout.prompts_per_step} prompts x "
         f"{config.rollout.responses_per_prompt} responses",

@@ -35,8 +35,8 @@ class Layout:
         if world_size % model_ranks:
             raise InputError(
                 f"{world_size} ranks cannot be split into tensor_parallel={self.tensor} x "
-                f"pipeline_parallel={self.pipeline} x context_parallel={self.context} = {model_ranks}; "
-                f"start a multiple of {model_ranks} ranks"
+                f"pipeline_parallel={self.pipeline} x context_parallel={self.context} = "
+                f"{model_ranks}; start a multiple of {model_ranks} ranks"
             )
         return world_size // model_ranks
 

@@ -72,7 +72,8 @@ def generate(
         if rules.logit_shift and not request.prompt.ids:
             raise InputError(
                 f"prompt {request.prompt.index} is empty: with mode=ar or "
-                "loss.logit_shift=true its first token has no position to be predicted from; give at least one prompt token"
+                "loss.logit_shift=true its first token has no position to be predicted from; "
+                "give at least one prompt token"
             )
     was_training = model.training
     model.eval()
