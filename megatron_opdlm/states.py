@@ -134,11 +134,13 @@ def _one_per_block(
     trajectory: Trajectory, block_size: int, key: tuple[int, int]
 ) -> list[list[bool]]:
     mask: list[bool] = []
-    for block in _blocks(trajectory, block_size):
+    blocks = _blocks(trajectory, block_size)
+    starts = torch.tensor([block.start for block in blocks])
+    draws = randomness.uniform(*key, trajectory.sample, starts, randomness.CHOOSE_STATE).tolist()
+    for block, draw in zip(blocks, draws, strict=True):
         committed = trajectory.committed_at[block]
         passes = sorted(set(committed))
-        draw = randomness.uniform(*key, trajectory.sample, block.start, randomness.CHOOSE_STATE)
-        chosen = passes[int(float(draw) * len(passes))]
+        chosen = passes[int(draw * len(passes))]
         mask += [at >= chosen for at in committed]
     return [mask]
 
