@@ -13,11 +13,12 @@ from megatron_opdlm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """Ranks a model is spread over. Data parallelism takes what is left of the world size."""
+class Loading:
+    """How a model is loaded. Data parallelism takes what tp and pp leave of the world size."""
 
-    tp: int = 1
-    pp: int = 1
+    tp: int = 1  # ranks
+    pp: int = 1  # ranks
+    mask_token_id: int | None = None  # None: the tokenizer's mask token, else 151669 where it fits
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,9 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
+    group.add_argument(
+        "--mask-token-id", type=int, default=None, help="for models whose tokenizer has no mask"
+    )
 
 
 def decoding_from(args: argparse.Namespace) -> Decoding:
@@ -73,8 +77,8 @@ def decoding_from(args: argparse.Namespace) -> Decoding:
     ).validate()
 
 
-def layout_from(args: argparse.Namespace) -> Layout:
-    """The layout, checked against the number of processes that the launcher started."""
+def loading_from(args: argparse.Namespace) -> Loading:
+    """Layout and mask id; the layout must fit the processes that the launcher started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.tp < 1 or args.pp < 1:
         raise InputError(f"--tp {args.tp} --pp {args.pp}: numbers of ranks; use 1 or more")
@@ -83,7 +87,9 @@ def layout_from(args: argparse.Namespace) -> Layout:
             f"--tp {args.tp} --pp {args.pp}: their product {args.tp * args.pp} does not divide the "
             f"{world} started processes; start a multiple of {args.tp * args.pp} with torchrun"
         )
-    return Layout(tp=args.tp, pp=args.pp)
+    if args.mask_token_id is not None and args.mask_token_id < 0:
+        raise InputError(f"--mask-token-id {args.mask_token_id}: a token id; use 0 or more")
+    return Loading(tp=args.tp, pp=args.pp, mask_token_id=args.mask_token_id)
 
 
 def check_model(path: Path) -> None:

@@ -19,7 +19,7 @@ from evaluation.decoding_flags import (
     add_decoding_flags,
     check_model,
     decoding_from,
-    layout_from,
+    loading_from,
 )
 from evaluation.jsonl import check_new_directory, write_json, write_jsonl
 from evaluation.prompting import prompt_from
@@ -118,6 +118,15 @@ def evaluate(
     return summaries, predictions
 
 
+def write_results(
+    out: Path, summaries: list[dict[str, Any]], predictions: list[dict[str, Any]]
+) -> None:
+    """Write both files; ``summary.json`` comes last and says that the rest is there."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out / "predictions.jsonl", predictions)
+    write_json(out / "summary.json", summaries)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.run",
@@ -132,7 +141,7 @@ def main() -> None:
     parser.add_argument("--responses-per-prompt", type=int, default=1)
     add_decoding_flags(parser)
     args = parser.parse_args()
-    decoding, layout = decoding_from(args), layout_from(args)
+    decoding, loading = decoding_from(args), loading_from(args)
     if args.responses_per_prompt < 1:
         raise InputError(f"--responses-per-prompt {args.responses_per_prompt}: use 1 or more")
     if args.limit is not None and args.limit < 1:
@@ -140,15 +149,13 @@ def main() -> None:
     check_model(args.model)
     check_new_directory(args.out, "--out")
     tasks = load_tasks(args.tasks, args.data, args.limit)
-    generator = open_generator(args.model, layout)
-    settings = {"model": str(args.model), **asdict(layout)}
+    generator = open_generator(args.model, loading)
+    settings = {"model": str(args.model), **asdict(loading)}
     summaries, predictions = evaluate(
         generator, tasks, decoding, args.responses_per_prompt, settings
     )
     if generator.is_writer:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_jsonl(args.out / "predictions.jsonl", predictions)
-        write_json(args.out / "summary.json", summaries)  # last: it says that the rest is there
+        write_results(args.out, summaries, predictions)
         print(table(summaries))
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.decoding_flags import (
-    Layout,
+    Loading,
     add_decoding_flags,
     check_model,
     decoding_from,
-    layout_from,
+    loading_from,
 )
 from evaluation.jsonl import check_new_file, read_jsonl, write_jsonl
 from evaluation.prompting import problem_of, prompt_from
@@ -73,14 +73,14 @@ def sample(
     ]
 
 
-def open_generator(model: Path, layout: Layout) -> Any:
+def open_generator(model: Path, loading: Loading) -> Any:
     """Load the model.
 
     Called only once every flag and file has been checked: the import brings torch.
     """
     from evaluation.load import load_generator
 
-    return load_generator(model, tp=layout.tp, pp=layout.pp)
+    return load_generator(model, tp=loading.tp, pp=loading.pp, mask_token_id=loading.mask_token_id)
 
 
 def main() -> None:
@@ -94,11 +94,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     add_decoding_flags(parser)
     args = parser.parse_args()
-    decoding, layout = decoding_from(args), layout_from(args)
+    decoding, loading = decoding_from(args), loading_from(args)
     check_model(args.model)
     check_new_file(args.out, "--out")
     rows = read_prompts(args.prompts)
-    generator = open_generator(args.model, layout)
+    generator = open_generator(args.model, loading)
     results = sample(generator, rows, decoding, f"--prompts {args.prompts}")
     if generator.is_writer:
         args.out.parent.mkdir(parents=True, exist_ok=True)

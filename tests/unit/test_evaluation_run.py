@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from evaluation.decoding_flags import add_decoding_flags, decoding_from, layout_from
+from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
 from evaluation.run import evaluate, load_tasks
 from evaluation.sample import read_prompts, sample
 from launch.quickstart.teacher import build_tokenizer
@@ -174,7 +174,7 @@ def test_layouts_that_do_not_fit_the_started_processes(monkeypatch, world, argv,
     """The launcher's world size is known before torch is."""
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(InputError, match=message):
-        layout_from(parse(*argv))
+        loading_from(parse(*argv))
 
 
 @pytest.mark.parametrize(
