@@ -138,9 +138,7 @@ BAD_OVERRIDES = [
     ("model.sequence_parallel=true", "but model.tensor_parallel=1; use more ranks or"),
     ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
     # not built yet
-    ("loss.kind=jsd", "loss.kind=jsd is not built yet; use loss.kind=forward_kl"),
     ("loss.top_k=16", "loss.top_k=16 is not built yet; use loss.top_k=0 (the full vocabulary)"),
-    ("loss.reverse_weight=0.5", "loss.reverse_weight=0.5 is not built yet; use"),
     ("model.context_parallel=2", "model.context_parallel=2 is not built yet; use"),
     ("states.block_alignment=response", "states.block_alignment=response is not built yet; use"),
     ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
