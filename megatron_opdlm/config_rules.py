@@ -80,6 +80,7 @@ def check(values: Values) -> None:
     _check_built(values)
     _check_layout(values)
     _check_decoding(values)
+    _check_loss(values)
     _check_schedules(values)
     _check_evaluation(values)
 
@@ -138,6 +139,15 @@ def _check_decoding(values: Values) -> None:
         raise InputError(
             f"data.max_prompt_tokens={prompt} leaves no room for a response within "
             f"model.max_positions={positions}; use less than {positions}"
+        )
+
+
+def _check_loss(values: Values) -> None:
+    kind, weight = values["loss.kind"], values["loss.reverse_weight"]
+    if weight > 0 and kind != "mixed":
+        raise InputError(
+            f"loss.reverse_weight={weight} has no effect with loss.kind={kind}; "
+            "use loss.kind=mixed, or loss.reverse_weight=0"
         )
 
 

@@ -166,6 +166,10 @@ def test_bad_value_is_refused_in_one_line_with_the_reason(override, fragment):
             "threshold_schedule.hold_steps=150 leaves no step of train.steps=100",
         ),
         (
+            ["loss.reverse_weight=0.5", "loss.kind=jsd"],
+            "loss.reverse_weight=0.5 has no effect with loss.kind=jsd; use loss.kind=mixed",
+        ),
+        (
             ["model.max_positions=512", "data.max_prompt_tokens=512"],
             "data.max_prompt_tokens=512 leaves no room for a response within model.max_pos",
         ),
@@ -180,6 +184,7 @@ def test_disagreement_between_two_keys_names_both(overrides, fragment):
 def test_rules_that_do_not_apply_do_not_fire():
     load_config(None, ["curriculum.kind=constant", "curriculum.start=5000"])
     load_config(None, ["threshold_schedule.enabled=true", "train.steps=151"])
+    load_config(None, ["loss.kind=mixed", "loss.reverse_weight=0.5"])
     load_config(None, ["rollout.block_size=8", "rollout.denoising_steps=8"])
     load_config(None, ["model.sequence_parallel=true", "model.tensor_parallel=2"])
 
