@@ -71,7 +71,7 @@ def updates_per_step(sequences: int, batch_size: int, inner_epochs: int) -> int:
 
 
 def learning_rate(
-    update: int, optimizer: OptimizerConfig, *, updates_per_step: int, total_steps: int
+    update: float, optimizer: OptimizerConfig, *, updates_per_step: int, total_steps: int
 ) -> float:
     """Learning rate of update k = ``update``, counted from 0 over the whole run.
 
