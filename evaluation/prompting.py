@@ -27,6 +27,8 @@ def problem_of(row: dict[str, Any]) -> str | None:
 
 def prompt_from(index: int, row: dict[str, Any], tokenizer: Any, *, where: str) -> Prompt:
     """Tokenise one row. InputError: ``where`` (a flag or a task), row and rule."""
+    if tokenizer is None and "prompt_ids" not in row:
+        raise InputError(f"{where}: row {index}: the model has no tokenizer; give prompt_ids")
     try:
         ids = render(row, tokenizer, False)
     except InputError as error:

@@ -64,6 +64,10 @@ def run_task(
     settings: dict[str, Any],
 ) -> tuple[SummaryRow, list[dict[str, Any]]]:
     """Evaluate one task: its summary row and its predictions, the same on every rank."""
+    if generator.tokenizer is None:
+        raise InputError(
+            "the model directory has no tokenizer, text cannot be graded; add its files"
+        )
     start = time.monotonic()
     tokenizer, k = generator.tokenizer, responses_per_prompt
     prompts = [

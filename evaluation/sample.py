@@ -39,7 +39,9 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def response_text(tokenizer: Any, trajectory: Trajectory) -> str:
-    """The response as text, without special tokens."""
+    """The response as text, without special tokens; empty for a model without a tokenizer."""
+    if tokenizer is None:
+        return ""
     return tokenizer.decode(trajectory.user_ids, skip_special_tokens=True)
 
 

@@ -117,6 +117,24 @@ def test_sample_keeps_the_input_row_and_its_order(tmp_path):
     assert len(results[2]["committed_at"]) == len(results[2]["response_ids"]) == 5
 
 
+def test_a_model_without_tokenizer_takes_and_gives_ids_only(data):
+    """Token ids go through; text in, or grading, is one error."""
+    reader = AnsweringGenerator()
+    [row] = sample(reader, [{"prompt_ids": [4, 12, 4, 13]}], Decoding(), "--prompts")
+
+    class WithoutTokenizer(AnsweringGenerator):
+        def _answer(self, prompt: Prompt, sample: int) -> Trajectory:
+            return reader._answer(prompt, sample)
+
+    bare = WithoutTokenizer(tokenizer=None)
+    [ids_only] = sample(bare, [{"prompt_ids": [4, 12, 4, 13]}], Decoding(), "--prompts")
+    assert ids_only == {**row, "response": ""}
+    with pytest.raises(InputError, match="row 0: the model has no tokenizer; give prompt_ids"):
+        sample(bare, [{"prompt": "2+2="}], Decoding(), "--prompts")
+    with pytest.raises(InputError, match="no tokenizer, text cannot be graded"):
+        evaluate(bare, load_tasks(["addition"], data, None), Decoding(), 1, {})
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
