@@ -37,7 +37,7 @@ def main() -> None:
     check_free(arguments.out)
     manifest = read_manifest(arguments.checkpoint)
     shape = read_shape(arguments.checkpoint / "huggingface")
-    _check_format(arguments.format, manifest)
+    check_format(arguments.format, manifest)
     dtype = arguments.dtype or manifest.dtype
     convert(
         arguments.checkpoint,
@@ -55,11 +55,16 @@ def main() -> None:
     print(f"exported {arguments.checkpoint} as {name} to {arguments.out}{note}")
 
 
-def _check_format(model_format: str, manifest: Manifest) -> None:
-    """Readers of ``a2d-qwen3`` take the token at a position from the logits at that position."""
+def check_format(model_format: str, manifest: Manifest) -> None:
+    """Refuse what readers of the format would decode otherwise than it was trained."""
     contract = manifest.block_contract
     if model_format != "a2d-qwen3":
         return
+    if contract.mask_token_id is None:
+        raise InputError(
+            "--format a2d-qwen3: the checkpoint has no mask token; train it with "
+            "model.mask_token_id, or import it again with --mask-token-id"
+        )
     if contract.logit_shift:
         raise InputError(
             "--format a2d-qwen3: the model was trained with loss.logit_shift=true, which readers "
@@ -104,7 +109,8 @@ def convert(
         if model_format == "a2d-qwen3":
             copy_code(directory)
         write_for_transformers_4(directory)
-        register_mask(directory, contract.mask_token_id)
+        if contract.mask_token_id is not None:
+            register_mask(directory, contract.mask_token_id)
         get = read_weights(checkpoint, shape)
         tensors = (
             (name, tensor.to(TORCH_DTYPES[dtype])) for name, tensor in hf_from_megatron(shape, get)

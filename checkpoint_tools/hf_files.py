@@ -49,7 +49,7 @@ def plain_qwen3_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**plain, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 
 
-def read_contract(config: dict[str, Any], mask_token_id: int) -> BlockContract:
+def read_contract(config: dict[str, Any], mask_token_id: int | None) -> BlockContract:
     """The block contract that a config records, as our exports do; Qwen3's own records none."""
     recorded = {
         key: config[key]
@@ -84,9 +84,9 @@ def export_config(
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     exported |= dict.fromkeys(keys, stored)
     if model_format == "a2d-qwen3":
-        classes = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
-        auto_map = dict.fromkeys(classes, "modeling_a2d_qwen3.A2DQwen3LMHeadModel")
-        auto_map["AutoConfig"] = "configuration_a2d_qwen3.A2DQwen3Config"
+        auto_map = {"AutoConfig": "configuration_a2d_qwen3.A2DQwen3Config"}
+        for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
+            auto_map[name] = "modeling_a2d_qwen3.A2DQwen3LMHeadModel"
         exported |= {
             "model_type": "a2d-qwen3",
             "architectures": ["A2DQwen3LMHeadModel"],

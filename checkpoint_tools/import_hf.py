@@ -12,7 +12,7 @@ from checkpoint_tools.manifest import BlockContract, write_manifest
 from checkpoint_tools.publish import check_free, new_directory
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.safetensors_dir import HFWeights, open_weights
-from checkpoint_tools.vocabulary import end_tokens, mask_token
+from checkpoint_tools.vocabulary import end_tokens, known_mask_token
 from megatron_opdlm.errors import command
 
 
@@ -24,13 +24,15 @@ def main() -> None:
     shape = read_shape(arguments.hf)
     with open_weights(arguments.hf, shape) as weights:
         config = read_json(arguments.hf / "config.json")
-        contract = read_contract(config, mask_token(arguments.hf, arguments.mask_token_id))
+        contract = read_contract(config, known_mask_token(arguments.hf, arguments.mask_token_id))
         end_tokens(arguments.hf)
         weights.check_tied_head()
         dtype = arguments.dtype or weights.stored_dtype()
         convert(weights, arguments.out, contract, dtype)
     size = f"{shape.parameters:,} parameters, {shape.layers} layers, {dtype}"
     mask = f"mask token {contract.mask_token_id}"
+    if contract.mask_token_id is None:
+        mask = "no mask token yet: training needs model.mask_token_id"
     print(f"imported {arguments.hf} ({size}, {mask}) into {arguments.out}")
 
 
@@ -45,7 +47,9 @@ def convert(weights: HFWeights, out: Path, contract: BlockContract, dtype: str) 
         carry_over(weights.directory, directory / "huggingface")
         config_path = directory / "huggingface" / "config.json"
         config = plain_qwen3_config(read_json(config_path))
-        write_json(config_path, config | {"mask_token_id": contract.mask_token_id})
+        if contract.mask_token_id is not None:
+            config["mask_token_id"] = contract.mask_token_id
+        write_json(config_path, config)
         hardware = parallel.init(parallel.Layout())
         model = build_model(
             weights.model_shape, parallel.Layout(), TORCH_DTYPES[dtype], hardware, name=str(out)

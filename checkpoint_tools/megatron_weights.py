@@ -6,6 +6,7 @@ checkpoint holds the optimizer under other keys, which are not read here.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
                 f"{directory}/weights lacks {missing[0]} ({len(missing)} tensors in all); it does "
                 "not belong to its huggingface/config.json: import the model again"
             )
-        tensors = dist_checkpointing.load(wanted, str(directory / "weights"))
+        tensors: Any = dist_checkpointing.load(wanted, str(directory / "weights"))
     except (CheckpointingException, EOFError) as error:
         reason = str(error).splitlines()[0][:200]
         raise InputError(

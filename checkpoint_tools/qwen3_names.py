@@ -110,7 +110,8 @@ def megatron_from_hf(
         return tensors[0].contiguous()
     _, attribute = split_layer(name)
     if attribute == QKV:
-        return _part(_join_groups(*tensors, shape), tp_rank, tp_size).flatten(0, 1)
+        query, key, value = tensors
+        return _part(_join_groups(query, key, value, shape), tp_rank, tp_size).flatten(0, 1)
     if attribute == FC1:
         return torch.cat([_part(half, tp_rank, tp_size) for half in tensors])
     if attribute in SPLIT_COLUMNS:

@@ -128,7 +128,8 @@ def compare_logits(hf_dir: Path, model: "Qwen3", narrow: str) -> str:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab_size, (length,), generator=generator).to(device)
     # The classes are named: no code of the directory runs. transformers 4 needs a flat rope_theta.
-    config = Qwen3Config(**(read_json(hf_dir / "config.json") | {"rope_theta": shape.rope_theta}))
+    keys: dict[str, Any] = {**read_json(hf_dir / "config.json"), "rope_theta": shape.rope_theta}
+    config = Qwen3Config(**keys)
     reference = _load_reference(Qwen3ForCausalLM, hf_dir, model, narrow, config=config)
     with torch.inference_mode():
         expected = reference(ids[None]).logits[0]

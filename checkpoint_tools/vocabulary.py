@@ -65,7 +65,7 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     tokenizer = load_tokenizer(hf_dir)
     recorded = read_json(hf_dir / "config.json").get("mask_token_id")
     own = tokenizer.mask_token_id if tokenizer is not None else None
-    if own is not None and override not in (None, own):
+    if tokenizer is not None and own is not None and override not in (None, own):
         raise InputError(
             f"model.mask_token_id={override}, but the tokenizer of {hf_dir} has its mask token "
             f"{tokenizer.mask_token!r} at {own}; remove the option"
@@ -84,9 +84,27 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     return mask
 
 
-def forbidden_ids(hf_dir: Path | str, mask_id: int) -> tuple[int, ...]:
-    """Ids that are never drawn, rising: the mask token and every id that the tokenizer does not
-    know.
+def known_mask_token(hf_dir: Path | str, override: int | None = None) -> int | None:
+    """As ``mask_token``, but None where nothing names it yet and the vocabulary has a free id.
+
+    So a toy model can be imported before ``model.mask_token_id`` is chosen.
+    """
+    hf_dir = Path(hf_dir)
+    tokenizer = load_tokenizer(hf_dir)
+    vocab_size = read_shape(hf_dir).vocab_size
+    named = (
+        override is not None
+        or (tokenizer is not None and tokenizer.mask_token_id is not None)
+        or read_json(hf_dir / "config.json").get("mask_token_id") is not None
+        or vocab_size > QWEN3_MASK_ID
+    )
+    if not named and _free_id(tokenizer, vocab_size) is not None:
+        return None
+    return mask_token(hf_dir, override)
+
+
+def forbidden_ids(hf_dir: Path | str, mask_id: int | None) -> tuple[int, ...]:
+    """Ids that are never drawn, rising: the mask token and all that the tokenizer does not know.
 
     Without a tokenizer only the mask token.
     """

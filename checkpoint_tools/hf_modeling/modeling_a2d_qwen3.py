@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .blocks import first_block_start, sequence_end
+from .blocks import first_block_start, sequence_end  # pyright: ignore[reportMissingImports]
 from .configuration_a2d_qwen3 import A2DQwen3Config
-from .denoising import choose_commits, draw
-from .randomness import DRAW_TOKEN, uniform
+from .denoising import choose_commits, draw  # pyright: ignore[reportMissingImports]
+from .randomness import DRAW_TOKEN, uniform  # pyright: ignore[reportMissingImports]
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         past_key_values: DynamicCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -56,6 +56,7 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
         of ``past_key_values``.
         """
         x = input_ids if inputs_embeds is None else inputs_embeds
+        assert x is not None, "give input_ids or inputs_embeds"
         mask = self._additive_mask(attention_mask, x, past_key_values)
         return super().forward(
             input_ids=input_ids,
@@ -105,8 +106,8 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
         the pad token. Temperature 0 is deterministic; else ``seed`` decides.
         """
         config, (rows, prompt) = self.config, input_ids.shape
-        denoising_steps = config.block_size if denoising_steps is None else denoising_steps
-        rules = _Rules(denoising_steps, threshold, temperature, top_k, top_p, seed)
+        steps = config.block_size if denoising_steps is None else denoising_steps
+        rules = _Rules(steps, threshold, temperature, top_k, top_p, seed)
         self._check(input_ids, attention_mask, max_new_tokens, rules.steps)
         start = first_block_start(prompt, config.block_size)
         end = sequence_end(prompt, max_new_tokens, config.block_size)
@@ -174,13 +175,14 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
         query = key[offset:]
         visible = key[None, :] // size <= query[:, None] // size
         output = self.forward(
-            input_ids=ids,
+            input_ids=ids.long(),
             attention_mask=visible[None, None].expand(ids.shape[0], 1, -1, -1),
-            position_ids=query[None].expand(ids.shape[0], -1),
+            position_ids=query[None].expand(ids.shape[0], -1).long(),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=size,
         )
+        assert output.logits is not None
         logits = output.logits.float()
         for first, stop in self.config.forbidden_ids:
             logits[..., first:stop] = -torch.inf

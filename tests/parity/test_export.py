@@ -1,0 +1,214 @@
+"""Claims: import then export gives every tensor back bit for bit; the exported model loads with its
+own code and decodes as a decoder without cache or batching does, at every prompt length modulo B;
+its tokenizer has the mask token at the id that the model was trained with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    Qwen3ForCausalLM,
+)
+
+from checkpoint_tools import export_hf, import_hf
+from checkpoint_tools.manifest import BlockContract, read_manifest
+from checkpoint_tools.qwen3_shape import read_shape
+from checkpoint_tools.safetensors_dir import open_weights
+from tests.tiny_models import make_qwen3
+
+MASK_ID = 64  # the tokenizer ends at 48: an id that leaves a gap
+BLOCK = 4
+
+
+@dataclass(frozen=True)
+class Exported:
+    source: Path
+    checkpoint: Path
+    a2d: Path
+    plain: Path
+
+
+def import_and_export(root: Path, source: Path, contract: BlockContract) -> Exported:
+    made = Exported(source, root / "checkpoint", root / "a2d", root / "plain")
+    with open_weights(source) as weights:
+        import_hf.convert(weights, made.checkpoint, contract, "fp32")
+    manifest, shape = read_manifest(made.checkpoint), read_shape(source)
+    for model_format, out in (("a2d-qwen3", made.a2d), ("qwen3", made.plain)):
+        export_hf.convert(
+            made.checkpoint,
+            out,
+            manifest,
+            shape,
+            model_format=model_format,
+            dtype="fp32",
+            shard_bytes=300_000,
+        )
+    return made
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    root = tmp_path_factory.mktemp(request.param)
+    source = make_qwen3(root / "source", tied=request.param == "tied", seed=11, layers=2, shards=2)
+    contract = BlockContract(mask_token_id=MASK_ID, block_size=BLOCK)
+    return import_and_export(root, source, contract)
+
+
+def load(exported: Exported) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(exported.a2d, trust_remote_code=True).eval()
+
+
+@pytest.mark.parametrize("which", ["a2d", "plain"])
+def test_every_tensor_comes_back_bit_for_bit(exported: Exported, which: str) -> None:
+    with (
+        open_weights(exported.source) as expected,
+        open_weights(getattr(exported, which), read_shape(exported.source)) as found,
+    ):
+        assert found.names() == expected.names()
+        assert len(found.files()) > 1
+        for name in expected.names():
+            assert torch.equal(found.get(name), expected.get(name)), name
+
+
+def test_plain_export_is_the_same_autoregressive_model(exported: Exported) -> None:
+    ids = torch.arange(20)[None]
+    expected = Qwen3ForCausalLM.from_pretrained(exported.source)(ids).logits
+    assert torch.equal(Qwen3ForCausalLM.from_pretrained(exported.plain)(ids).logits, expected)
+    config = json.loads((exported.plain / "config.json").read_text())
+    assert (config["block_size"], config["mask_token_id"]) == (BLOCK, MASK_ID)
+    assert not list(exported.plain.glob("*.py"))
+
+
+def test_the_tokenizer_knows_the_mask_token(exported: Exported) -> None:
+    before = AutoTokenizer.from_pretrained(exported.source)
+    after = AutoTokenizer.from_pretrained(exported.a2d, trust_remote_code=True)
+    assert after.convert_tokens_to_ids(after.mask_token) == after.mask_token_id == MASK_ID
+    assert after.get_vocab() == {**before.get_vocab(), "<|MASK|>": MASK_ID}
+    messages = [{"role": "user", "content": "what is 12+7?"}]
+    rendered = [
+        t.apply_chat_template(messages, add_generation_prompt=True) for t in (before, after)
+    ]
+    assert rendered[0] == rendered[1]
+    assert after("1<|MASK|>2").input_ids == [
+        *before("1").input_ids,
+        MASK_ID,
+        *before("2").input_ids,
+    ]
+
+
+def test_masks(exported: Exported) -> None:
+    """4-D masks are used as given; without one attention is bidirectional but for padding keys."""
+    model = load(exported)
+    masked_lm = AutoModelForMaskedLM.from_pretrained(exported.a2d, trust_remote_code=True)
+    assert type(masked_lm).__name__ == type(model).__name__ == "A2DQwen3LMHeadModel"
+    config = AutoConfig.from_pretrained(exported.a2d, trust_remote_code=True)
+    assert (config.model_type, config.block_size) == ("a2d-qwen3", BLOCK)
+    ids = torch.tensor([[5, 9, 2, 7, 30, 11]])
+    causal = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    expected = Qwen3ForCausalLM.from_pretrained(exported.source).eval()(ids).logits
+    torch.testing.assert_close(model(ids, attention_mask=causal).logits, expected)
+    padding = torch.tensor([[1, 1, 1, 1, 1, 0]])
+    torch.testing.assert_close(
+        model(ids, attention_mask=padding).logits[:, :5], model(ids[:, :5]).logits
+    )
+    assert (model(ids).logits - expected)[0, 0].abs().max() > 0.1  # the first position sees all
+
+
+def brute_force(
+    model: torch.nn.Module, prompt: list[int], limit: int, steps: int, threshold: float | None
+) -> list[int]:
+    """Static or dynamic greedy decoding, one row, no cache: the rules written out once more."""
+    ends = model.generation_config.eos_token_id
+    ids, start = list(prompt), len(prompt) // BLOCK * BLOCK
+    while True:
+        stop = start + BLOCK
+        masked = [i for i in range(start, stop) if i >= len(prompt)]
+        ids = ids[:start] + ids[start : len(prompt)] + [MASK_ID] * len(masked)
+        number = 0
+        while masked:
+            position = torch.arange(stop)
+            visible = (position[None] // BLOCK <= position[:, None] // BLOCK)[None, None]
+            logits = model(torch.tensor([ids]), attention_mask=visible).logits[0].double()
+            logits[:, 49:] = -torch.inf  # the mask token and ids that the tokenizer lacks
+            probability, token = logits.softmax(-1).max(-1)
+            quota = BLOCK // steps + (number < BLOCK % steps) if number < steps else BLOCK
+            order = sorted(masked, key=lambda i: (-float(probability[i]), i))
+            sure = [] if threshold is None else [i for i in masked if probability[i] > threshold]
+            for i in {*order[:quota], *sure}:
+                ids[i] = int(token[i])
+                masked.remove(i)
+            number += 1
+        response = ids[len(prompt) :]
+        end = next((i for i, t in enumerate(response) if t in ends), None)
+        if end is not None or len(response) >= limit:
+            return response[: min(limit, len(response) if end is None else end + 1)]
+        start = stop
+
+
+@pytest.mark.parametrize(
+    ("steps", "threshold"), [(4, None), (2, None), (3, None), (1, None), (4, 0.3)]
+)
+def test_generate_equals_decoding_without_cache(
+    exported: Exported, steps: int, threshold: float | None
+) -> None:
+    model = load(exported)
+    for length in (1, 2, 3, 4, 5, 6, 7, 8):  # every residue, with and without clean blocks before
+        prompt = [(11 * i + 3 * length) % 46 for i in range(length)]
+        found = model.generate(
+            torch.tensor([prompt]), max_new_tokens=9, denoising_steps=steps, threshold=threshold
+        )
+        expected = brute_force(model, prompt, 9, steps, threshold)
+        assert found[0].tolist() == prompt + expected, length
+
+
+def test_rows_do_not_depend_on_their_batch_and_end_early(exported: Exported) -> None:
+    model = load(exported)
+    prompts = torch.tensor([[(7 * i + 5 * row) % 46 for i in range(6)] for row in range(4)])
+    alone = [model.generate(row[None], max_new_tokens=10)[0].tolist() for row in prompts]
+    ending = alone[1][7]  # make a token that row 1 draws early an end token
+    model.generation_config.eos_token_id = [ending]
+    alone = [model.generate(row[None], max_new_tokens=10)[0].tolist() for row in prompts]
+    together = model.generate(prompts, max_new_tokens=10).tolist()
+    pad = model.generation_config.pad_token_id
+    longest = max(map(len, alone))
+    assert len(alone[1]) <= 8
+    assert together == [row + [pad] * (longest - len(row)) for row in alone]
+
+
+def test_temperature_is_keyed_by_the_seed(exported: Exported) -> None:
+    model = load(exported)
+    prompt = torch.tensor([[4, 8, 15, 16, 23]])
+
+    def sample(seed: int) -> list[int]:
+        made = model.generate(prompt, max_new_tokens=24, temperature=1.0, seed=seed)
+        return made[0, 5:].tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+    assert all(token < 49 for token in sample(1) + sample(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"denoising_steps": 5}, "use 1 to block_size=4"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"attention_mask": torch.tensor([[0, 1]])}, "unpadded rows"),
+    ],
+)
+def test_generate_refuses(exported: Exported, options: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        load(exported).generate(torch.tensor([[1, 2]]), **options)
+
+
+def test_an_export_can_be_imported_again(exported: Exported, tmp_path: Path) -> None:
+    again = import_and_export(
+        tmp_path, exported.a2d, read_manifest(exported.checkpoint).block_contract
+    )
+    for name in ("config.json", "tokenizer.json", "modeling_a2d_qwen3.py", "chat_template.jinja"):
+        assert (again.a2d / name).read_bytes() == (exported.a2d / name).read_bytes(), name
