@@ -75,6 +75,9 @@ def learning_rate(
 ) -> float:
     """Learning rate of update k = ``update``, counted from 0 over the whole run.
 
+    A step that makes more or fewer updates than ``updates_per_step`` spreads its share of k evenly
+    over them, so k may be a fraction.
+
     Linear warm-up over W = ``warmup_steps`` * ``updates_per_step`` updates, so the very first
     update has rate 0; then half a cosine from ``lr`` to ``min_lr`` at
     T = ``updates_per_step`` * ``total_steps`` + 1.
