@@ -213,10 +213,11 @@ def require_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
             f"{student.vocabulary.size}; use a teacher with the student's tokenizer"
         )
     pair = [load_tokenizer(source.files) for source in (student, teacher)]
-    if all(pair):
+    if all(tokenizer is not None for tokenizer in pair):
         ours, theirs = (
             {k: v for k, v in t.get_vocab().items() if v != student.vocabulary.mask_id}
             for t in pair
+            if t is not None
         )
         if ours != theirs:
             raise InputError(

@@ -109,11 +109,13 @@ def _load(wanted: dict[str, Any], directory: Path, *, strict_prefix: str) -> dic
             f"{directory} lacks {', '.join(missing[:3]) or 'a tensor'}; it belongs to another model"
         )
     try:
-        return dist_checkpointing.load(wanted, str(directory))
+        loaded = dist_checkpointing.load(wanted, str(directory))
     except (CheckpointingException, EOFError) as error:
         raise InputError(
             f"{directory} does not fit this model ({error}); use the directory that belongs to it"
         ) from None
+    assert isinstance(loaded, dict)
+    return loaded
 
 
 def _keys(state: Any) -> set[str]:

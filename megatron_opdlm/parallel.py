@@ -67,8 +67,9 @@ def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(hardware.process_group_backend, **options)
     else:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] -- documented all the same
         dist.init_process_group(
-            hardware.process_group_backend, store=dist.HashStore(), rank=0, world_size=1, **options
+            hardware.process_group_backend, store=store, rank=0, world_size=1, **options
         )
     atexit.register(_leave)
 
@@ -122,16 +123,27 @@ def receive_from_previous_stage(
     return x
 
 
+def _group(group: Any) -> dist.ProcessGroup:
+    """Megatron's group getters are typed more loosely than what they return."""
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Ranks that hold parts of the same layers."""
+    return _group(parallel_state.get_tensor_model_parallel_group())
+
+
 def broadcast_from_last_stage(x: Tensor) -> Tensor:
     """Make ``x`` of the last stage's first tensor rank the value on every rank of this model
     replica (in place).
 
     So all ranks of a replica take the same decisions whatever the rounding of their reductions.
     """
-    if dist.get_world_size(parallel_state.get_model_parallel_group()) > 1:
-        ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        source = _last_stage_source(ranks)
-        dist.broadcast(x, source, group=parallel_state.get_model_parallel_group())
+    group = _group(parallel_state.get_model_parallel_group())
+    if dist.get_world_size(group) > 1:
+        source = _last_stage_source(dist.get_process_group_ranks(group))
+        dist.broadcast(x, source, group=group)
     return x
 
 
@@ -151,7 +163,7 @@ def broadcast_over_pipeline(x: Tensor) -> Tensor:
         dist.broadcast(
             x,
             parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
+            group=_group(parallel_state.get_pipeline_model_parallel_group()),
         )
     return x
 

@@ -24,7 +24,9 @@ def read_states(path: Path, vocab_size: int, max_positions: int) -> list[dict[st
     rows = []
     for row in read_rows(path, "--trajectories"):
         where = row.place
-        values = {key: row.fields.get(key) for key in ("prompt_ids", "response_ids", "masked")}
+        values: dict[str, Any] = {
+            key: row.fields.get(key) for key in ("prompt_ids", "response_ids", "masked")
+        }
         for key, value in values.items():
             limit = 2 if key == "masked" else vocab_size
             _require_ids(where, key, value, limit)

@@ -47,7 +47,7 @@ def run(config: Config) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
     parser = argparse.ArgumentParser(
-        prog="megatron_opdlm.train", description=__doc__.splitlines()[0]
+        prog="megatron_opdlm.train", description="On-policy distillation."
     )
     parser.add_argument(
         "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"

@@ -101,6 +101,7 @@ class GroupAdam(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         gradient = parameter.grad
+        assert gradient is not None
         if group["weight_decay"] and self.adam_w_mode:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"]:
@@ -172,7 +173,7 @@ def _torch_view() -> types.ModuleType:
     view.__dict__.update(torch.__dict__)
     for name in _FACTORIES:
         setattr(view, name, _on_cpu(getattr(torch, name)))
-    view.cuda = _cuda_stand_in()
+    vars(view)["cuda"] = _cuda_stand_in()
     return view
 
 
@@ -196,18 +197,27 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.type = type_
 
 
+def _replace(module_name: str, **attributes: Any) -> None:
+    """Set attributes of an imported module."""
+    vars(importlib.import_module(module_name)).update(attributes)
+
+
 def _use_group_adam() -> None:
-    optimizer = importlib.import_module("megatron.core.optimizer")
-    distributed_optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
-    optimizer.Adam = distributed_optimizer.Adam = GroupAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+    _replace("megatron.core.optimizer", Adam=GroupAdam, USING_PYTORCH_OPTIMIZER=False)
+    _replace(
+        "megatron.core.optimizer.distrib_optimizer",
+        Adam=GroupAdam,
+        HAVE_APEX_OR_TE=True,
+        USING_TE_OPTIMIZER=True,
+    )
 
 
 def _use_cpu_generator() -> None:
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    _replace(
+        "megatron.core.tensor_parallel.random",
+        _set_cuda_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        _get_cuda_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+    )
 
 
 def _quiet_expected_warnings() -> None:

@@ -85,8 +85,10 @@ class MaskedAttention(torch.nn.Module):
         )
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if plan.cache is not None:
+            assert plan.cache_slot is not None and plan.cache_position is not None
             plan.cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
         rows = [self._attend(bucket, query, key, value, plan.cache) for bucket in plan.buckets]
+        assert plan.scatter is not None
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
         return flat.index_select(0, plan.scatter).flatten(1).unsqueeze(1)
 

@@ -13,7 +13,6 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -41,9 +40,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = (
-            config.sequence_parallel
-        )  # its gradient is summed over tensor ranks
+        # Megatron sums the gradient over tensor ranks where this mark is set.
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
@@ -91,8 +89,11 @@ class Qwen3(GPTModel):
     def head_weight(self) -> Tensor:
         """Output projection [columns, H] of this tensor rank; exists on the last pipeline stage."""
         if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+            weight = self.shared_embedding_or_output_weight()
+        else:
+            weight = self.output_layer.weight
+        assert weight is not None
+        return weight
 
     @property
     def shard(self) -> VocabularyShard:
@@ -150,15 +151,16 @@ def transformer_config(
     )
 
 
-def _layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    spec: ModuleSpec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+def _layer_spec(config: TransformerConfig) -> Any:
+    spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = MaskedAttention
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[spec] * get_num_layers_to_build(config),
+        layer_norm=RMSNorm,  # type: ignore[arg-type] -- Megatron also takes a class here
     )
 
 
@@ -188,7 +190,7 @@ def build_model(
         position_embedding_type="mrope",
         parallel_output=True,
     )
-    model.rotary_pos_emb = ExplicitRope(shape.head_dim, shape.rope_theta)
+    model.add_module("rotary_pos_emb", ExplicitRope(shape.head_dim, shape.rope_theta))
     model.shape = shape
     _mark_tensor_parallel(model)
     return model.to(hardware.device)

@@ -5,13 +5,13 @@ logits are never gathered.
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
 
+from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
 
 
@@ -26,7 +26,7 @@ class VocabularyShard(WholeVocabulary):
         """``columns`` per rank, rows that parallel layouts pad on included; ``vocab_size`` of the
         Hugging Face config.
         """
-        self.group = parallel_state.get_tensor_model_parallel_group()
+        self.group = parallel.tensor_group()
         self.ranks = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
         self.columns = columns
