@@ -1,0 +1,182 @@
+"""Claims: a command refuses bad input in one line with exit code 2 and writes nothing; a failure
+leaves nothing behind under the final or a temporary name; a save that was cut short is recognised."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from checkpoint_tools import export_hf, import_hf, inspect, serve_check
+from checkpoint_tools.manifest import BlockContract, Manifest, read_manifest, write_manifest
+from checkpoint_tools.publish import new_directory
+from checkpoint_tools.qwen3_shape import read_shape
+from megatron_opdlm.errors import InputError
+from tests.tiny_models import edit_json, make_qwen3
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_qwen3(tmp_path / "model", tied=False, seed=1, layers=1)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="halfway"), new_directory(tmp_path / "out") as temporary:
+        (temporary / "part").write_text("half")
+        raise RuntimeError("halfway")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("occupied", ["directory", "file"])
+def test_an_occupied_output_is_left_alone(tmp_path: Path, occupied: str) -> None:
+    out = tmp_path / "out"
+    if occupied == "directory":
+        out.mkdir()
+        (out / "precious").write_text("keep")
+    else:
+        out.write_text("keep")
+    with pytest.raises(InputError, match="choose another directory"), new_directory(out):
+        pytest.fail("must be refused before anything is written")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "precious" if occupied == "directory" else out).read_text() == "keep"
+
+
+def test_an_empty_output_directory_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with new_directory(tmp_path / "out") as temporary:
+        (temporary / "whole").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["whole"]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    directory = tmp_path / "saved"
+    (directory / "weights").mkdir(parents=True)
+    (directory / "weights" / "__0_0.distcp").write_bytes(b"12345")
+    contract = BlockContract(mask_token_id=64, block_size=4)
+    write_manifest(directory, kind="model", dtype="fp32", block_contract=contract)
+    return directory
+
+
+def test_manifest_round_trip(saved: Path) -> None:
+    assert read_manifest(saved) == Manifest(
+        kind="model",
+        dtype="fp32",
+        block_contract=BlockContract(mask_token_id=64, block_size=4),
+        files={"weights/__0_0.distcp": 5},
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda d: (d / "manifest.json").unlink(), "no manifest.json: its save was cut short"),
+        (lambda d: (d / "weights/__0_0.distcp").write_bytes(b"123"), "has 3 bytes instead of 5"),
+        (lambda d: (d / "weights/__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda d: (d / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda d: edit_json(d / "manifest.json", format="other/9"), "format='other/9'"),
+        (lambda d: edit_json(d / "manifest.json", files=None), "is damaged"),
+        (lambda d: edit_json(d / "manifest.json", kind="soup"), "kind='soup'"),
+        (shutil.rmtree, "is not a directory"),
+    ],
+)
+def test_a_save_that_was_cut_short(
+    saved: Path, spoil: Callable[[Path], object], reason: str
+) -> None:
+    spoil(saved)
+    with pytest.raises(InputError, match=reason):
+        read_manifest(saved)
+
+
+def truncate(model: Path) -> None:
+    with (model / "model.safetensors").open("r+b") as opened:
+        opened.truncate(90_000)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+    main()
+
+
+def test_commands_refuse_bad_input(
+    monkeypatch: pytest.MonkeyPatch, model: Path, saved: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    refusals: list[tuple[Callable[[], None], list[object], str]] = [
+        (import_hf.main, ["--hf", model], "--out"),
+        (import_hf.main, ["--hf", model, "--out", model], "already holds files"),
+        (import_hf.main, ["--hf", model, "--out", out, "--mask-token-id", 5], "ordinary token"),
+        (import_hf.main, ["--hf", saved, "--out", out], "has no config.json"),
+        (import_hf.main, ["--hf", model, "--out", out, "--dtype", "fp8"], "invalid choice"),
+        (
+            export_hf.main,
+            ["--checkpoint", saved, "--out", out, "--format", "sdar"],
+            "not there yet",
+        ),
+        (
+            export_hf.main,
+            ["--checkpoint", saved, "--out", out, "--format", "qwen3"],
+            "no directory|not a",
+        ),
+        (
+            export_hf.main,
+            ["--checkpoint", model, "--out", out, "--format", "qwen3"],
+            "no Megatron",
+        ),
+        (serve_check.main, ["--hf", model], "not there yet"),
+        (inspect.main, [tmp_path / "nowhere"], "is not a directory"),
+    ]
+    for main, arguments, reason in refusals:
+        with pytest.raises(InputError, match=reason):
+            run(monkeypatch, main, *arguments)
+        assert not out.exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="started with 2 ranks"):
+        run(monkeypatch, import_hf.main, "--hf", model, "--out", out)
+
+
+def test_formats_whose_readers_would_decode_otherwise(tmp_path: Path) -> None:
+    def manifest(**contract: object) -> Manifest:
+        values = {"mask_token_id": 64, "block_size": 4, **contract}
+        return Manifest(
+            kind="training", dtype="fp32", block_contract=BlockContract(**values), files={}
+        )
+
+    export_hf.check_format("a2d-qwen3", manifest())
+    export_hf.check_format("qwen3", manifest(logit_shift=True))
+    for contract, reason in (
+        ({"logit_shift": True}, "logit_shift=true"),
+        ({"block_alignment": "response"}, "block_alignment=response"),
+        ({"mask_token_id": None}, "has no mask token"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            export_hf.check_format("a2d-qwen3", manifest(**contract))
+
+
+def test_inspect_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    run(monkeypatch, inspect.main, model)
+    said = capsys.readouterr().out
+    assert f"parameters: {read_shape(model).parameters:,}\n" in said
+    assert said.endswith("complete: yes\n")
+    truncate(model)
+    with pytest.raises(InputError, match="is truncated"):
+        run(monkeypatch, inspect.main, model)
+    assert capsys.readouterr().out.endswith("complete: no\n")
+
+
+def test_exit_code_and_error_line(model: Path, tmp_path: Path) -> None:
+    """The whole command: exit code 2, one line, and torch is not even imported."""
+    truncate(model)
+    command = [sys.executable, "-X", "importtime", "-m", "checkpoint_tools.import_hf"]
+    arguments = ["--hf", str(model), "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())
+    assert not (tmp_path / "out").exists()
