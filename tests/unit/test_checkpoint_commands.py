@@ -1,5 +1,6 @@
 """Claims: a command refuses bad input in one line with exit code 2 and writes nothing; a failure
-leaves nothing behind under the final or a temporary name; a save that was cut short is recognised."""
+leaves nothing behind, neither under the final nor under a temporary name; a save that was cut
+short is recognised."""
 
 import shutil
 import subprocess
