@@ -128,12 +128,6 @@ def _check_layout(values: Values) -> None:
 
 
 def _check_decoding(values: Values) -> None:
-    passes, block = values["rollout.denoising_steps"], values["rollout.block_size"]
-    if passes > block:
-        raise InputError(
-            f"rollout.denoising_steps={passes} exceeds rollout.block_size={block}, but every pass "
-            f"commits at least one token; use 1 to {block}"
-        )
     positions, prompt = values["model.max_positions"], values["data.max_prompt_tokens"]
     if positions is not None and prompt is not None and prompt >= positions:
         raise InputError(

@@ -133,7 +133,6 @@ BAD_OVERRIDES = [
     ("rollout.max_new_tokens_by_domain.chat=0", "max_new_tokens_by_domain.chat=0 must be at least"),
     # agreement between keys: both numbers
     ("optimizer.min_lr=0.5", "optimizer.min_lr=0.5 exceeds optimizer.lr=1e-05; use at most 1e-05"),
-    ("rollout.denoising_steps=8", "denoising_steps=8 exceeds rollout.block_size=4"),
     ("curriculum.start=5000", "curriculum.start=5000 exceeds curriculum.end=4000"),
     ("model.sequence_parallel=true", "but model.tensor_parallel=1; use more ranks or"),
     ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
