@@ -7,14 +7,15 @@ for Qwen3) is free for ``model.mask_token_id``.
 
 A pretrained language model has met typing errors, nonsense and recoveries from both. A model
 trained on nothing but perfect additions has not, and what it predicts after a broken prefix is
-noise; on-policy distillation asks for exactly that while the student is young. So, for
-``--corrupt`` of the sequences, response tokens are replaced at random in the *input* (each with a
-rate drawn per sequence from 0..1) while the labels stay the right tokens, and past its end such a
-sequence goes on with random tokens whose label is the end token. ``--corrupt 0`` trains on perfect
-sequences only.
+noise; on-policy distillation asks for exactly that while the student is young. So some sequences
+are damaged: response tokens are replaced at random in the *input* (at a rate drawn per sequence
+from 0..1) while the labels stay the right tokens, and past its end such a sequence goes on with
+random tokens whose label is the end token. Their share rises from none to ``--corrupt`` over the
+first half of the training. ``--corrupt 0`` trains on perfect sequences only.
 """
 
 import argparse
+import json
 import random
 import time
 from dataclasses import dataclass
@@ -43,11 +44,11 @@ class Recipe:
     Steps are optimizer steps; the learning rate falls by a cosine to a tenth of ``lr``.
     """
 
-    steps: int = 500
-    batch_size: int = 64  # sequences
+    steps: int = 1200
+    batch_size: int = 32  # sequences
     lr: float = 3e-3
     warmup_steps: int = 20
-    corrupt: float = 0.5  # share of sequences with a damaged prefix
+    corrupt: float = 0.5  # share of damaged sequences from the middle of the training on
     seed: int = 0
     floor: float = 0.95  # least exact match on the validation split
 
@@ -152,9 +153,10 @@ def train(model, recipe: Recipe) -> int:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
     tokens = 0
-    for _ in range(recipe.steps):
+    for step in range(recipe.steps):
+        corrupt = recipe.corrupt * min(1.0, 2 * step / recipe.steps)
         batch = [draw.choice(pool) for _ in range(recipe.batch_size)]
-        inputs, labels = collate(training_rows(batch, recipe.corrupt, draw))
+        inputs, labels = collate(training_rows(batch, corrupt, draw))
         logits = model(input_ids=inputs).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
@@ -193,8 +195,13 @@ def exact_match(model, tokenizer, problems: list[task.Problem]) -> float:
 def save(model, tokenizer, out: Path) -> None:
     """Write the directory under a temporary name and rename it."""
     partial = out.with_name(out.name + ".tmp")
-    model.save_pretrained(partial, safe_serialization=True)
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    # transformers 5 writes a class name that 4.x does not know; both know this one.
+    config = partial / "tokenizer_config.json"
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     partial.rename(out)
 
 
@@ -232,7 +239,9 @@ def main() -> None:
     )
 
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     start = time.monotonic()
     tokenizer, model = build_tokenizer(), build_model(recipe.seed)
