@@ -77,12 +77,12 @@ def rollout_counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def state_counts(states: Sequence[State]) -> dict[str, int]:
-    """What the update is made on."""
+def state_counts(states: Sequence[State], *, uses: int = 1) -> dict[str, int]:
+    """What the updates are made on; tokens count once per use of a state (inner epochs)."""
     return {
         "sequences": len(states),
-        "trained_tokens": sum(state.trained_tokens for state in states),
-        "loss_tokens": sum(sum(state.counted) for state in states),
+        "trained_tokens": uses * sum(state.trained_tokens for state in states),
+        "loss_tokens": uses * sum(sum(state.counted) for state in states),
     }
 
 

@@ -184,8 +184,10 @@ class Session:
     ) -> None:
         """Count, write, save."""
         flops = self._update_flops(updates) + rollout.flops
-        counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(states)
-        trained = int(counts["trained_tokens"]) * self.config.train.inner_epochs
+        counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(
+            states, uses=self.config.train.inner_epochs
+        )
+        trained = int(counts["trained_tokens"])
         done = self.progress
         self.progress = replace(
             done,
@@ -199,7 +201,7 @@ class Session:
         )
         losses = accounting.reduce_losses(reports)
         speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
-        row = losses | counts | {"trained_tokens": trained} | speeds | asdict(self.progress)
+        row = losses | counts | speeds | asdict(self.progress)
         row |= {
             "lr": self._learning_rate(step, len(reports) - 1, len(reports)),
             "max_new_tokens": self.budget(step),

@@ -180,7 +180,7 @@ def choose_commits(
     if remasking == "entropy_bounded":
         key = torch.where(masked_SB, entropy_SB, torch.inf)
         ordered, order = torch.sort(key, dim=1, stable=True)
-        leading = (ordered.cumsum(1) < entropy_bound) | (allowance >= block_size)
+        leading = (ordered.cumsum(1) < entropy_bound) | (pass_S >= steps)[:, None]
         leading[:, 0] = True
         return masked_SB & torch.zeros_like(masked_SB).scatter(1, order, leading)
     order = torch.sort(
