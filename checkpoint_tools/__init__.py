@@ -1,0 +1,1 @@
+"""Hugging Face directories <-> Megatron checkpoints: import, export, verify, inspect."""

@@ -127,6 +127,30 @@ def test_layouts_that_do_not_divide(tp: int, pp: int, reason: str) -> None:
         names.check_layout(SHAPE, tp, pp, "toy")
 
 
+@pytest.mark.parametrize(
+    ("layers", "hidden", "ffn", "heads", "tied", "parameters"),
+    [(28, 1024, 3072, 16, True, 596_049_920), (36, 4096, 12288, 32, False, 8_190_735_360)],
+    ids=["Qwen3-0.6B", "Qwen3-8B"],
+)
+def test_parameters_of_the_published_sizes(
+    layers: int, hidden: int, ffn: int, heads: int, tied: bool, parameters: int
+) -> None:
+    shape = names.Qwen3Shape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        groups=8,
+        head_dim=128,
+        ffn=ffn,
+        vocab_size=151936,
+        tied=tied,
+        rope_theta=1e6,
+        rms_eps=1e-6,
+        max_positions=40960,
+    )
+    assert shape.parameters == parameters
+
+
 CONFIG = {
     "model_type": "qwen3",
     "num_hidden_layers": 2,
