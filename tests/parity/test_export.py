@@ -3,11 +3,13 @@ own code and decodes as a decoder without cache or batching does, at every promp
 its tokenizer has the mask token at the id that the model was trained with."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,11 +18,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from checkpoint_tools import export_hf, import_hf
+from checkpoint_tools import export_hf, import_hf, verify
 from checkpoint_tools.manifest import BlockContract, read_manifest
 from checkpoint_tools.qwen3_shape import read_shape
 from checkpoint_tools.safetensors_dir import open_weights
-from tests.tiny_models import make_qwen3
+from megatron_opdlm.errors import RunError
+from tests.tiny_models import edit_json, make_qwen3
 
 MASK_ID = 64  # the tokenizer ends at 48: an id that leaves a gap
 BLOCK = 4
@@ -212,3 +215,72 @@ def test_an_export_can_be_imported_again(exported: Exported, tmp_path: Path) -> 
     )
     for name in ("config.json", "tokenizer.json", "modeling_a2d_qwen3.py", "chat_template.jinja"):
         assert (again.a2d / name).read_bytes() == (exported.a2d / name).read_bytes(), name
+
+
+def test_verify_finds_one_changed_value(exported: Exported, tmp_path: Path) -> None:
+    manifest = read_manifest(exported.checkpoint)
+    lines = list(verify.compare(exported.a2d, exported.checkpoint, manifest))
+    assert [line.split(":")[0] for line in lines] == ["weights", "logits", "tokens"]
+    assert lines[2] == "tokens: greedy, 4 prompts of 5 to 8 tokens, equal"
+    changed = Path(shutil.copytree(exported.a2d, tmp_path / "changed"))
+    file = sorted(changed.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name, tensor = next(iter(tensors.items()))
+    tensor.view(torch.int32).flatten()[7] ^= 1  # the last bit of one value
+    save_file(tensors, file)
+    with pytest.raises(RunError, match=f"{name} differs in 1 of {tensor.numel()} values"):
+        list(verify.compare(changed, exported.checkpoint, manifest))
+
+
+def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
+    exported: Exported, tmp_path: Path
+) -> None:
+    manifest = read_manifest(exported.checkpoint)
+    changed = Path(shutil.copytree(exported.a2d, tmp_path / "changed"))
+    with (changed / "modeling_a2d_qwen3.py").open("a") as file:
+        file.write("raise SystemExit('foreign code ran')\n")
+    lines = list(verify.compare(changed, exported.checkpoint, manifest))
+    assert "was not run" in lines[2]
+    edit_json(changed / "config.json", rms_norm_eps=0.1)
+    model = verify._build(exported.checkpoint, read_shape(exported.source), "fp32")
+    with pytest.raises(RunError, match="config.json disagree"):
+        verify.compare_logits(changed, model, "fp32")
+
+
+def test_an_export_that_differs_gets_no_name(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def differs(*arguments: object) -> list[str]:
+        raise RunError("logits differ")
+
+    monkeypatch.setattr(export_hf, "compare", differs)
+    with pytest.raises(RunError, match="logits differ"):
+        export_hf.convert(
+            exported.checkpoint,
+            tmp_path / "out",
+            read_manifest(exported.checkpoint),
+            read_shape(exported.source),
+            model_format="qwen3",
+            dtype="bf16",
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("imported", "dtype"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_other_types_round_once(
+    exported: Exported, tmp_path: Path, imported: str, dtype: str
+) -> None:
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    with open_weights(exported.source) as weights:
+        import_hf.convert(weights, checkpoint, BlockContract(mask_token_id=MASK_ID), imported)
+        manifest = read_manifest(checkpoint)
+        options = {"model_format": "a2d-qwen3", "dtype": dtype}
+        export_hf.convert(checkpoint, out, manifest, weights.model_shape, **options)
+        with open_weights(out) as found:
+            assert found.stored_dtype() == dtype
+            for name in found.names():
+                expected = weights.get(name).bfloat16()
+                assert torch.equal(found.get(name).bfloat16(), expected), name
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert loaded.dtype is {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    assert loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape == (1, 7)
