@@ -243,7 +243,7 @@ def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
     assert "was not run" in lines[2]
     edit_json(changed / "config.json", rms_norm_eps=0.1)
     model = verify._build(exported.checkpoint, read_shape(exported.source), "fp32")
-    with pytest.raises(RunError, match="config.json disagree"):
+    with pytest.raises(RunError, match=r"config\.json disagree"):
         verify.compare_logits(changed, model, "fp32")
 
 
