@@ -4,12 +4,20 @@ in plain PyTorch.
 Nothing here imports the project's training or rollout code.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3ForCausalLM
+
+
+def load(hf_dir: Path) -> PreTrainedModel:
+    """The model as transformers runs it, in float32."""
+    return Qwen3ForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
 
 
 def causal_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
@@ -147,3 +155,134 @@ def gradient_norm(model: PreTrainedModel) -> float:
     return (
         torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
     )
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Gradient of every parameter by its name in a safetensors file; then forgotten."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How ``decode`` decodes; the words of DESIGN 4b."""
+
+    block_size: int
+    steps: int
+    remasking: str
+    mask_id: int
+    end_ids: Sequence[int]
+    forbidden: Sequence[int] = ()
+    threshold: float = 0.9
+    entropy_bound: float = 0.35
+    logit_shift: bool = False
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    # (position, pass from 0) -> number in [0, 1)
+    uniform: Callable[[int, int], float] = field(default=lambda position, pass_index: 0.0)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A response of whole blocks, with the 1-based pass that committed each token."""
+
+    response_ids: list[int]
+    committed_at: list[int]
+    passes: int
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rules) -> Decoded:
+    """Block diffusion without any cache: every pass runs the model on the whole sequence so far."""
+    tokens, size = list(prompt), rules.block_size
+    committed_at: dict[int, int] = {}
+    passes = 0
+    for start in itertools.count(len(prompt) // size * size, size):
+        stop = start + size
+        masked = list(range(max(start, len(prompt)), stop))
+        tokens += [rules.mask_id] * len(masked)
+        for pass_index in itertools.count():
+            logits = _block_logits(model, tokens, start, rules)
+            drawn = {
+                i: draw(logits[i - start], rules, rules.uniform(i, pass_index)) for i in masked
+            }
+            for i in committed(drawn, pass_index, rules):
+                tokens[i] = drawn[i].token
+                committed_at[i] = pass_index + 1
+                masked.remove(i)
+            passes += 1
+            if not masked:
+                break
+        response = tokens[max(start, len(prompt)) :]
+        if set(response) & set(rules.end_ids) or stop >= len(prompt) + limit:
+            positions = range(len(prompt), len(tokens))
+            return Decoded(tokens[len(prompt) :], [committed_at[i] for i in positions], passes)
+    raise AssertionError
+
+
+def _block_logits(
+    model: PreTrainedModel, tokens: Sequence[int], start: int, rules: Rules
+) -> Tensor:
+    """Logits [B, V] from which the last block's tokens are drawn, forbidden ids at -inf."""
+    block = torch.arange(len(tokens)) // rules.block_size
+    visible = block[None, :] <= block[:, None]
+    logits = masked_logits(model, tokens, range(len(tokens)), visible)
+    if rules.logit_shift:  # the row before a block belongs to a clean block and sees nothing later
+        logits = torch.cat([logits[:1], logits[:-1]])
+    logits = logits[start:].clone()
+    logits[:, list(rules.forbidden)] = -torch.inf
+    return logits
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One drawn token."""
+
+    token: int
+    confidence: float  # its probability before temperature, top-k and top-p
+    entropy: float  # nats, before them too
+
+
+def draw(logits: Tensor, rules: Rules, uniform: float) -> Drawn:
+    """One token from logits [V], in float64 and by sorting."""
+    plain = logits.double().softmax(-1).tolist()
+    entropy = -sum(p * torch.log(torch.tensor(p, dtype=torch.float64)).item() for p in plain if p)
+    if rules.temperature == 0:
+        token = plain.index(max(plain))
+        return Drawn(token, plain[token], entropy)
+    shaped = (logits.double() / rules.temperature).softmax(-1).tolist()
+    order = sorted(range(len(shaped)), key=lambda v: (-shaped[v], v))
+    if rules.top_k:
+        order = order[: rules.top_k]
+    needed = rules.top_p * sum(shaped[v] for v in order)
+    kept: list[int] = []
+    for v in order:
+        if rules.top_p < 1 and sum(shaped[k] for k in kept) >= needed:
+            break
+        kept.append(v)
+    target, running = uniform * sum(shaped[v] for v in kept), 0.0
+    for v in sorted(v for v in kept if shaped[v] > 0):
+        running += shaped[v]
+        if running > target:
+            return Drawn(v, plain[v], entropy)
+    raise AssertionError
+
+
+def committed(drawn: dict[int, Drawn], pass_index: int, rules: Rules) -> list[int]:
+    """Which of the still masked positions this pass commits."""
+    size, steps = rules.block_size, rules.steps
+    quota = size // steps + (pass_index < size % steps) if pass_index < steps else len(drawn)
+    if rules.remasking == "sequential":
+        return sorted(drawn)[:quota]
+    if rules.remasking == "entropy_bounded":
+        order = sorted(drawn, key=lambda i: (drawn[i].entropy, i))
+        sums = list(itertools.accumulate(drawn[i].entropy for i in order))
+        within = [i for i, total in zip(order, sums, strict=True) if total < rules.entropy_bound]
+        return order if pass_index >= steps else within or order[:1]
+    best = sorted(drawn, key=lambda i: (-drawn[i].confidence, i))[:quota]
+    if rules.remasking == "low_confidence_static":
+        return best
+    assert rules.remasking == "low_confidence_dynamic"
+    return sorted({*best, *(i for i in drawn if drawn[i].confidence > rules.threshold)})

@@ -1,0 +1,47 @@
+"""Tiny models, made once a session."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import make_qwen3
+
+SEEDS = {"student": 11, "teacher": 12}
+VOCABULARY = 67  # odd: every tensor-parallel layout pads it
+MASK = 64  # above the tokenizer's ids, which end at 49
+
+
+@dataclass
+class TinyModels:
+    """Random Qwen3 directories by role: different weights, the same tokenizer."""
+
+    root: Path
+    _made: dict[str, Path] = field(default_factory=dict)
+
+    def hf(self, role: str, *, tied: bool, layers: int = 4) -> Path:
+        """Hugging Face directory of the ``student`` or the ``teacher``."""
+        name = f"{role}-{'tied' if tied else 'untied'}-{layers}"
+        if name not in self._made:
+            self._made[name] = make_qwen3(
+                self.root / name, tied=tied, seed=SEEDS[role], vocab=VOCABULARY, layers=layers
+            )
+        return self._made[name]
+
+    def imported(self, role: str, *, tied: bool) -> Path:
+        """The same as a Megatron checkpoint, made by ``import_hf``."""
+        from checkpoint_tools.import_hf import convert
+        from checkpoint_tools.manifest import BlockContract
+        from checkpoint_tools.safetensors_dir import open_weights
+
+        hf_dir = self.hf(role, tied=tied)
+        out = hf_dir.with_name(hf_dir.name + "-megatron")
+        if not out.exists():
+            with open_weights(hf_dir) as weights:
+                convert(weights, out, BlockContract(mask_token_id=MASK), "fp32")
+        return out
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    return TinyModels(tmp_path_factory.mktemp("models"))

@@ -1,0 +1,465 @@
+"""What the tests make ranks do. Every function runs on all ranks of a group, or in the calling
+process with ``Layout()``, and returns plain values.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opdlm import build, parallel, replay, rollout, train
+from megatron_opdlm.checkpoint import load_model
+from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.diffusion import denoising
+from megatron_opdlm.diffusion.blocks import block_lengths
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
+from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.model.attention import AttentionPlan, causal_plan
+from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
+from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
+from megatron_opdlm.parallel import Layout
+from megatron_opdlm.records import Trajectory, Vocabulary
+from megatron_opdlm.rollout import Request, generate
+from megatron_opdlm.session import pack_microbatches
+from megatron_opdlm.states import State, choose_states, make_state, pack, split_over_ranks
+from megatron_opdlm.teacher import score
+from megatron_opdlm.update import Student, UpdateReport, update
+
+# isort: split
+from megatron.core import parallel_state
+
+from checkpoint_tools import qwen3_names
+from checkpoint_tools.qwen3_shape import Qwen3Shape, padded_vocab, read_shape
+
+COLLECTIVE_SECONDS = 120  # a rank left alone in a collective gives up
+Arrays = dict[str, np.ndarray]
+Rows = Sequence[dict[str, Any]]
+
+
+def join(layout: Layout) -> Hardware:
+    """Build Megatron's groups for a layout."""
+    return parallel.init(layout, timeout_seconds=COLLECTIVE_SECONDS)
+
+
+def load(layout: Layout, model_dir: Path, **options: Any) -> Qwen3:
+    """A float32 model on a layout, ready for forwards."""
+    hardware = join(layout)
+    shape = read_shape(build.huggingface_dir(model_dir))
+    model = build_model(shape, layout, torch.float32, hardware, **options)
+    load_model(model, model_dir)
+    return model.requires_grad_(False).eval()
+
+
+def final_hidden(
+    model: Qwen3, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan, read_M: Tensor
+) -> Tensor | None:
+    """Hidden states [M, H] on the last pipeline stage, None on the others."""
+    config = model.config
+    if not parallel.is_first_stage():
+        ranks = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        shape = (len(tokens_N) // ranks, 1, config.hidden_size)
+        model.set_input_tensor(
+            parallel.receive_from_previous_stage(shape, torch.float32, tokens_N.device)
+        )
+    output = model.run(tokens_N, positions_N, plan)
+    if parallel.is_last_stage():
+        return select_positions(output, read_M, sequence_parallel=config.sequence_parallel)
+    parallel.send_to_next_stage(output)
+    return None
+
+
+def whole_logits(model: Qwen3, hidden_MH: Tensor) -> np.ndarray:
+    """Logits [M, vocab_size]; the rows that pad the layout must be -inf and are cut off."""
+    logits = model.shard.gather_rows(project(hidden_MH, model.head_weight, model.shard))
+    size = model.shape.vocab_size
+    assert bool((logits[:, size:] == -torch.inf).all())
+    return logits[:, :size].numpy()
+
+
+@torch.no_grad()
+def causal_logits(
+    layout: Layout, model_dir: Path, sequences: Sequence[Sequence[int]]
+) -> np.ndarray | None:
+    """Logits of packed sequences, one after the other [tokens, V]; None but on the last stage."""
+    model = load(layout, model_dir)
+    tokens = [token for sequence in sequences for token in sequence]
+    positions = [i for sequence in sequences for i in range(len(sequence))]
+    tail = -len(tokens) % layout.tensor  # sequence parallelism splits the row
+    plan = causal_plan(
+        [len(sequence) for sequence in sequences], len(tokens) + tail, torch.device("cpu")
+    )
+    hidden = final_hidden(
+        model,
+        torch.tensor(tokens + [0] * tail),
+        torch.tensor(positions + [0] * tail),
+        plan,
+        torch.arange(len(tokens)),
+    )
+    return None if hidden is None else whole_logits(model, hidden)
+
+
+def roll_out(
+    layout: Layout,
+    model_dir: Path,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+    *,
+    key: tuple[int, int] = (7, 3),
+    slots: int = 128,
+) -> list[Trajectory]:
+    """Trajectories of all requests by rising sample, shared out over the replicas as training
+    does.
+    """
+    model = load(layout, model_dir)
+    mine = list(requests)[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+    made = generate(model, mine, decoding, vocabulary, key=key, slots=slots).trajectories
+    return sorted(parallel.gather_objects_over_data_parallel(made), key=lambda t: t.sample)
+
+
+Place = tuple[int, int, int]  # sample, absolute position, pass from 1
+
+
+@contextmanager
+def _listening_to_the_engine(seen: dict[Place, Tensor]) -> Iterator[None]:
+    """Record the log-probabilities [V] that the engine draws from, before ids are forbidden."""
+    places: list[Place] = []
+    draw, project_ = rollout._Engine._draw, rollout.project
+
+    def listening_draw(engine: Any, active: Tensor, position: Tensor, masked: Tensor) -> Any:
+        row, column = torch.nonzero(masked, as_tuple=True)
+        slot = active[row]
+        triples = engine.sample[slot], position[row, column], engine.pass_index[slot] + 1
+        places[:] = zip(*(values.tolist() for values in triples), strict=True)
+        return draw(engine, active, position, masked)
+
+    def listening_project(hidden: Tensor, weight: Tensor, shard: VocabularyShard, *ids: Any) -> Any:
+        logits = shard.gather_rows(project(hidden, weight, shard))[:, : shard.vocab_size]
+        seen.update(zip(places, logits.log_softmax(-1), strict=True))
+        return project_(hidden, weight, shard, *ids)
+
+    rollout._Engine._draw, rollout.project = listening_draw, listening_project
+    try:
+        yield
+    finally:
+        rollout._Engine._draw, rollout.project = draw, project_
+
+
+@torch.no_grad()
+def on_policy_gap(
+    layout: Layout,
+    model_dir: Path,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+    slots: int = 128,
+) -> dict[str, Any] | None:
+    """Largest difference between what the engine saw and what the training forward sees at the
+    masked positions of all states of all trajectories; None but on the last stage.
+    """
+    model = load(layout, model_dir)
+    seen: dict[Place, Tensor] = {}
+    with _listening_to_the_engine(seen):
+        made = generate(model, requests, decoding, vocabulary, key=(7, 3), slots=slots).trajectories
+    states = choose_states(
+        made,
+        mode="all",
+        block_size=decoding.block_size,
+        vocabulary=without_end(vocabulary),  # tokens after an end token count here, too
+        exclude_eos=False,
+        key=(7, 3),
+    )
+    batch = pack(
+        states,
+        block_size=decoding.block_size,
+        mask_id=vocabulary.mask_id,
+        logit_shift=decoding.logit_shift,
+        align=layout.tensor,
+        device=torch.device("cpu"),
+    )
+    row = batch.student_tokens, batch.student_positions, batch.student_plan
+    hidden = final_hidden(model, *row, batch.student_read)
+    if hidden is None:
+        return None
+    log_q = torch.from_numpy(whole_logits(model, hidden)).log_softmax(-1)
+    by_sample = {t.sample: t for t in made}
+    places = [
+        place
+        for state in states
+        for place in _places(state, by_sample[state.sample], decoding.block_size)
+    ]
+    assert len(set(places)) == len(places) == len(log_q)
+    assert set(places) == set(seen), "states and passes are not the same set"
+    expected = torch.stack([seen[place] for place in places])
+    return {
+        "gap": float((log_q - expected).abs().max()),
+        "spread": float(expected.std()),
+        "places": len(places),
+        "trajectories": made,
+    }
+
+
+def _places(state: State, trajectory: Trajectory, block_size: int) -> Iterator[Place]:
+    """Where and in which pass the engine saw each masked position of a state, in their order."""
+    start, prompt = 0, len(state.prompt_ids)
+    for length in block_lengths(prompt, len(state.response_ids), block_size):
+        masked = [i for i in range(start, start + length) if state.masked[i]]
+        for i in masked:
+            yield state.sample, prompt + i, min(trajectory.committed_at[j] for j in masked)
+        start += length
+
+
+def replay_with_gradients(overrides: list[str], trajectories: Path) -> dict[str, Any]:
+    """What the command ``replay`` computes, with ``gradients`` under Hugging Face names on rank
+    0.
+    """
+    built: list[Student] = []
+    with _listening_to_build_student(built):
+        result = replay.replay(load_config(None, overrides), trajectories)
+    _complete_gradients(built[0])
+    return result | {"gradients": under_hf_names(built[0].model, lambda p: p.main_grad)}
+
+
+@contextmanager
+def _listening_to_build_student(built: list[Student]) -> Iterator[None]:
+    original = build.build_student
+
+    def build_student(*args: Any, **kwargs: Any) -> Student:
+        built.append(original(*args, **kwargs))
+        return built[-1]
+
+    build.build_student = build_student
+    try:
+        yield
+    finally:
+        build.build_student = original
+
+
+def _complete_gradients(student: Student) -> None:
+    """The distributed optimizer leaves each replica with its slice of the reduced gradients: give
+    every replica all slices.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for buffer in student.ddp.buffers:
+        for bucket in buffer.buckets:
+            slices = list(bucket.grad_data.chunk(dist.get_world_size(group)))
+            gathered = [torch.empty_like(part) for part in slices]
+            dist.all_gather(gathered, slices[dist.get_rank(group)].clone(), group=group)
+            bucket.grad_data.copy_(torch.cat(gathered))
+
+
+def under_hf_names(model: Qwen3, value: Callable[[torch.nn.Parameter], Tensor]) -> Arrays | None:
+    """A value of every parameter (weights or gradients), joined over all ranks, under Hugging
+    Face's names; on rank 0.
+
+    Asserts that replicated values are equal: on all replicas, and norms on all tensor ranks.
+    """
+    share = {name: value(p).detach().numpy() for name, p in named_global_parameters(model)}
+    place = (parallel.data_parallel_rank(), parallel_state.get_tensor_model_parallel_rank())
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, (place, share))
+    if parallel.rank() > 0:
+        return None
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for (_, tensor_rank), values in sorted(shares, key=lambda item: item[0]):
+        for name, array in values.items():
+            known = parts.setdefault(name, {}).setdefault(tensor_rank, array)
+            assert np.array_equal(known, array), f"{name} differs between replicas"
+    whole = {name: _joined(name, list(by_rank.values())) for name, by_rank in parts.items()}
+    return _as_hugging_face(model.shape, model.vocab_size, whole)
+
+
+def _joined(name: str, parts: list[np.ndarray]) -> Tensor:
+    tensors = [torch.from_numpy(part) for part in parts]
+    if name.endswith(qwen3_names.FC1):  # every rank holds [its gate; its up]
+        halves = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+        return torch.cat([part for half in halves for part in half])
+    if name.endswith(qwen3_names.SPLIT_COLUMNS):
+        return torch.cat(tensors, dim=1)
+    if tensors[0].ndim == 2:
+        return torch.cat(tensors)
+    assert all(torch.equal(tensors[0], other) for other in tensors), f"{name} differs over ranks"
+    return tensors[0]
+
+
+def _as_hugging_face(shape: Qwen3Shape, rows: int, whole: dict[str, Tensor]) -> Arrays:
+    embedding, output = (whole.get(n) for n in (qwen3_names.EMBEDDING, qwen3_names.OUTPUT))
+    assert embedding is not None
+    if shape.tied and output is not None:  # the last pipeline stage has its own copy
+        assert torch.equal(embedding, output)
+    for tensor in (embedding, output):
+        if tensor is not None:
+            assert len(tensor) == rows
+            assert not tensor[shape.vocab_size :].any(), "the layout's padding rows moved"
+    named = qwen3_names.hf_from_megatron(shape, lambda name: whole[name])
+    return {name: tensor.numpy() for name, tensor in named}
+
+
+def train_on(overrides: list[str], updates: Sequence[Rows], lr: float) -> dict[str, Any]:
+    """One optimizer step for each list of recorded states; losses, gradient norms, and the final
+    weights on rank 0.
+    """
+    config = load_config(None, overrides)
+    source, teacher_source = build.open_pair(config)
+    hardware = join(build.model_layout(config))
+    student = build.build_student(source, config, hardware)
+    teacher = build.build_teacher(teacher_source, config, hardware)
+    objective = build.build_objective(config, teacher)
+    losses, norms = [], []
+    for rows in updates:
+        batches = _batches(rows, config, source, hardware)
+        report = update(student, batches, score(teacher, batches), objective, lr)
+        losses.append(_mean_loss(report))
+        norms.append(report.grad_norm)
+    weights = under_hf_names(student.model, lambda p: p.data)
+    return {"losses": losses, "grad_norms": norms, "weights": weights}
+
+
+def _batches(rows: Rows, config: Config, source: build.ModelSource, hardware: Hardware) -> list:
+    states = [
+        make_state(
+            number,
+            row["prompt_ids"],
+            row["response_ids"],
+            [bool(m) for m in row["masked"]],
+            source.vocabulary,
+            exclude_eos=config.loss.exclude_eos,
+        )
+        for number, row in enumerate(rows)
+    ]
+    mine = split_over_ranks(states, parallel.data_parallel_size())[parallel.data_parallel_rank()]
+    return pack_microbatches(mine, config, source, hardware)
+
+
+def _mean_loss(report: UpdateReport) -> float:
+    losses = parallel.gather_objects_over_data_parallel(report.sequence_loss)
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def teacher_targets(overrides: list[str], rows: Rows) -> list[tuple[int, np.ndarray]] | None:
+    """(number of the row, log-probabilities [counted positions, V]) of every row, from the hidden
+    states that ``score`` keeps; None but on the last stage.
+    """
+    config = load_config(None, overrides)
+    source, teacher_source = build.open_pair(config)
+    hardware = join(build.model_layout(config))
+    teacher = build.build_teacher(teacher_source, config, hardware)
+    batches = _batches(rows, config, source, hardware)
+    found = []
+    for batch, target in zip(batches, score(teacher, batches), strict=True):
+        if target is None:
+            continue
+        log_p = torch.from_numpy(whole_logits(teacher, target)).log_softmax(-1)
+        found += [
+            (state.sample, log_p[batch.sequence == i].numpy())
+            for i, state in enumerate(batch.states)
+        ]
+    return found if parallel.is_last_stage() else None
+
+
+def divergence_over_shards(
+    layout: Layout,
+    kind: str,
+    options: dict[str, float],
+    student: Sequence[np.ndarray],
+    teacher: Sequence[np.ndarray],
+    labels: np.ndarray,
+    row_weight: np.ndarray,
+    chunk_rows: int,
+) -> dict[str, Any]:
+    """Value and gradients of a divergence whose vocabulary is split over the tensor ranks.
+
+    ``student`` and ``teacher`` are (hidden [M, H], output weight [V, H]); every rank takes its rows
+    of the weights. The gradients come back whole.
+    """
+    join(layout)
+    size = len(student[1])
+    shard = VocabularyShard(padded_vocab(size, layout.tensor) // layout.tensor, size)
+    hidden = torch.from_numpy(student[0]).requires_grad_()
+    weight = _shard_rows(torch.from_numpy(student[1]), shard).requires_grad_()
+    common: dict[str, Any] = {
+        "project": partial(project, shard=shard),
+        "reduction": shard,
+        "chunk_rows": chunk_rows,
+    }
+    weights = torch.from_numpy(row_weight)
+    if kind == "nll":
+        total, values = likelihood_loss(hidden, weight, torch.from_numpy(labels), weights, **common)
+    else:
+        total, values = distillation_loss(
+            hidden,
+            weight,
+            torch.from_numpy(teacher[0]),
+            _shard_rows(torch.from_numpy(teacher[1]), shard),
+            weights,
+            Divergence(kind=kind, **options),
+            **common,
+        )
+    total.backward()
+    assert hidden.grad is not None and weight.grad is not None
+    rows = shard.gather_rows(weight.grad.t()).t()
+    assert not rows[size:].any()
+    return {
+        "total": float(total),
+        "values": values.numpy(),
+        "hidden": shard.sum(hidden.grad).numpy(),
+        "weight": rows[:size].numpy(),
+    }
+
+
+def _shard_rows(weight: Tensor, shard: VocabularyShard) -> Tensor:
+    padding = weight.new_full((shard.ranks * shard.columns - len(weight), weight.shape[1]), 3.0)
+    return torch.cat([weight, padding])[shard.start : shard.start + shard.columns].clone()
+
+
+def draw_over_shards(
+    layout: Layout,
+    logits: np.ndarray,
+    uniform: np.ndarray,
+    **shaping: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw from logits [M, V] whose columns are split over the tensor ranks."""
+    join(layout)
+    size = logits.shape[1]
+    shard = VocabularyShard(padded_vocab(size, layout.tensor) // layout.tensor, size)
+    whole = torch.full((len(logits), shard.ranks * shard.columns), -torch.inf)
+    whole[:, :size] = torch.from_numpy(logits)
+    local = whole[:, shard.start : shard.start + shard.columns]
+    drawn = denoising.draw(local, torch.from_numpy(uniform), shard=shard, **shaping)
+    return drawn.token.numpy(), drawn.confidence.numpy(), drawn.entropy.numpy()
+
+
+def train_run(overrides: list[str]) -> None:
+    """What the command ``train`` does after it has parsed its arguments."""
+    train.run(load_config(None, overrides))
+
+
+def model_weights(model_dir: Path) -> Arrays:
+    """Weights of a checkpoint under Hugging Face's names, read in this process."""
+    weights = under_hf_names(load(Layout(), model_dir), lambda p: p.data)
+    assert weights is not None
+    return weights
+
+
+def without_end(vocabulary: Vocabulary) -> Vocabulary:
+    """The same ids, none of which ends a response: every masked position then counts."""
+    return replace(vocabulary, end_ids=())
+
+
+def layout_ranks(layout: Layout) -> tuple[int, int, int]:
+    """(tensor rank, pipeline rank, data parallel rank) of this rank."""
+    join(layout)
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel.data_parallel_rank(),
+    )

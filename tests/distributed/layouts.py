@@ -1,0 +1,31 @@
+"""The parallel layouts that the laws are tested on, with the ranks that they need."""
+
+from megatron_opdlm.parallel import Layout
+
+TP2 = Layout(tensor=2)
+PP2 = Layout(pipeline=2)
+DP2 = Layout()
+TP2_SP = Layout(tensor=2, sequence_parallel=True)
+TP2_PP2 = Layout(tensor=2, pipeline=2)
+TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+
+# name -> (ranks, layout); data parallelism takes the ranks that the layout leaves over
+LAYOUTS = {
+    "tp2": (2, TP2),
+    "pp2": (2, PP2),
+    "dp2": (2, DP2),
+    "tp2-sp": (2, TP2_SP),
+    "tp2-pp2": (4, TP2_PP2),
+    "tp2-pp2-sp": (4, TP2_PP2_SP),
+    "tp2-dp2-sp": (4, TP2_SP),
+    "pp2-dp2": (4, PP2),
+}
+
+
+def overrides(layout: Layout) -> list[str]:
+    """The configuration keys of a layout."""
+    return [
+        f"model.tensor_parallel={layout.tensor}",
+        f"model.pipeline_parallel={layout.pipeline}",
+        f"model.sequence_parallel={str(layout.sequence_parallel).lower()}",
+    ]

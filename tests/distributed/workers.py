@@ -1,0 +1,203 @@
+"""Long-lived ranks for tests: one process a rank, started once, that run one function after
+another.
+
+A start costs seconds (PyTorch, Megatron, transformers), a job milliseconds, and
+``megatron_opdlm.parallel.init`` can be called again with another layout. So a group of two ranks
+serves TP2, PP2 and DP2 in turn. A rank that dies, an exception on any rank and a job that takes too
+long all end the job with ``RanksFailed``, and the group with it: after a failure nobody knows which
+collective the others are in.
+"""
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+START_SECONDS = 180  # imports of several ranks on a busy machine
+GRACE_SECONDS = 2  # for the others' reports once one rank has failed
+LOG_TAIL = 3000  # characters of a rank's output shown after a failure
+
+
+class RanksFailed(AssertionError):
+    """A job did not end well on every rank; the message holds every rank's story."""
+
+
+class WorkerGroup:
+    """``ranks`` processes with torchrun's environment, on this machine, without accelerators."""
+
+    def __init__(self, ranks: int, imports: str = "tests.distributed.jobs") -> None:
+        """``imports`` names the module that every rank imports before it counts as started."""
+        self.ranks = ranks
+        self._imports = imports
+        self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+        port = _free_port()
+        for rank in range(ranks):
+            ours, theirs = Pipe()
+            self._processes.append(self._start(rank, port, theirs))
+            self._connections.append(ours)
+            theirs.close()  # so that a rank's death is the end of its connection
+        self._collect("start", START_SECONDS)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the group can take another job."""
+        return bool(self._processes) and all(p.poll() is None for p in self._processes)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the ranks, in their order."""
+        return [process.pid for process in self._processes]
+
+    def run(self, function: Callable[..., Any], *, timeout: float = 60, **arguments: Any) -> list:
+        """Call a module-level function with picklable arguments on every rank; results by rank."""
+        assert self.alive, "the group was closed after a failure; ask for a new one"
+        job = (function.__module__, function.__qualname__, arguments)
+        for connection in self._connections:
+            connection.send(job)
+        return self._collect(function.__qualname__, timeout)
+
+    def close(self) -> None:
+        """End every rank now, whatever it is doing."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
+
+    def _start(self, rank: int, port: int, theirs: Connection) -> subprocess.Popen[bytes]:
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(self.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        arguments = [str(theirs.fileno()), self._imports]
+        with self._log(rank).open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "tests.distributed.workers", *arguments],
+                cwd=REPOSITORY,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # close() ends the children that saving starts, too
+            )
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"rank{rank}.log"
+
+    def _collect(self, job: str, timeout: float) -> list:
+        """Every rank's reply to the job; RanksFailed, and the group closed, where one is bad."""
+        deadline = time.monotonic() + timeout
+        pending = {connection: rank for rank, connection in enumerate(self._connections)}
+        results: dict[int, Any] = {}
+        stories: dict[int, str] = {}
+        while pending:
+            ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = pending.pop(connection)
+                try:
+                    succeeded, reply = connection.recv()
+                except (EOFError, OSError):
+                    succeeded, reply = False, self._obituary(rank)
+                if succeeded:
+                    results[rank] = reply
+                else:
+                    stories[rank] = reply
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if not stories and not pending:
+            return [results[rank] for rank in range(self.ranks)]
+        waited = "" if stories else f" in {timeout} seconds"
+        stories |= dict.fromkeys(pending.values(), "gave no answer" + waited)
+        failure = self._describe(job, stories)
+        self.close()
+        raise RanksFailed(failure)
+
+    def _obituary(self, rank: int) -> str:
+        try:
+            code = self._processes[rank].wait(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"died with exit code {code}"
+
+    def _describe(self, job: str, stories: dict[int, str]) -> str:
+        lines = [f"{job} failed on {len(stories)} of {self.ranks} ranks"]
+        for rank, story in sorted(stories.items()):
+            output = self._log(rank).read_text(errors="replace")[-LOG_TAIL:]
+            lines += [f"--- rank {rank}: {story}", f"--- rank {rank}, its output:", output]
+        return "\n".join(lines)
+
+
+class WorkerGroups:
+    """Groups by size, started when first asked for, and anew after a failure."""
+
+    def __init__(self, **options: str) -> None:
+        self._options = options
+        self._groups: dict[int, WorkerGroup] = {}
+
+    def __call__(self, ranks: int) -> WorkerGroup:
+        group = self._groups.get(ranks)
+        if group is None or not group.alive:
+            if group is not None:
+                group.close()
+            group = self._groups[ranks] = WorkerGroup(ranks, **self._options)
+        return group
+
+    def close(self) -> None:
+        """End all groups."""
+        for group in self._groups.values():
+            group.close()
+        self._groups = {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve(connection: Connection, imports: str) -> None:
+    """A rank's life: report that everything is imported, then answer jobs until the other end
+    closes.
+    """
+    importlib.import_module(imports)
+    connection.send((True, None))
+    while True:
+        try:
+            module, name, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            function = getattr(importlib.import_module(module), name)
+            reply = (True, function(**arguments))
+        except BaseException:
+            reply = (False, "raised\n" + traceback.format_exc())
+        connection.send(reply)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])), sys.argv[2])
+    os._exit(0)  # without the process group's farewell, which waits for the others
