@@ -4,7 +4,7 @@ so callers hold no ``if``.
 
 import atexit
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -41,16 +41,24 @@ class Layout:
         return world_size // model_ranks
 
 
+_groups_of: Layout | None = None  # the layout that Megatron's groups stand for
+
+
 def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardware:
     """Join the process group that torchrun describes (a single process without it) and build
     Megatron's groups.
 
-    Calling it again with another layout rebuilds Megatron's groups only (tests do).
+    Calling it again with another layout rebuilds Megatron's groups; with the same one it keeps
+    them, since every gloo group has threads of its own that never end.
     """
+    global _groups_of
     hardware = select_hardware()
     layout.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
     if not dist.is_initialized():
         _init_process_group(hardware, timeout_seconds)
+    wanted = replace(layout, sequence_parallel=False)  # needs no groups of its own
+    if wanted == _groups_of:
+        return hardware
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
@@ -59,6 +67,7 @@ def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardwa
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    _groups_of = wanted
     return hardware
 
 
