@@ -1,5 +1,6 @@
 """The quickstart's pictures: training, accuracy on the way, accuracy against speed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ NAMES = {
     "accuracy_over_tokens.png": "accuracy over trained tokens",
     "accuracy_over_speed.png": "accuracy against tokens per forward pass",
 }
+WINDOW = 8  # steps, in the KL picture: single states are noisy
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d95f02", "#1b8a5a", "#666666"
 _STYLE = {
     "axes.spines.top": False,
@@ -63,30 +65,41 @@ def _loss(axis: Axes, results: Results) -> None:
     _mark_resume(axis, results)
     axis.set(
         xlabel="trained response tokens (thousands)",
-        ylabel="loss: KL(teacher || student), nats per masked token",
-        title="Loss",
+        ylabel="loss (nats per masked token)",
+        title="Loss: KL(teacher || student)",
         yscale="log",
     )
     axis.legend()
 
 
 def _kl(axis: Axes, results: Results) -> None:
-    """KL by how much of the block was masked: states with more masks are harder."""
+    """KL by how much of a whole block was masked, and over all masked positions."""
     tokens = _thousands(results)
-    shares = [row["kl_by_masked_fraction"] for row in results.metrics]
-    labels = sorted(set().union(*shares), key=float)
+    size = results.record["block_size"]
     shades = plt.get_cmap("viridis_r")
-    for number, label in enumerate(labels):
-        points = [(t, s[label]) for t, s in zip(tokens, shares, strict=True) if label in s]
-        color = shades(0.15 + 0.8 * number / max(1, len(labels) - 1))
-        axis.plot(*zip(*points, strict=True), color=color, label=label)
+    for masked in range(1, size + 1):
+        label = f"{masked / size:.2f}"  # shares of shorter blocks (beside a prompt) are left out
+        values = [row["kl_by_masked_fraction"].get(label) for row in results.metrics]
+        points = [(t, v) for t, v in zip(tokens, values, strict=True) if v is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            color = shades(0.15 + 0.8 * (masked - 1) / max(1, size - 1))
+            axis.plot(x, _running_mean(y), color=color, label=f"{masked} of {size}")
+    everything = [row["kl"] for row in results.metrics]
+    axis.plot(tokens, _running_mean(everything), color="black", linewidth=1, label="all")
     axis.set(
         xlabel="trained response tokens (thousands)",
-        ylabel="KL(teacher || student), nats per masked token",
-        title="KL by masked share of the block",
+        ylabel="KL per masked token (nats)",
+        title=f"KL by masked tokens of a block (mean of {WINDOW} steps)",
         yscale="log",
     )
-    axis.legend(title="masked share")
+    axis.legend(title="masked")
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Mean of each value and up to ``WINDOW - 1`` before it."""
+    windows = [values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _accuracy_over_tokens(axis: Axes, results: Results) -> None:

@@ -15,13 +15,13 @@ from evaluation.jsonl import check_new_directory, write_json
 from evaluation.tasks import get_task
 from launch.quickstart import task
 from launch.quickstart.stages import Stages, python, stop, torchrun
+from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError, RunError, command
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path("configs/tiny_cpu.yaml")
 RANKS = 2
 LAYOUTS = {"dp2": 1, "tp2": 2}  # name -> tensor-parallel ranks
-BLOCK_SIZE = 4
 THRESHOLDS = (0.8, 0.9, 0.95)  # dynamic decoding
 
 
@@ -38,6 +38,8 @@ class Settings:
     config: Path
     mask_token_id: int | None
     overrides: list[str]  # key=value, handed to training
+    block_size: int  # tokens, of the training configuration
+    max_new_tokens: int  # response tokens in evaluations
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def main() -> None:
         "seed": settings.seed,
         "layout": settings.layout,
         "teacher": str(settings.hf) if settings.hf else "toy",
-        "block_size": BLOCK_SIZE,
+        "block_size": settings.block_size,
     }
     teacher = _teacher(settings, stages)
     imported = _import(settings, stages, teacher)
@@ -156,9 +158,9 @@ def _evaluate(
     name, data = "addition", settings.out / "data"
     if settings.test:
         name, data = f"exact_match:{settings.test.stem}", settings.test.parent
-    limit = {"max_new_tokens": _longest_response(settings)}
-    static = {"block_size": BLOCK_SIZE, "remasking": "low_confidence_static", **limit}
-    one_token = {**static, "denoising_steps": BLOCK_SIZE}
+    block_size, limit = settings.block_size, {"max_new_tokens": settings.max_new_tokens}
+    static = {"block_size": block_size, "remasking": "low_confidence_static", **limit}
+    one_token = {**static, "denoising_steps": block_size}
 
     def entry(name: str, model: Path, decoding: dict[str, Any]) -> dict[str, Any]:
         return {"name": name, "model": str(model), "decoding": decoding}
@@ -168,7 +170,7 @@ def _evaluate(
         entry("initial", imported, one_token),
         *(entry(f"curve_{path.name}", path, one_token) for path in checkpoints[:-1]),
         *(
-            entry(f"static_{k}", student, {**static, "denoising_steps": BLOCK_SIZE // k})
+            entry(f"static_{k}", student, {**static, "denoising_steps": -(-block_size // k)})
             for k in (1, 2, 4)
         ),
         *(
@@ -186,15 +188,6 @@ def _evaluate(
     with stages.stage("evaluate", f"f) evaluate: {len(entries)} evaluations of {name}"):
         stages.run("evaluate", torchrun(RANKS, "launch.quickstart.evaluate", "--plan", str(plan)))
     return {"task": name, "evaluated": [entry["name"] for entry in entries]}
-
-
-def _longest_response(settings: Settings) -> int:
-    """Response tokens: what the toy task needs, or what training allowed the user's model."""
-    if settings.hf is None:
-        return task.MAX_RESPONSE_TOKENS
-    from megatron_opdlm.config import load_config
-
-    return load_config(settings.config, settings.overrides).rollout.max_new_tokens
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,6 +242,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise InputError(f"{override!r}: not understood; use key=value, or see --help")
     out = args.out or _free_directory(Path("runs/quickstart"))
     check_new_directory(out, "--out")
+    rollout = load_config(args.config, args.overrides).rollout  # bad keys are found now
     mask = args.mask_token_id
     if args.hf is None and mask is None:
         from launch.quickstart.teacher import MASK_ROW
@@ -264,6 +258,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         config=args.config.resolve(),
         mask_token_id=mask,
         overrides=args.overrides,
+        block_size=rollout.block_size,
+        max_new_tokens=rollout.max_new_tokens if args.hf else task.MAX_RESPONSE_TOKENS,
     )
 
 

@@ -44,6 +44,7 @@ class Stages:
         environment = {
             "OMP_NUM_THREADS": "1",  # one thread a rank: more are slower at this size
             "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore::FutureWarning",  # of libraries, in the way of progress bars
             **os.environ,
         }
         if on_terminal:

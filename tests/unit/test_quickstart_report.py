@@ -57,6 +57,7 @@ def finished(tmp_path):
         {
             "step": step,
             "loss": 2 * math.exp(-step / 12),
+            "kl": 1.9 * math.exp(-step / 12),
             "cumulative_trained_tokens": step * TOKENS_PER_STEP,
             "kl_by_masked_fraction": {
                 f"{share:.2f}": 2 * share * math.exp(-step / 12)
