@@ -120,7 +120,7 @@ def compare_logits(hf_dir: Path, model: "Qwen3", narrow: str) -> str:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from megatron_opdlm.model.attention import causal_plan
+    from megatron_opdlm.model.attention_plan import causal_plan
     from megatron_opdlm.model.vocab_parallel import project
 
     shape, device = model.shape, next(model.parameters()).device

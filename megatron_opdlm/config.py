@@ -80,6 +80,7 @@ class RolloutConfig:
     max_new_tokens: int = 4000  # response tokens; the curriculum never exceeds it
     max_new_tokens_by_domain: dict[str, int] = field(default_factory=dict)  # caps by a row's domain
     slots: int = 128  # sequences decoded at once on a data-parallel rank
+    kv_cache_tokens: int | None = None  # cached positions of all slots; null: half the free memory
 
 
 @dataclass(frozen=True, kw_only=True)

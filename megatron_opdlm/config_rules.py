@@ -24,6 +24,7 @@ _AT_LEAST_ONE = (
     "rollout.responses_per_prompt",
     "rollout.max_new_tokens",
     "rollout.slots",
+    "rollout.kv_cache_tokens",
     "curriculum.start",
     "curriculum.end",
     "curriculum.steps",

@@ -118,9 +118,25 @@ def is_last_stage() -> bool:
     return parallel_state.is_pipeline_last_stage()
 
 
-def send_to_next_stage(x: Tensor) -> None:
-    """Blocking send of activations to the next pipeline stage (shape known to the receiver)."""
-    dist.send(x.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+@dataclass(frozen=True, kw_only=True)
+class Sending:
+    """A message under way; holds its tensor until it has left."""
+
+    work: dist.Work | None
+    tensor: Tensor
+
+    def wait(self) -> Tensor:
+        """Block until the message is through; returns its tensor."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def send_to_next_stage(x: Tensor) -> Sending:
+    """Send activations to the next pipeline stage, which knows their shape, and go on working."""
+    x = x.contiguous()
+    work = dist.isend(x, parallel_state.get_pipeline_model_parallel_next_rank())
+    return Sending(work=work, tensor=x)
 
 
 def receive_from_previous_stage(
@@ -143,17 +159,32 @@ def tensor_group() -> dist.ProcessGroup:
     return _group(parallel_state.get_tensor_model_parallel_group())
 
 
-def broadcast_from_last_stage(x: Tensor) -> Tensor:
-    """Make ``x`` of the last stage's first tensor rank the value on every rank of this model
-    replica (in place).
+def broadcast_from_last_stage(x: Tensor) -> Sending:
+    """Make ``x`` of the last stage's first tensor rank the value on every rank of this replica.
 
     So all ranks of a replica take the same decisions whatever the rounding of their reductions.
+    The values are there, in place, once ``wait`` returns.
     """
     group = _group(parallel_state.get_model_parallel_group())
+    if dist.get_world_size(group) == 1:
+        return Sending(work=None, tensor=x)
+    source = _last_stage_source(dist.get_process_group_ranks(group))
+    work = dist.broadcast(x, source, group=group, async_op=True)
+    return Sending(work=work, tensor=x)
+
+
+def pipeline_size() -> int:
+    """Number of pipeline stages."""
+    return parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def least_over_replica(value: int) -> int:
+    """Smallest value over the ranks of this model replica."""
+    group = _group(parallel_state.get_model_parallel_group())
+    holder = torch.tensor(value, dtype=torch.int64, device=select_hardware().device)
     if dist.get_world_size(group) > 1:
-        source = _last_stage_source(dist.get_process_group_ranks(group))
-        dist.broadcast(x, source, group=group)
-    return x
+        dist.all_reduce(holder, op=dist.ReduceOp.MIN, group=group)
+    return int(holder)
 
 
 def _last_stage_source(ranks: list[int]) -> int:
@@ -168,7 +199,7 @@ def _last_stage_source(ranks: list[int]) -> int:
 
 def broadcast_over_pipeline(x: Tensor) -> Tensor:
     """Copy ``x`` from the last pipeline stage to all stages (in place)."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    if pipeline_size() > 1:
         dist.broadcast(
             x,
             parallel_state.get_pipeline_model_parallel_last_rank(),

@@ -18,6 +18,7 @@ _FREE_KEYS = {
     "model.sequence_parallel",
     "model.recompute",
     "rollout.slots",
+    "rollout.kv_cache_tokens",
     "loss.chunk_rows",
     "update.tokens_per_microbatch",
 }

@@ -87,6 +87,7 @@ class Session:
             self.source.vocabulary,
             key=key,
             slots=self.config.rollout.slots,
+            kv_cache_tokens=self.config.rollout.kv_cache_tokens,
         )
         trajectories = parallel.gather_objects_over_data_parallel(made.trajectories)
         flops = parallel.sum_over_data_parallel(

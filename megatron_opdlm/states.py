@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.blocks import block_lengths, first_block_start
-from megatron_opdlm.model.attention import AttentionPlan, causal_plan, two_stream_plan
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
 from megatron_opdlm.records import Trajectory, Vocabulary
 
 
@@ -218,8 +219,8 @@ def pack(
         sequence += [number] * len(counted)
     student.align(align)
     teacher.align(align)
-    block = torch.tensor(student.positions, device=device) // block_size
-    clean = torch.tensor(student.clean, device=device)
+    block = torch.tensor(student.positions) // block_size
+    clean = torch.tensor(student.clean)
 
     def index(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -228,7 +229,7 @@ def pack(
         states=list(states),
         student_tokens=index(student.tokens),
         student_positions=index(student.positions),
-        student_plan=two_stream_plan(student.lengths, block, clean),
+        student_plan=two_stream_plan(student.lengths, block, clean, device),
         student_read=index(student_read),
         teacher_tokens=index(teacher.tokens),
         teacher_positions=index(teacher.positions),

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_opdlm import parallel
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
+from megatron_opdlm.parallel import Sending
 from megatron_opdlm.states import PackedBatch
 
 
@@ -25,10 +26,14 @@ def score(teacher: Qwen3, batches: Sequence[PackedBatch]) -> list[Tensor | None]
     Stages work on different microbatches at the same time: each receives, computes and sends in
     turn.
     """
-    return [_score(teacher, batch) for batch in batches]
+    outputs = [_score(teacher, batch) for batch in batches]
+    for output in outputs:
+        if isinstance(output, Sending):
+            output.wait()
+    return [None if isinstance(output, Sending) else output for output in outputs]
 
 
-def _score(teacher: Qwen3, batch: PackedBatch) -> Tensor | None:
+def _score(teacher: Qwen3, batch: PackedBatch) -> Tensor | Sending:
     config = teacher.config
     if not parallel.is_first_stage():
         rows = len(batch.teacher_tokens) // (
@@ -44,5 +49,4 @@ def _score(teacher: Qwen3, batch: PackedBatch) -> Tensor | None:
         return select_positions(
             output, batch.teacher_read, sequence_parallel=config.sequence_parallel
         )
-    parallel.send_to_next_stage(output)
-    return None
+    return parallel.send_to_next_stage(output)

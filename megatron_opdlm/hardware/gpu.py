@@ -22,6 +22,12 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def free_memory_bytes() -> int:
+    """GPU memory that is not taken, what torch's allocator holds unused included."""
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
+
+
 def set_device(local_rank: int) -> torch.device:
     """Bind this process to its GPU."""
     torch.cuda.set_device(local_rank)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_opdlm.hardware import cpu, gpu, megatron_on_cpu
@@ -21,11 +22,17 @@ class Hardware:
     dtype: torch.dtype  # default of model.dtype=auto
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory_bytes: Callable[[], int]  # of this rank
+    free_memory_bytes: Callable[[], int]  # that this rank may still take
     reason: str  # why this hardware was chosen, for the log
 
 
 def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+
+
+def _available_bytes() -> int:
+    """This rank's share of the memory that the machine could still give."""
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @functools.cache
@@ -40,6 +47,7 @@ def select_hardware() -> Hardware:
             dtype=torch.bfloat16,
             transformer_options=gpu.TRANSFORMER_OPTIONS,
             peak_memory_bytes=gpu.peak_memory_bytes,
+            free_memory_bytes=gpu.free_memory_bytes,
             reason="CUDA is available: NCCL, bfloat16",
         )
     megatron_on_cpu.install()
@@ -50,5 +58,6 @@ def select_hardware() -> Hardware:
         dtype=torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,
         peak_memory_bytes=_peak_resident_bytes,
+        free_memory_bytes=_available_bytes,
         reason="no CUDA device: gloo, float32, one thread a rank",
     )

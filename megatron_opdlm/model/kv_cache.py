@@ -25,6 +25,7 @@ class KVCache:
     ) -> None:
         """``layer_numbers`` are Megatron's global, 1-based numbers of this stage's layers."""
         shape = (len(layer_numbers), slots, positions, groups, head_dim)
+        self.slots = slots
         self._first_layer = layer_numbers.start
         # Zeros rather than garbage: hidden positions are multiplied by probability 0, and 0 * nan
         # is nan.

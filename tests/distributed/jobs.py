@@ -22,7 +22,8 @@ from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
 from megatron_opdlm.hardware import Hardware
-from megatron_opdlm.model.attention import AttentionPlan, causal_plan
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.parallel import Layout
