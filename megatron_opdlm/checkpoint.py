@@ -38,8 +38,14 @@ WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = (
     "latest",
 )
 _PREFIX = "model."  # of the weights' keys, in imported and in training checkpoints alike
-# How Megatron lays out optimizer state so that any other parallel layout can read it.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _metadata() -> dict[str, Any]:
+    """How Megatron lays out optimizer state so that any other parallel layout can read it.
+
+    A new dictionary each time: Megatron adds the process group of the moment to it.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ def save_weights(model: Qwen3, directory: Path) -> None:
 
 def load_weights(model: Qwen3, directory: Path) -> None:
     """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it."""
-    wanted = {"model": model.sharded_state_dict(prefix=_PREFIX, metadata=_METADATA)}
+    wanted = {"model": model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())}
     loaded = _load(wanted, directory, strict_prefix=_PREFIX)
     model.load_state_dict(
         {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
@@ -86,7 +92,7 @@ def _save(state: dict[str, Any], directory: Path) -> None:
     if parallel.is_writer():
         directory.mkdir(parents=True)
     parallel.barrier()
-    dist_checkpointing.save(state, str(directory), content_metadata=_METADATA)
+    dist_checkpointing.save(state, str(directory), content_metadata=_metadata())
 
 
 def _load(wanted: dict[str, Any], directory: Path, *, strict_prefix: str) -> dict[str, Any]:
@@ -217,9 +223,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _training_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
-    model = student.model.sharded_state_dict(prefix=_PREFIX, metadata=_METADATA)
+    model = student.model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
     optimizer = student.optimizer.sharded_state_dict(
-        model, is_loading=is_loading, metadata=_METADATA
+        model, is_loading=is_loading, metadata=_metadata()
     )
     return {"model": model, "optimizer": optimizer}
 
