@@ -73,6 +73,12 @@ class Generator:
         return [done[i] for i in range(len(requests))]
 
     def _limit(self, prompt: Prompt, decoding: Decoding) -> int:
+        foreign = next((i for i in prompt.ids if not 0 <= i < self.vocabulary.size), None)
+        if foreign is not None:
+            raise InputError(
+                f"prompt {prompt.index} holds id {foreign}; use ids from 0 to "
+                f"{self.vocabulary.size - 1}, the model's vocabulary"
+            )
         room = self.longest - len(prompt.ids)
         if room < 1:
             raise InputError(
