@@ -25,7 +25,7 @@ SLOTS = 128  # sequences decoded at once on a data-parallel rank
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A loaded model, its tokenizer and its ids. The same on all ranks but for its share of work."""
+    """A loaded model, its tokenizer and its ids; the ranks of a replica share its work."""
 
     model: Qwen3
     tokenizer: Any  # None where the directory has none

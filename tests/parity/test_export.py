@@ -199,7 +199,7 @@ def test_temperature_is_keyed_by_the_seed(exported: Exported) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"denoising_steps": 5}, "use 1 to block_size=4"),
+        ({"denoising_steps": 0}, "use 1 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"attention_mask": torch.tensor([[0, 1]])}, "unpadded rows"),
     ],
