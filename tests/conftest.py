@@ -9,7 +9,9 @@ from tests.tiny_models import make_qwen3
 
 SEEDS = {"student": 11, "teacher": 12}
 VOCABULARY = 67  # odd: every tensor-parallel layout pads it
-MASK = 64  # above the tokenizer's ids, which end at 49
+LAST_TOKEN = 48  # of the tokenizer; the model's rows above are free
+END_IDS = (48, 46)  # <|im_end|> and <|endoftext|>, as generation_config.json has them
+MASK = 64
 
 
 @dataclass

@@ -17,7 +17,10 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 def load(hf_dir: Path) -> PreTrainedModel:
     """The model as transformers runs it, in float32."""
-    return Qwen3ForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model = Qwen3ForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    # transformers keeps gradients from the pad token's row, but the id is also an end token.
+    model.get_input_embeddings().padding_idx = None
+    return model
 
 
 def causal_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:

@@ -4,13 +4,12 @@ import torch
 
 from megatron_opdlm.records import Prompt, Vocabulary
 from megatron_opdlm.rollout import Request
-from tests.conftest import MASK, VOCABULARY
+from tests.conftest import LAST_TOKEN, MASK, VOCABULARY
 
-LAST_TOKEN = 49  # ids above are unknown to the tokenizer
 FORBIDDEN = tuple(range(LAST_TOKEN + 1, VOCABULARY))
 # Two end tokens that random models do produce, one of them an everyday character.
 IDS = Vocabulary(
-    size=VOCABULARY, mask_id=MASK, end_ids=(49, 21), pad_id=47, forbidden_ids=FORBIDDEN
+    size=VOCABULARY, mask_id=MASK, end_ids=(48, 21), pad_id=46, forbidden_ids=FORBIDDEN
 )
 
 

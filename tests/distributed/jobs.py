@@ -135,12 +135,11 @@ def _listening_to_the_engine(seen: dict[Place, Tensor]) -> Iterator[None]:
     places: list[Place] = []
     draw, project_ = rollout._Engine._draw, rollout.project
 
-    def listening_draw(engine: Any, active: Tensor, position: Tensor, masked: Tensor) -> Any:
-        row, column = torch.nonzero(masked, as_tuple=True)
-        slot = active[row]
-        triples = engine.sample[slot], position[row, column], engine.pass_index[slot] + 1
+    def listening_draw(engine: Any, hidden: Tensor, windows: Any, masked: Any) -> Any:
+        slot, table = masked.active[masked.row], engine.table
+        triples = table.sample[slot], masked.position, table.pass_index[slot] + 1
         places[:] = zip(*(values.tolist() for values in triples), strict=True)
-        return draw(engine, active, position, masked)
+        return draw(engine, hidden, windows, masked)
 
     def listening_project(hidden: Tensor, weight: Tensor, shard: VocabularyShard, *ids: Any) -> Any:
         logits = shard.gather_rows(project(hidden, weight, shard))[:, : shard.vocab_size]

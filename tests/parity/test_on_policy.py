@@ -12,7 +12,7 @@ from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.tiny_requests import IDS, request
 
-SOON_OVER = replace(IDS, end_ids=(49, 21, 5, 33, 40))
+SOON_OVER = replace(IDS, end_ids=(48, 21, 5, 33, 40))
 
 
 def on_policy_requests(block_size: int) -> list[Request]:

@@ -16,9 +16,9 @@ from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request
 from tests import oracle
-from tests.conftest import MASK, VOCABULARY, TinyModels
+from tests.conftest import LAST_TOKEN, MASK, VOCABULARY, TinyModels
 from tests.distributed import jobs
-from tests.tiny_requests import FORBIDDEN, IDS, LAST_TOKEN, request
+from tests.tiny_requests import FORBIDDEN, IDS, request
 
 KEY = (7, 3)  # seed, step
 
@@ -198,7 +198,7 @@ def test_end_tokens_in_the_prompt_do_not_stop(models: TinyModels):
     hf_dir = models.hf("student", tied=True, layers=2)
     end = IDS.end_ids[0]
     vocabulary = Vocabulary(
-        size=VOCABULARY, mask_id=MASK, end_ids=(end,), pad_id=47, forbidden_ids=(*FORBIDDEN, end)
+        size=VOCABULARY, mask_id=MASK, end_ids=(end,), pad_id=46, forbidden_ids=(*FORBIDDEN, end)
     )
     prompt = Prompt(index=0, ids=[3, 5, 9, 2, 11, end])
     asked = [Request(sample=0, prompt=prompt, max_new_tokens=7)]
