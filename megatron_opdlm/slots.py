@@ -65,7 +65,11 @@ class SlotTable:
         positions: int,
     ) -> None:
         self.rules, self.vocabulary, self.requests = rules, vocabulary, requests
-        self.waiting = deque(range(len(requests)))
+        # The longest possible ones first, so that no slot is left alone with a long one at the end.
+        by_length = sorted(
+            range(len(requests)), key=lambda i: -requests[i].positions(rules.block_size)
+        )
+        self.waiting = deque(by_length)
         self.finished: dict[int, Trajectory] = {}
         self.end_ids = torch.tensor(vocabulary.end_ids, dtype=torch.int64)
         self.request = torch.full((slots,), -1)  # which request a slot works on; -1: free

@@ -49,3 +49,10 @@ class KVCache:
         layer = layer_number - self._first_layer
         keys, values = self._keys[layer, :, :positions], self._values[layer, :, :positions]
         return (keys, values) if slots is None else (keys[slots], values[slots])
+
+    def copy(self) -> "KVCache":
+        """An independent cache with the same content."""
+        twin = object.__new__(KVCache)
+        vars(twin).update(vars(self))
+        twin._keys, twin._values = self._keys.clone(), self._values.clone()
+        return twin

@@ -1,0 +1,120 @@
+"""Rollout engine against a straightforward sampler: tokens per second on the same work.
+
+    python -m benchmarks.rollout [--size tiny|wide] [--lengths spread|equal] [--rounds N]
+
+Random weights, one rank, one thread. Response lengths are fixed per prompt (no end token), so both
+programs make the same tokens; runs alternate, medians and the median of the pairs' ratios count.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.static_batch_sampler import sample_static
+from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
+from megatron_opdlm import parallel
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.model.qwen3 import Qwen3, build_model, fill
+from megatron_opdlm.records import Prompt, Vocabulary
+from megatron_opdlm.rollout import generate
+from megatron_opdlm.slots import Request
+
+SHAPES = {
+    "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
+    "wide": Qwen3Shape(6, 512, 8, 4, 64, 1536, 4096, True, 1e6, 1e-6, 4096),
+}
+KEY = (1, 1)
+
+
+def random_model(shape: Qwen3Shape) -> Qwen3:
+    """A model of this shape with normal weights (norms at 1), the same every time."""
+    hardware = parallel.init(parallel.Layout())
+    generator = torch.Generator().manual_seed(0)
+    sizes = hf_names(shape)
+
+    def weight(name: str) -> torch.Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(sizes[name])
+        return torch.randn(sizes[name], generator=generator) * 0.05
+
+    tensors = {name: weight(name) for name in sizes}
+    model = build_model(shape, parallel.Layout(), torch.float32, hardware)
+    fill(model, tensors.__getitem__)
+    return model
+
+
+def make_requests(prompts: int, lengths: str, vocab_size: int) -> list[Request]:
+    """Prompts of 5 to 40 tokens; responses of 8 to 160 tokens (spread 20 times) or 64 each."""
+    draw = random.Random(0)
+    requests = []
+    for number in range(prompts):
+        ids = [draw.randrange(2, vocab_size - 1) for _ in range(draw.randint(5, 40))]
+        tokens = 64 if lengths == "equal" else round(8 * 20 ** draw.random())
+        prompt = Prompt(index=number, ids=ids)
+        requests.append(Request(sample=number, prompt=prompt, max_new_tokens=tokens))
+    return requests
+
+
+def timed(run: Callable[[], object]) -> tuple[float, object]:
+    """Wall seconds and result."""
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", choices=SHAPES, default="tiny")
+    parser.add_argument("--lengths", choices=("spread", "equal"), default="spread")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    shape = SHAPES[options.size]
+    model = random_model(shape)
+    requests = make_requests(options.prompts, options.lengths, shape.vocab_size)
+    mask = shape.vocab_size - 1
+    vocabulary = Vocabulary(
+        size=shape.vocab_size, mask_id=mask, end_ids=(), pad_id=0, forbidden_ids=(mask,)
+    )
+    decoding = Decoding(remasking="low_confidence_static", temperature=1.0)
+    tokens = sum(request.max_new_tokens for request in requests)
+
+    def ours() -> object:
+        return generate(model, requests, decoding, vocabulary, key=KEY, slots=options.slots)
+
+    def baseline() -> object:
+        return sample_static(
+            model, requests, decoding, vocabulary, key=KEY, batch_size=options.slots
+        )
+
+    times: list[tuple[float, float]] = []
+    for number in range(options.rounds + 1):
+        (a, made), (b, expected) = timed(ours), timed(baseline)
+        if number == 0:  # warm-up; the same tokens are the point of the comparison
+            same = [t.response_ids for t in made.trajectories] == expected.responses
+            assert same, "engine and baseline disagree"
+            continue
+        times.append((a, b))
+    blocks = sum(len(t.response_ids) for t in made.trajectories) / decoding.block_size
+    per_block = sum(t.forwards for t in made.trajectories) / blocks
+    ratio = statistics.median(b / a for a, b in times)
+    speed = [tokens / statistics.median(column) for column in zip(*times, strict=True)]
+    print(
+        f"{options.size} ({shape.parameters:,} parameters), {options.lengths} lengths, "
+        f"{options.prompts} prompts, {options.slots} slots, {tokens} tokens, "
+        f"median of {options.rounds} alternating runs:\n"
+        f"  engine   {speed[0]:8.0f} tokens/s, {per_block:.2f} forwards per block, "
+        f"slot utilisation {made.slot_utilisation:.0%}\n"
+        f"  baseline {speed[1]:8.0f} tokens/s, {expected.forwards} forwards of whole batches\n"
+        f"  ratio    {ratio:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
