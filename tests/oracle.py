@@ -5,6 +5,7 @@ Nothing here imports the project's training or rollout code.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,7 +110,7 @@ def divergence(
             "reverse_kl", p, q
         )
     assert kind == "jsd"
-    m = torch.log(alpha * p.exp() + (1 - alpha) * q.exp())
+    m = torch.logaddexp(p + math.log(alpha), q + math.log(1 - alpha))
     return alpha * (p.exp() * (p - m)).sum(-1) + (1 - alpha) * (q.exp() * (q - m)).sum(-1)
 
 

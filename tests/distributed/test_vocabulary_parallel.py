@@ -1,0 +1,97 @@
+"""Laws 5 and 6 with the vocabulary split over tensor ranks: not gathered, and nothing changes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_opdlm.diffusion import denoising, randomness
+from megatron_opdlm.parallel import Layout
+from tests.distributed import jobs
+from tests.distributed.layouts import TP2
+from tests.distributed.workers import WorkerGroups
+from tests.unit.test_denoising import SHAPINGS, chi_square, drawing_cases
+from tests.unit.test_divergence import (
+    KINDS,
+    REAL,
+    assert_gradient,
+    assert_values,
+    expected_values,
+    make_inputs,
+)
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("scale", [1.0, 8.0], ids=["smooth", "peaked"])
+@pytest.mark.parametrize("name", KINDS)
+def test_divergences(ranks: WorkerGroups, name: str, scale: float, dtype: torch.dtype):
+    """Claim: values, and gradients summed over the ranks, are those of the dense formula; the odd
+    vocabulary leaves a padding row, which gets no gradient."""
+    inputs = make_inputs(7, scale, dtype)
+    expected = expected_values(inputs, name)
+    (expected * inputs.row_weight.double()).sum().backward()
+    kind, options = KINDS[name]
+    settings = {"jsd_alpha" if key == "alpha" else key: value for key, value in options.items()}
+    results = ranks(2).run(
+        jobs.divergence_over_shards,
+        layout=TP2,
+        kind=kind,
+        options=settings,
+        student=(inputs.student.detach().numpy(), inputs.student_weight.detach()[:REAL].numpy()),
+        teacher=(inputs.teacher.numpy(), inputs.teacher_weight[:REAL].numpy()),
+        labels=inputs.labels.numpy(),
+        row_weight=inputs.row_weight.numpy(),
+        chunk_rows=3,
+    )
+    assert inputs.student_weight.grad is not None
+    for found in results:
+        hidden, weight = torch.from_numpy(found["hidden"]), torch.from_numpy(found["weight"])
+        assert_values(torch.from_numpy(found["values"]), expected.detach())
+        assert_gradient(hidden, inputs.student.grad)
+        assert_gradient(weight, inputs.student_weight.grad[:REAL])
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS, ids=str)
+def test_draws(ranks: WorkerGroups, shaping: dict[str, Any]):
+    """Claim: every rank draws the token that one process draws from all logits, ties and forbidden
+    columns included."""
+    logits, uniform = drawing_cases()
+    expected = denoising.draw(logits, uniform, **shaping)
+    results = ranks(2).run(
+        jobs.draw_over_shards,
+        layout=TP2,
+        logits=logits.numpy(),
+        uniform=uniform.numpy(),
+        **shaping,
+    )
+    for token, confidence, entropy in results:
+        assert np.array_equal(token, expected.token.numpy())
+        np.testing.assert_allclose(confidence, expected.confidence.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(entropy, expected.entropy.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_frequencies(ranks: WorkerGroups):
+    """Claim: tokens of both shards come with the softmax's frequencies (chi-square within 4
+    standard deviations)."""
+    logits = torch.randn(11, generator=torch.Generator().manual_seed(1))
+    uniform = randomness.uniform(6, torch.arange(100)[:, None], torch.arange(100)).flatten()
+    rows = logits.expand(len(uniform), -1).contiguous().numpy()
+    results = ranks(2).run(
+        jobs.draw_over_shards, layout=TP2, logits=rows, uniform=uniform.numpy(), temperature=1.0
+    )
+    assert np.array_equal(results[0][0], results[1][0])
+    counts = torch.bincount(torch.from_numpy(results[0][0]), minlength=11).float()
+    assert abs(chi_square(counts, logits.softmax(-1))) < 4
+
+
+def test_the_shards_of_one_rank_are_the_whole():
+    """Claim: the code path of tensor ranks on one rank changes no bit."""
+    logits, uniform = drawing_cases()
+    shaping = {"temperature": 0.8, "top_k": 6, "top_p": 0.55}
+    expected = denoising.draw(logits, uniform, **shaping)
+    found = jobs.draw_over_shards(Layout(), logits.numpy(), uniform.numpy(), **shaping)
+    assert np.array_equal(found[0], expected.token.numpy())
+    assert np.array_equal(found[1], expected.confidence.numpy())
