@@ -117,7 +117,7 @@ class LossConfig:
     top_k: int = 0  # teacher's largest entries; 0: the full vocabulary
     exclude_eos: bool = False
     logit_shift: bool = False  # read the token at position i from logits i-1
-    chunk_rows: int = 1024  # masked positions projected to the vocabulary at once
+    chunk_rows: int = 256  # masked positions projected to the vocabulary at once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,7 +175,7 @@ def distillation_loss(
     divergence: Divergence,
     project: Project,
     reduction: Reduction,
-    chunk_rows: int = 1024,
+    chunk_rows: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of the divergences at M positions, differentiable in the student's arguments.
 
@@ -207,7 +207,7 @@ def likelihood_loss(
     row_weight_M: Tensor,
     project: Project,
     reduction: Reduction,
-    chunk_rows: int = 1024,
+    chunk_rows: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of -log q(label) at M positions; arguments and result as in
     ``distillation_loss``.
