@@ -15,7 +15,7 @@ Sets the environment up (launch/setup.sh), then, on two processes of this machin
   a) trains a tiny Qwen3 that adds numbers step by step and saves it as a Hugging Face directory
   b) imports it into a Megatron checkpoint
   c) turns it into a block-diffusion model by on-policy distillation
-  d) stops that run on the way and resumes it with the same command
+  d) kills that run on the way and resumes it with the same command
   e) exports the student to Hugging Face
   f) evaluates teacher, untrained student and student at several decoding speeds
   g) writes report.md, report.json and plots, and prints the table

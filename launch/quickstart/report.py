@@ -79,7 +79,7 @@ def markdown(results: Results, numbers: dict[str, Any]) -> str:
             f"Teacher: {source}. Task: {record['task']}, {numbers['problems']} held-out problems, "
             f"each once, greedy decoding. Seed {record['seed']}, layout {record['layout']}, blocks "
             f"of {record['block_size']}, {numbers['trained_tokens']:,} trained response tokens, "
-            f"logit shift {'on' if numbers['logit_shift'] else 'off'}. Training was stopped after "
+            f"logit shift {'on' if numbers['logit_shift'] else 'off'}. Training was killed after "
             f"`{record['stopped_after']}` and resumed.",
             "",
             "```",

@@ -96,7 +96,7 @@ def _import(settings: Settings, stages: Stages, teacher: Path) -> Path:
 
 
 def _train(settings: Settings, stages: Stages, imported: Path) -> dict[str, Any]:
-    """(c) Train to the first checkpoint, stop; (d) the same command again resumes."""
+    """(c) Train to the first checkpoint, kill; (d) the same command again resumes."""
     run = settings.out / "run"
     argv = torchrun(
         RANKS,
@@ -117,7 +117,7 @@ def _train(settings: Settings, stages: Stages, imported: Path) -> dict[str, Any]
             raise _ended_early(process.returncode)
         stop(process)
         stopped_after = published(run)[-1].name
-    with stages.stage("train", f"d) stopped after {stopped_after}: the same command resumes"):
+    with stages.stage("train", f"d) killed after {stopped_after}: the same command resumes"):
         process = stages.start("train", argv, on_terminal=True)
         if process.wait():
             raise stages.failure("train", process.returncode)

@@ -1,7 +1,7 @@
 """Run the quickstart's stages as separate commands: shown, logged, timed, named when they fail."""
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from megatron_opdlm.errors import RunError
 
-STOP_SECONDS = 90  # for a job that was told to stop: the launcher's own grace period is 30
+STOP_SECONDS = 30  # for a killed job to be gone
 
 
 class Stages:
@@ -69,12 +71,14 @@ class Stages:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Stop a job as a cluster does when it wants its machines back: SIGTERM to the launcher."""
-    process.send_signal(signal.SIGTERM)
+    """Stop a job as a power cut does: SIGKILL to the launcher and to every rank."""
+    launcher = psutil.Process(process.pid)
+    for victim in (launcher, *launcher.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired as error:
-        process.kill()
         raise RunError(f"a stopped job did not end within {STOP_SECONDS} s") from error
 
 
