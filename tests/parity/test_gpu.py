@@ -1,0 +1,82 @@
+"""The same claims on a CUDA device. Not run on a GPU yet."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_opdlm.config import load_config
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.parallel import Layout
+from megatron_opdlm.replay import replay
+from tests import oracle
+from tests.conftest import END_IDS, MASK, TinyModels
+from tests.distributed import jobs
+from tests.tiny_requests import IDS, request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_hardware_is_the_gpu():
+    """Claim: where CUDA is available it is chosen, with NCCL and bfloat16, and no CPU shim."""
+    hardware = select_hardware()
+    assert hardware.device.type == "cuda"
+    assert hardware.process_group_backend == "nccl"
+    assert hardware.dtype is torch.bfloat16
+    assert hardware.free_memory_bytes() > 0
+
+
+@pytest.mark.parametrize("remasking", ["low_confidence_static", "low_confidence_dynamic"])
+def test_engine_on_the_gpu_is_the_decoder_on_the_cpu(models: TinyModels, remasking: str):
+    """Claim: greedy tokens in float32 equal recomputing everything with transformers on the CPU,
+    at every prompt length modulo B."""
+    decoding = Decoding(block_size=4, denoising_steps=2, remasking=remasking, threshold=0.3)
+    hf_dir = models.hf("student", tied=False, layers=2)
+    asked = [request(i, 1 + i, limit=9) for i in range(8)]
+    reference = oracle.load(hf_dir)
+    rules = oracle.Rules(
+        block_size=decoding.block_size,
+        steps=decoding.denoising_steps,
+        remasking=decoding.remasking,
+        mask_id=IDS.mask_id,
+        end_ids=IDS.end_ids,
+        forbidden=IDS.forbidden_ids,
+        threshold=decoding.threshold,
+    )
+    found = jobs.roll_out(Layout(), hf_dir, asked, decoding, IDS, slots=3)
+    for trajectory, one in zip(found, asked, strict=True):
+        expected = oracle.decode(reference, one.prompt.ids, one.max_new_tokens, rules)
+        assert trajectory.response_ids == expected.response_ids
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradient_norm(models: TinyModels, tmp_path: Path, tied: bool):
+    """Claim: replay on the GPU in float32 equals plain PyTorch on the CPU."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        {
+            "prompt_ids": torch.randint(46, (1 + i,), generator=generator).tolist(),
+            "response_ids": torch.randint(46, (3 + 2 * i,), generator=generator).tolist(),
+            "masked": torch.randint(2, (3 + 2 * i,), generator=generator).tolist(),
+        }
+        for i in range(6)
+    ]
+    path = tmp_path / "states.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student, teacher = (models.hf(role, tied=tied) for role in ("student", "teacher"))
+    options = ["model.dtype=fp32", "teacher.dtype=fp32", f"model.mask_token_id={MASK}"]
+    paths = [f"model.path={student}", f"teacher.path={teacher}"]
+    found = replay(load_config(None, [*options, *paths]), path)
+    reference = oracle.load(student)
+    losses = oracle.loss(
+        reference, oracle.load(teacher), rows, block_size=4, mask_id=MASK, end_ids=END_IDS
+    )
+    expected = torch.stack(losses).mean()
+    expected.backward()
+    assert found["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(oracle.gradient_norm(reference), rel=1e-3)
