@@ -7,10 +7,12 @@ generation config), ``state.json`` and ``config.yaml`` (training only) and, writ
 that was cut short is a directory that no reader accepts.
 """
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -224,10 +226,35 @@ def replace_text(path: Path, text: str) -> None:
 
 def _training_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
     model = student.model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
-    optimizer = student.optimizer.sharded_state_dict(
-        model, is_loading=is_loading, metadata=_metadata()
-    )
+    with _positions_without_padding(student):
+        optimizer = student.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=_metadata()
+        )
     return {"model": model, "optimizer": optimizer}
+
+
+@contextmanager
+def _positions_without_padding(student: Student) -> Iterator[None]:
+    """Correct where Megatron cuts parameters out of the gathered optimizer state.
+
+    Megatron (0.16) gathers it without the padding between gradient buckets, but slices it at the
+    positions with padding, so parameters after a padded bucket get their neighbours' state. It
+    happens where there are several buckets: a tied embedding has its own on a later pipeline stage.
+    """
+    buffers: Any = student.ddp.buffers  # Megatron's list hides PyTorch's method of that name
+    original = [(buffer, buffer.param_index_map) for buffer in buffers]
+    for buffer, positions in original:
+        padding = (bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
+        before = list(itertools.accumulate(padding, initial=0))
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in positions.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in original:
+            buffer.param_index_map = positions
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -34,7 +34,8 @@ def check_run_directory(config: Config) -> None:
     if not out.is_dir():
         raise InputError(f"train.out={out} is a file; choose another directory")
     if not (out / CONFIG).is_file():
-        if any(out.iterdir()):
+        begun = f".{CONFIG}.tmp"  # all that a start leaves that was killed at once
+        if any(item.name != begun for item in out.iterdir()):
             raise InputError(
                 f"train.out={out} already holds something that is no run of ours; "
                 "choose another directory or empty it"

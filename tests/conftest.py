@@ -1,10 +1,12 @@
-"""Tiny models, made once a session."""
+"""What all tests of a session share: tiny models and groups of ranks."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.workers import WorkerGroups
 from tests.tiny_models import make_qwen3
 
 SEEDS = {"student": 11, "teacher": 12}
@@ -47,3 +49,11 @@ class TinyModels:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[WorkerGroups]:
+    """``ranks(2).run(function, **arguments)``: a function on both ranks of a running group."""
+    groups = WorkerGroups()
+    yield groups
+    groups.close()

@@ -1,0 +1,212 @@
+"""Law 7: killed anywhere and started again by the same command, a run gives the same losses and
+weights as one that was never killed; at another layout, losses to 1e-5.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoint_tools.manifest import read_manifest
+from megatron_opdlm.errors import InputError
+from tests import training_run
+from tests.conftest import TinyModels
+from tests.distributed import jobs
+from tests.distributed.layouts import LAYOUTS
+from tests.distributed.layouts import overrides as layout_overrides
+from tests.distributed.workers import WorkerGroup, WorkerGroups
+from tests.end_to_end import killed
+from tests.end_to_end.killed import Kill, KillWithin
+from tests.recorded import distance
+from tests.training_run import STEPS, metrics
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(scope="module")
+def model(models: TinyModels) -> Path:
+    return models.hf("student", tied=True, layers=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never killed, with all its checkpoints."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    jobs.train_run(training_run.overrides(model, prompts, out))
+    training_run.assert_steps(metrics(out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[WorkerGroup]:
+    """One process that forks runs."""
+    group = WorkerGroup(1, imports="tests.end_to_end.killed")
+    yield group
+    group.close()
+
+
+def weights(run: Path, step: int = STEPS) -> jobs.Arrays:
+    return jobs.model_weights(run / "checkpoints" / f"step_{step:07d}")
+
+
+# One run, killed eleven times. Each start gets as far as its kill; calls count from that start.
+CHECKPOINT = "megatron_opdlm.checkpoint"
+KILLS: list[Kill | KillWithin] = [
+    # before its configuration is recorded, and before there is any checkpoint
+    Kill(function="os:replace", call=1),
+    Kill(function="megatron_opdlm.session:generate", call=2),
+    # step 2: weights without manifest; complete but not yet named; gone and not yet written again
+    Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
+    Kill(function=f"{CHECKPOINT}:replace_text", call=1),
+    Kill(function=f"{CHECKPOINT}:publish", call=1),
+    # after step 2's checkpoint: in the middle of step 3's line, between step 3's updates
+    Kill(function="megatron_opdlm.metrics:_append", call=4, moment="half way"),
+    Kill(function="megatron_opdlm.update:update", call=2),
+    # step 4: line written, not saved; saved and named, the old one not yet removed
+    Kill(function=f"{CHECKPOINT}:Checkpoints.save", call=1),
+    Kill(function=f"{CHECKPOINT}:replace_text", call=1, moment="after"),
+    # step 6, somewhere in its save; steps 7 and 8, anywhere
+    KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
+    KillWithin(function="megatron_opdlm.session:generate", call=1, seconds=0.4, seed=2),
+]
+
+
+def test_killed_again_and_again(
+    forks: WorkerGroup, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+):
+    """Claim: whatever a SIGKILL interrupts, the same command goes on; all numbers of all steps and
+    every bit of the final weights are those of the undisturbed run, and nothing half-written is
+    left."""
+    out = tmp_path / "run"
+    command = training_run.overrides(model, prompts, out, "checkpoint.keep=1")
+    steps_done = 0
+    for kill in KILLS:
+        (ended,) = forks.run(killed.run, overrides=command, kill=kill, timeout=150)
+        quicker = isinstance(kill, KillWithin) and ended["code"] == 0  # than the kill
+        assert ended["code"] == -9 or quicker, (kill, ended)
+        latest = out / "checkpoints" / "latest"
+        if latest.exists():  # it never names anything but a complete checkpoint, and never an older
+            manifest = read_manifest(latest.parent / latest.read_text().strip())
+            assert manifest.step is not None and manifest.step >= steps_done
+            steps_done = manifest.step
+    assert steps_done > 0, "no kill came after a checkpoint"
+    (ended,) = forks.run(killed.run, overrides=command, kill=None, timeout=150)
+    assert ended["code"] == 0, ended
+    assert f"resuming after step {steps_done}" in ended["log"]
+
+    assert metrics(out) == metrics(undisturbed)
+    expected, found = weights(undisturbed), weights(out)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    (left,) = (out / "checkpoints").glob("*step_*")
+    assert left.name == f"step_{STEPS:07d}"
+    assert [file.name for file in out.rglob("*tmp*")] == []
+
+
+def cut_back(run: Path, out: Path, step: int) -> Path:
+    """A copy of a run that got no further than a checkpoint."""
+    shutil.copytree(run, out)
+    for checkpoint in (out / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+    (out / "checkpoints" / "latest").write_text(f"step_{step:07d}\n")
+    return out
+
+
+APPROXIMATE = ("loss", "kl", "grad_norm")
+OF_THE_LAYOUT = ("cumulative_flops", "kl_by_masked_fraction")
+
+
+def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
+    """Losses to 1e-5, everything that is counted exactly."""
+    training_run.assert_steps(found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if key in APPROXIMATE:
+                assert ours[key] == pytest.approx(value, rel=1e-5), (ours["step"], key)
+            elif key not in OF_THE_LAYOUT:
+                assert ours[key] == value, (ours["step"], key)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "tp2-pp2-sp"])
+def test_resumed_at_another_layout(
+    ranks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path, name: str
+):
+    """Claim: a one-rank run resumed on a layout, and what that layout saved resumed on one rank,
+    report the undisturbed run's steps."""
+    number, layout = LAYOUTS[name]
+    out = cut_back(undisturbed, tmp_path / "run", 4)
+    command = training_run.overrides(model, prompts, out)
+    ranks(number).run(jobs.train_run, overrides=[*command, *layout_overrides(layout)], timeout=120)
+    assert_same_steps(metrics(out), metrics(undisturbed))
+    back = cut_back(out, tmp_path / "back", 6)
+    jobs.train_run(training_run.overrides(model, prompts, back))
+    assert_same_steps(metrics(back), metrics(undisturbed))
+    expected, found, start = weights(undisturbed), weights(back), weights(undisturbed, 2)
+    assert distance(found, expected) < 1e-3 * distance(expected, start)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def test_a_finished_run_stays_as_it_is(
+    undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+):
+    """Claim: the same command once more does nothing."""
+    out = cut_back(undisturbed, tmp_path / "run", STEPS)
+    before = contents(out / "checkpoints") | {"": (out / "metrics.jsonl").read_bytes()}
+    jobs.train_run(training_run.overrides(model, prompts, out))
+    assert before == contents(out / "checkpoints") | {"": (out / "metrics.jsonl").read_bytes()}
+
+
+def test_another_configuration_is_refused(
+    undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+):
+    """Claim: the error names every key that decides what is computed and differs; keys that only
+    decide where and how fast are free to change."""
+    out = cut_back(undisturbed, tmp_path / "run", 4)
+    before = contents(out)
+    changed = ["optimizer.lr=1e-4", "optimizer.min_lr=1e-5", "rollout.block_size=8"]
+    free = ["update.tokens_per_microbatch=64", "rollout.slots=3", "checkpoint.every=1"]
+    with pytest.raises(InputError) as error:
+        jobs.train_run(training_run.overrides(model, prompts, out, *changed, *free))
+    message = str(error.value)
+    assert all(change.partition("=")[0] in message for change in changed)
+    assert not any(change.partition("=")[0] in message for change in free)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing file", "no manifest", "missing directory"]
+)
+def test_a_checkpoint_cut_short_is_refused(
+    undisturbed: Path, model: Path, prompts: Path, tmp_path: Path, damage: str
+):
+    """Claim: a damaged checkpoint is neither resumed from nor silently passed over, and can be no
+    model.path; the run directory stays untouched."""
+    out = cut_back(undisturbed, tmp_path / "run", 4)
+    checkpoint = out / "checkpoints" / "step_0000004"
+    largest = max((checkpoint / "weights").iterdir(), key=lambda f: f.stat().st_size)
+    if damage == "truncated":
+        largest.write_bytes(largest.read_bytes()[:-7])
+    elif damage == "missing file":
+        largest.unlink()
+    elif damage == "no manifest":
+        (checkpoint / "manifest.json").unlink()
+    else:
+        shutil.rmtree(checkpoint)
+    before = contents(out)
+    with pytest.raises(InputError, match="step_0000004"):
+        jobs.train_run(training_run.overrides(model, prompts, out))
+    assert contents(out) == before
+    with pytest.raises(InputError, match=r"model\.path|step_0000004"):
+        jobs.train_run(training_run.overrides(checkpoint, prompts, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
