@@ -1,20 +1,11 @@
-"""What the commands share: their argument parser, and how they start."""
+"""What the commands share: the types they offer, and how they start."""
 
-import argparse
 import os
 import warnings
-from typing import NoReturn
 
 from megatron_opdlm.errors import InputError
 
 DTYPES = ("bf16", "fp32")
-
-
-class Arguments(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
 
 
 def start_alone(command: str) -> None:

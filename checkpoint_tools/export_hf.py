@@ -7,7 +7,7 @@ mask token. An export gets its name after it has been compared with the checkpoi
 
 from pathlib import Path
 
-from checkpoint_tools.arguments import DTYPES, Arguments, start_alone
+from checkpoint_tools.arguments import DTYPES, start_alone
 from checkpoint_tools.hf_files import (
     DEFAULT_BLOCK_SIZE,
     carry_over,
@@ -22,7 +22,7 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from checkpoint_tools.safetensors_dir import DEFAULT_SHARD_BYTES, write_weights
 from checkpoint_tools.verify import compare
 from checkpoint_tools.vocabulary import forbidden_ids
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 FORMATS = ("sdar", "a2d-qwen3", "qwen3")
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2}

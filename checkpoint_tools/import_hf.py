@@ -6,14 +6,14 @@ parallelism.
 
 from pathlib import Path
 
-from checkpoint_tools.arguments import DTYPES, Arguments, start_alone
+from checkpoint_tools.arguments import DTYPES, start_alone
 from checkpoint_tools.hf_files import carry_over, plain_qwen3_config, read_contract, write_json
 from checkpoint_tools.manifest import BlockContract, write_manifest
 from checkpoint_tools.publish import check_free, new_directory
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.vocabulary import end_tokens, known_mask_token
-from megatron_opdlm.errors import command
+from megatron_opdlm.errors import Arguments, command
 
 
 def main() -> None:

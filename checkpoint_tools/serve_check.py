@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from checkpoint_tools.arguments import Arguments
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_tools.arguments import Arguments, start_alone
+from checkpoint_tools.arguments import start_alone
 from checkpoint_tools.hf_files import has_our_code
 from checkpoint_tools.manifest import Manifest, read_manifest
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from checkpoint_tools.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.vocabulary import read_vocabulary
-from megatron_opdlm.errors import InputError, RunError, command
+from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.records import Prompt, Vocabulary
 
 if TYPE_CHECKING:

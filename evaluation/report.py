@@ -1,11 +1,10 @@
 """Print summary rows as a table: ``python -m evaluation.report SUMMARY.json ...``."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 _HEADER = ("task", "decoding", "n", "accuracy", "stderr", "tok/step", "tok/forward", "tokens", "s")
 
@@ -68,7 +67,7 @@ def read_summary(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.report", description=__doc__)
+    parser = Arguments(prog="python -m evaluation.report", description=__doc__)
     parser.add_argument("summaries", nargs="+", type=Path, metavar="SUMMARY.json")
     args = parser.parse_args()
     print(table([row for path in args.summaries for row in read_summary(path)]))

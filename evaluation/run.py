@@ -29,7 +29,7 @@ from evaluation.score import counts_of, grade_responses, graded_row
 from evaluation.summary import SummaryRow, summarize
 from evaluation.tasks import Grade, Row, Task, get_task
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.records import Trajectory
 
 
@@ -132,7 +132,7 @@ def write_results(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m evaluation.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -24,7 +24,7 @@ from evaluation.decoding_flags import (
 from evaluation.jsonl import check_new_file, read_jsonl, write_jsonl
 from evaluation.prompting import problem_of, prompt_from
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.records import Trajectory
 
 
@@ -86,7 +86,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m evaluation.sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,7 +16,7 @@ from evaluation.jsonl import check_new_directory, read_jsonl, write_json, write_
 from evaluation.report import table
 from evaluation.summary import Counts, SummaryRow, summarize
 from evaluation.tasks import Grade, Row, Task, get_task
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 
 def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
@@ -98,7 +98,7 @@ def score(task: Task, data: Path, predictions: Path, out: Path) -> SummaryRow:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m evaluation.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

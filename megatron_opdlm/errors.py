@@ -2,6 +2,7 @@
 that says whose fault it was.
 """
 
+import argparse
 import difflib
 import os
 import sys
@@ -19,6 +20,13 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed for a reason we can name in one line. Exit code 1."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.config import Config, load_config
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.rows import read_rows
 
 
@@ -99,7 +99,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, write ``--out`` whole or not at all."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="megatron_opdlm.replay",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -4,13 +4,12 @@
 Read ``run`` first: one line per act of a step.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_opdlm.config import Config, load_config, require
-from megatron_opdlm.errors import command
+from megatron_opdlm.errors import Arguments, command
 
 
 def run(config: Config) -> None:
@@ -46,9 +45,7 @@ def run(config: Config) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
-    parser = argparse.ArgumentParser(
-        prog="megatron_opdlm.train", description="On-policy distillation."
-    )
+    parser = Arguments(prog="megatron_opdlm.train", description="On-policy distillation.")
     parser.add_argument(
         "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"
     )

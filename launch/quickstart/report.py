@@ -10,7 +10,7 @@ from typing import Any
 from evaluation.jsonl import write_json, write_text
 from evaluation.report import table
 from launch.quickstart.results import Results, read_results, report_json
-from megatron_opdlm.errors import command
+from megatron_opdlm.errors import Arguments, command
 
 _LABELS = {"teacher": "teacher", "initial": "untrained student"}
 
@@ -100,7 +100,7 @@ def markdown(results: Results, numbers: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="python -m launch.quickstart.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,7 +16,7 @@ from evaluation.tasks import get_task
 from launch.quickstart import task
 from launch.quickstart.stages import Stages, python, stop, torchrun
 from megatron_opdlm.config import load_config
-from megatron_opdlm.errors import InputError, RunError, command
+from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path("configs/tiny_cpu.yaml")
@@ -191,7 +191,7 @@ def _evaluate(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="launch/quickstart.sh",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -14,7 +14,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 LARGEST = 99  # operands are 0..99
 ANSWER_MARKER = "#"
@@ -87,7 +87,7 @@ def write_data(out: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m launch.quickstart.task", description=__doc__)
+    parser = Arguments(prog="python -m launch.quickstart.task", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", required=True, type=Path, help="directory for the three files")
     args = parser.parse_args()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.quickstart import task
-from megatron_opdlm.errors import InputError, RunError, command
+from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 PAD, END = "<pad>", "<end>"
 VOCABULARY = [PAD, END, *task.ALPHABET]  # ids 0..15
@@ -207,9 +207,7 @@ def save(model, tokenizer, out: Path) -> None:
 
 def main() -> None:
     defaults = Recipe()
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.quickstart.teacher", description=__doc__
-    )
+    parser = Arguments(prog="python -m launch.quickstart.teacher", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", required=True, type=Path, help="Hugging Face directory to write")
     parser.add_argument("--seed", type=int, default=defaults.seed)

@@ -1,4 +1,4 @@
-"""The benchmark's baseline makes the engine's tokens: otherwise the ratio would compare two tasks."""
+"""The benchmark's baseline makes the engine's tokens; else the ratio would compare two tasks."""
 
 import pytest
 
