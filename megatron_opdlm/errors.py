@@ -6,12 +6,14 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 BAD_INPUT = 2
 FAILURE = 1
+_RANK_0_SECONDS = 30  # in which rank 0 finds the same bad input, says so, and the launcher ends all
 
 
 class InputError(ValueError):
@@ -52,15 +54,16 @@ def _report(message: str) -> None:
 def command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main`` and exit with the contract's codes: 0 done, 2 bad input, 1 failure.
 
-    Bad input is found on every rank alike, so only rank 0 prints it. A failure may happen on one
-    rank alone, so every rank that fails names itself; a traceback is printed only for what we did
-    not foresee.
+    Bad input is found on every rank alike, so rank 0 prints it and the others wait: a launcher
+    stops all ranks as soon as one has left. A failure may happen on one rank alone, so every rank
+    that fails names itself; a traceback is printed only for what we did not foresee.
     """
     try:
         main()
     except InputError as error:
-        if _rank() == 0:
-            _report(str(error))
+        if _rank() > 0:
+            time.sleep(_RANK_0_SECONDS)
+        _report(str(error) if _rank() == 0 else f"rank {_rank()}: {error}")
         _leave(BAD_INPUT)
     except KeyboardInterrupt:
         _leave(130)
