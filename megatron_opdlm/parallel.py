@@ -3,6 +3,7 @@ so callers hold no ``if``.
 """
 
 import atexit
+import contextlib
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -59,7 +60,7 @@ def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardwa
     wanted = replace(layout, sequence_parallel=False)  # needs no groups of its own
     if wanted == _groups_of:
         return hardware
-    parallel_state.destroy_model_parallel()
+    _destroy_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -69,6 +70,18 @@ def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardwa
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _groups_of = wanted
     return hardware
+
+
+def _destroy_groups() -> None:
+    """End Megatron's groups. It only forgets them, and the threads of a gloo group wake 100 times a
+    second for as long as the group lives.
+    """
+    groups = parallel_state._global_process_group_list or []
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None:
+            with contextlib.suppress(ValueError):  # a group that this rank is no member of
+                dist.destroy_process_group(group)
 
 
 def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
