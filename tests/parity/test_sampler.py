@@ -140,8 +140,10 @@ def test_autoregressive_mode_is_greedy_generate(models: TinyModels):
     decoding = Decoding(mode="ar", block_size=4, denoising_steps=2)
     found = jobs.roll_out(Layout(), hf_dir, asked, decoding, IDS, slots=4)
     for trajectory, one in zip(found, asked, strict=True):
+        prompt = torch.tensor([one.prompt.ids])
         expected = reference.generate(
-            torch.tensor([one.prompt.ids]),
+            prompt,
+            attention_mask=torch.ones_like(prompt),  # else it hides pad tokens of the prompt
             max_new_tokens=one.max_new_tokens,
             do_sample=False,
             eos_token_id=list(IDS.end_ids),
