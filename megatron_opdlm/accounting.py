@@ -14,7 +14,9 @@ from megatron_opdlm.states import PackedBatch, State
 from megatron_opdlm.update import UpdateReport
 
 
-def student_flops(shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool) -> float:
+def student_flops(
+    shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool, sequence_parallel: bool
+) -> float:
     """Operations of a microbatch: forward, backward (twice as much) and, with recomputation, the
     forward once more.
     """
@@ -24,11 +26,12 @@ def student_flops(shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool) -> 
         tokens=len(batch.student_tokens),
         attended_pairs=pairs,
         projected_rows=len(batch.labels),
+        read_rows=None if sequence_parallel else len(batch.labels),
     )
     return forward * (4 if recompute else 3)
 
 
-def teacher_flops(shape: Qwen3Shape, batch: PackedBatch) -> float:
+def teacher_flops(shape: Qwen3Shape, batch: PackedBatch, *, sequence_parallel: bool) -> float:
     """Operations of the teacher's forward over a microbatch, its output projection included."""
     pairs = attended_pairs(batch.teacher_plan)
     return forward_flops(
@@ -36,6 +39,7 @@ def teacher_flops(shape: Qwen3Shape, batch: PackedBatch) -> float:
         tokens=len(batch.teacher_tokens),
         attended_pairs=pairs,
         projected_rows=len(batch.labels),
+        read_rows=None if sequence_parallel else len(batch.labels),
     )
 
 

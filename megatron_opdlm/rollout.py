@@ -136,6 +136,7 @@ class _Engine:
         self.device = next(model.parameters()).device
         slots, dtype = len(table.request), model.config.params_dtype
         self.groups = torch.arange(slots).chunk(parallel.pipeline_size())
+        self.spans = [range(int(group[0]), int(group[-1]) + 1) for group in self.groups]
         self.cache = KVCache(
             layer_numbers=model.layer_numbers,
             slots=slots,
@@ -162,7 +163,7 @@ class _Engine:
                     table.retire(group)
                 table.admit(group)
                 active = table.active(group)
-                flights[number] = self._launch(active) if len(active) else None
+                flights[number] = self._launch(number, active) if len(active) else None
         slots = len(table.request)
         passes = self.launches / len(self.groups)
         return Rollout(
@@ -172,15 +173,15 @@ class _Engine:
             slot_utilisation=self.busy_slots / (passes * slots),
         )
 
-    def _launch(self, active: Tensor) -> _Flight:
+    def _launch(self, number: int, active: Tensor) -> _Flight:
         """Forward of a group through this rank's stage; the last stage draws and sends."""
         self.launches += 1
         self.busy_slots += len(active)
         masked, windows = self.table.masked(active), self.table.windows(active)
-        output, activations = self._forward(active, windows, projected_rows=len(masked.row))
+        output, activations = self._forward(number, active, windows, masked)
         drawn = torch.zeros(3, len(masked.row), dtype=torch.float64, device=self.device)
         if output is not None:
-            drawn = self._draw(output, windows, masked)
+            drawn = self._draw(output, masked)
         sending = parallel.broadcast_from_last_stage(drawn)
         return _Flight(masked=masked, drawn=sending, activations=activations)
 
@@ -191,11 +192,11 @@ class _Engine:
         token, confidence, entropy = flight.drawn.wait().cpu()
         self.table.commit(flight.masked, denoising.Draw(token.long(), confidence, entropy))
 
-    def _draw(self, hidden: Tensor, windows: Windows, masked: Masked) -> Tensor:
+    def _draw(self, hidden_MH: Tensor, masked: Masked) -> Tensor:
         """Draw a token at every masked position -> [3, M] token, confidence, entropy."""
         model, slot = self.model, masked.active[masked.row]
-        read = windows.first[masked.row] + masked.position - windows.start[masked.row]
-        hidden_MH = self._read(hidden, read, slot, masked.column)
+        if self.rules.logit_shift:
+            hidden_MH = self._carry(hidden_MH, slot, masked.column)
         logits = project(hidden_MH, model.head_weight, model.shard, self.forbidden)
         keys = (*self.key, self.table.sample[slot], masked.position, self.table.pass_index[slot])
         uniform = randomness.uniform(*keys, randomness.DRAW_TOKEN)
@@ -209,27 +210,29 @@ class _Engine:
         )
         return torch.stack([drawn.token.double(), drawn.confidence, drawn.entropy])
 
-    def _read(self, hidden: Tensor, read: Tensor, slot: Tensor, column: Tensor) -> Tensor:
-        """Hidden states [M, H] that predict the masked positions.
-
-        With shifted logits position i is read at i - 1; a block's first position is read from the
-        last one before the block as it was last computed clean, which is in the window of the
-        block's first pass and carried from then on.
+    def _read(self, windows: Windows, masked: Masked) -> Tensor:
+        """Packed tokens [M] whose hidden states predict the masked positions, on the host: the
+        positions themselves, with shifted logits those before.
         """
-        if not self.rules.logit_shift:
-            return hidden[read.to(self.device)]
+        place = windows.first[masked.row] + masked.position - windows.start[masked.row]
+        return (place - 1).clamp(min=0) if self.rules.logit_shift else place
+
+    def _carry(self, hidden_MH: Tensor, slot: Tensor, column: Tensor) -> Tensor:
+        """Shifted logits: a block's first position is read from the last one before the block as it
+        was last computed clean, which is in the window of the block's first pass and carried from
+        then on.
+        """
         opens = column == 0
-        computed = opens & (self.table.pass_index[slot] == 0)
-        before = (read - 1).clamp(min=0)
-        self.carry[slot[computed].to(self.device)] = hidden[before[computed].to(self.device)]
-        carried = self.carry[slot.to(self.device)]
-        return torch.where(opens[:, None].to(self.device), carried, hidden[before.to(self.device)])
+        computed = (opens & (self.table.pass_index[slot] == 0)).to(self.device)
+        opens, slot = opens.to(self.device), slot.to(self.device)
+        self.carry[slot[computed]] = hidden_MH[computed]
+        return torch.where(opens[:, None], self.carry[slot], hidden_MH)
 
     def _forward(
-        self, active: Tensor, windows: Windows, *, projected_rows: int
+        self, number: int, active: Tensor, windows: Windows, masked: Masked
     ) -> tuple[Tensor | None, parallel.Sending | None]:
-        """Run all windows through this rank's stage: final hidden states [N, H] on the last stage,
-        activations on their way on the others.
+        """Run all windows through this rank's stage: final hidden states [M, H] of what predicts
+        the masked positions on the last stage, activations on their way on the others.
         """
         model = self.model
         plan = cached_plan(
@@ -240,13 +243,16 @@ class _Engine:
             self.rules.block_size,
             self.cache,
             self.device,
+            span=self.spans[number],
+            read=self._read(windows, masked),
         )
-        tokens = len(windows.tokens_N)
+        tokens, rows = len(windows.tokens_N), len(masked.row)
         self.flops += forward_flops(
             model.shape,
             tokens=tokens,
+            read_rows=rows,
             attended_pairs=attended_pairs(plan),
-            projected_rows=projected_rows,
+            projected_rows=rows,
         )
         if not parallel.is_first_stage():
             shape = (tokens, 1, model.shape.hidden)

@@ -220,13 +220,16 @@ class Session:
 
     def _update_flops(self, updates: Sequence[Sequence[PackedBatch]]) -> float:
         recompute, epochs = self.config.model.recompute, self.config.train.inner_epochs
+        shared: dict[str, bool] = {"sequence_parallel": self.config.model.sequence_parallel}
         flops = 0.0
         for batch in (batch for batches in updates for batch in batches):
             teacher = (
-                accounting.teacher_flops(self.teacher_source.shape, batch) if self.teacher else 0.0
+                accounting.teacher_flops(self.teacher_source.shape, batch, **shared)
+                if self.teacher
+                else 0.0
             )
             flops += teacher + epochs * accounting.student_flops(
-                self.source.shape, batch, recompute=recompute
+                self.source.shape, batch, recompute=recompute, **shared
             )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_data_parallel(total))

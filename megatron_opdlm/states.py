@@ -229,11 +229,15 @@ def pack(
         states=list(states),
         student_tokens=index(student.tokens),
         student_positions=index(student.positions),
-        student_plan=two_stream_plan(student.lengths, block, clean, device),
+        student_plan=two_stream_plan(
+            student.lengths, block, clean, device, read=index(student_read)
+        ),
         student_read=index(student_read),
         teacher_tokens=index(teacher.tokens),
         teacher_positions=index(teacher.positions),
-        teacher_plan=causal_plan(teacher.lengths, len(teacher.tokens), device),
+        teacher_plan=causal_plan(
+            teacher.lengths, len(teacher.tokens), device, read=index(teacher_read)
+        ),
         teacher_read=index(teacher_read),
         labels=index(labels),
         row_weight=torch.tensor(row_weight, dtype=torch.float32, device=device),

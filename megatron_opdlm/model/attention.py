@@ -23,10 +23,9 @@ class Bucket:
     """Sequences that are attended together."""
 
     gather: Tensor  # [n, L] into the packed row; beyond a sequence's end its first token repeats
-    mask: Tensor  # [n, 1, L, keys] bool, True = may attend
-    slots: Tensor | None = (
-        None  # [n] cache slots; None: all slots in order (with a cache), no cache otherwise
-    )
+    mask: Tensor  # [n, 1, L, keys] bool, True = may attend; or what is added to the scores
+    # Cache slots of the n sequences: [n], or a run of neighbours, whose keys are read in place.
+    slots: Tensor | slice | None = None
 
 
 @dataclass
@@ -42,6 +41,17 @@ class AttentionPlan(PackedSeqParams):
     cache: KVCache | None = None
     cache_slot: Tensor | None = None  # [N] where new keys and values go
     cache_position: Tensor | None = None  # [N]
+    # [M] packed tokens whose final hidden states are wanted; None: all N of them. The last layer
+    # needs no more of the others than their keys and values.
+    read: Tensor | None = None
+
+    def rows_after(self, layer_number: int, config: Any) -> Tensor | None:
+        """Packed tokens that go on after this layer's attention, None for all of them.
+
+        Under sequence parallelism every rank keeps its equal share of the rows to the end.
+        """
+        last = layer_number == config.num_layers and not config.sequence_parallel
+        return self.read if last else None
 
 
 class MaskedAttention(torch.nn.Module):
@@ -56,7 +66,7 @@ class MaskedAttention(torch.nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.layer_number = layer_number
+        self.config, self.layer_number = config, layer_number
         scale = kwargs.get("softmax_scale")
         self.scale: float = config.kv_channels**-0.5 if scale is None else scale
 
@@ -74,8 +84,8 @@ class MaskedAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: AttentionPlan | None = None,
     ) -> Tensor:
-        """query [N, 1, heads, d], key and value [N, 1, groups, d] -> [N, 1, heads * d]; keys arrive
-        with RoPE applied.
+        """query [N, 1, heads, d], key and value [N, 1, groups, d] -> [N, 1, heads * d], in the last
+        layer [M, 1, heads * d] where the plan reads M rows only; keys arrive with RoPE applied.
         """
         plan = packed_seq_params
         assert isinstance(plan, AttentionPlan), (
@@ -87,8 +97,10 @@ class MaskedAttention(torch.nn.Module):
             plan.cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
         rows = [self._attend(bucket, query, key, value, plan.cache) for bucket in plan.buckets]
         assert plan.scatter is not None
+        wanted = plan.rows_after(self.layer_number, self.config)
+        place = plan.scatter if wanted is None else plan.scatter[wanted]
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return flat.index_select(0, plan.scatter).flatten(1).unsqueeze(1)
+        return flat.index_select(0, place).flatten(1).unsqueeze(1)
 
     def _attend(
         self, bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
@@ -98,6 +110,7 @@ class MaskedAttention(torch.nn.Module):
         if cache is None:
             k, v = _gather(key, bucket.gather), _gather(value, bucket.gather)
         else:
+            assert bucket.slots is not None
             k, v = cache.read(self.layer_number, bucket.slots, bucket.mask.shape[-1])
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),

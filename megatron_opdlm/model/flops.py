@@ -9,13 +9,24 @@ from megatron_opdlm.model.attention import AttentionPlan
 
 
 def forward_flops(
-    shape: Qwen3Shape, *, tokens: int, attended_pairs: int, projected_rows: int
+    shape: Qwen3Shape,
+    *,
+    tokens: int,
+    attended_pairs: int,
+    projected_rows: int,
+    read_rows: int | None = None,
 ) -> float:
-    """Operations of one forward of the whole model, whatever its layout."""
+    """Operations of one forward of the whole model, whatever its layout.
+
+    ``read_rows``: tokens that the last layer carries on after its attention (None: all).
+    """
     embedding = shape.vocab_size * shape.hidden
     body = shape.parameters - embedding * (1 if shape.tied else 2)
     attention = 4.0 * shape.layers * shape.heads * shape.head_dim * attended_pairs
-    return 2.0 * body * tokens + attention + 2.0 * embedding * projected_rows
+    after_attention = shape.heads * shape.head_dim * shape.hidden + 3 * shape.hidden * shape.ffn
+    unread = 0 if read_rows is None else tokens - read_rows
+    body_operations = 2.0 * (body * tokens - after_attention * unread)
+    return body_operations + attention + 2.0 * embedding * projected_rows
 
 
 def attended_pairs(plan: AttentionPlan) -> int:

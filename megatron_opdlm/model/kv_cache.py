@@ -25,7 +25,7 @@ class KVCache:
     ) -> None:
         """``layer_numbers`` are Megatron's global, 1-based numbers of this stage's layers."""
         shape = (len(layer_numbers), slots, positions, groups, head_dim)
-        self.slots = slots
+        self.slots, self.dtype = slots, dtype
         self._first_layer = layer_numbers.start
         # Zeros rather than garbage: hidden positions are multiplied by probability 0, and 0 * nan
         # is nan.
@@ -41,14 +41,14 @@ class KVCache:
         self._values[layer, slot_N, position_N] = value
 
     def read(
-        self, layer_number: int, slots: Tensor | None, positions: int
+        self, layer_number: int, slots: Tensor | slice, positions: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, positions, groups, head_dim] of the given slots (None: all of them,
-        without a copy).
+        """Keys and values [n, positions, groups, head_dim] of the given slots; of a slice without a
+        copy.
         """
         layer = layer_number - self._first_layer
         keys, values = self._keys[layer, :, :positions], self._values[layer, :, :positions]
-        return (keys, values) if slots is None else (keys[slots], values[slots])
+        return keys[slots], values[slots]
 
     def copy(self) -> "KVCache":
         """An independent cache with the same content."""

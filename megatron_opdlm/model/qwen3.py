@@ -25,6 +25,7 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, padded_vocab
 from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.attention import AttentionPlan, MaskedAttention
+from megatron_opdlm.model.layer import Qwen3Layer
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
 from megatron_opdlm.parallel import Layout
 
@@ -82,7 +83,9 @@ class Qwen3(GPTModel):
         return hidden_states
 
     def run(self, tokens_N: Tensor, position_N: Tensor, plan: AttentionPlan) -> Tensor:
-        """One packed row through this stage's layers -> hidden states [N or N / TP, 1, H]."""
+        """One packed row through this stage's layers -> hidden states [N or N / TP, 1, H]; from the
+        last stage [M, 1, H] where the plan reads M rows and there is no sequence parallelism.
+        """
         return self(tokens_N[None], position_N[None], None, packed_seq_params=plan)
 
     @property
@@ -153,6 +156,7 @@ def transformer_config(
 
 def _layer_spec(config: TransformerConfig) -> Any:
     spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    spec.module = Qwen3Layer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules

@@ -75,17 +75,18 @@ class VocabularyShard(WholeVocabulary):
 
 
 def select_positions(hidden: Tensor, index_M: Tensor, *, sequence_parallel: bool) -> Tensor:
-    """Final hidden states [N, 1, H] (this rank's N / TP rows under sequence parallelism) -> [M, H]
-    at packed positions.
+    """The model's output under a plan that reads ``index_M`` -> hidden states [M, H] there.
+
+    Without sequence parallelism the last layer has selected them already ([M, 1, H]); with it every
+    rank holds its N / TP of all rows, which are gathered first.
 
     Gradient: each tensor rank's gradient of the result is partial (its columns of the vocabulary);
     the backward of the region function sums it over the ranks (and scatters it back under sequence
     parallelism).
     """
-    if sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    else:
-        hidden = copy_to_tensor_model_parallel_region(hidden)
+    if not sequence_parallel:
+        return copy_to_tensor_model_parallel_region(hidden).flatten(0, 1)
+    hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     return hidden.flatten(0, 1).index_select(0, index_M)
 
 

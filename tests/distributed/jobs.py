@@ -94,15 +94,15 @@ def causal_logits(
     tokens = [token for sequence in sequences for token in sequence]
     positions = [i for sequence in sequences for i in range(len(sequence))]
     tail = -len(tokens) % layout.tensor  # sequence parallelism splits the row
-    plan = causal_plan(
-        [len(sequence) for sequence in sequences], len(tokens) + tail, torch.device("cpu")
-    )
+    read = torch.arange(len(tokens))
+    lengths = [len(sequence) for sequence in sequences]
+    plan = causal_plan(lengths, len(tokens) + tail, torch.device("cpu"), read=read)
     hidden = final_hidden(
         model,
         torch.tensor(tokens + [0] * tail),
         torch.tensor(positions + [0] * tail),
         plan,
-        torch.arange(len(tokens)),
+        read,
     )
     return None if hidden is None else whole_logits(model, hidden)
 
@@ -135,11 +135,11 @@ def _listening_to_the_engine(seen: dict[Place, Tensor]) -> Iterator[None]:
     places: list[Place] = []
     draw, project_ = rollout._Engine._draw, rollout.project
 
-    def listening_draw(engine: Any, hidden: Tensor, windows: Any, masked: Any) -> Any:
+    def listening_draw(engine: Any, hidden: Tensor, masked: Any) -> Any:
         slot, table = masked.active[masked.row], engine.table
         triples = table.sample[slot], masked.position, table.pass_index[slot] + 1
         places[:] = zip(*(values.tolist() for values in triples), strict=True)
-        return draw(engine, hidden, windows, masked)
+        return draw(engine, hidden, masked)
 
     def listening_project(hidden: Tensor, weight: Tensor, shard: VocabularyShard, *ids: Any) -> Any:
         logits = shard.gather_rows(project(hidden, weight, shard))[:, : shard.vocab_size]
