@@ -1,0 +1,221 @@
+"""One optimizer update against a straightforward one: seconds and peak memory on the same states.
+
+    python -m benchmarks.train_step [--size vocabulary|tiny] [--sequences N] [--rounds N] \
+        [dotted.key=value ...]
+
+Ours is what training does after the rollout: pack, ask the teacher, update. The baseline is
+``benchmarks/padded_update.py``. Random weights, one rank, one thread. Responses spread 20 times in
+length (fixed seed), one partially denoised state each. Loss and gradient norm of the two must
+agree to 1e-5 in every round; runs alternate, medians count. Peak memory is that of each program in
+a process of its own (Linux: VmHWM), Python and libraries included. The keys are training's
+(``loss.chunk_rows``, ``update.tokens_per_microbatch``); the baseline has no such choices.
+"""
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.padded_update import PaddedUpdate
+from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
+from megatron_opdlm import build, parallel
+from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.model.qwen3 import build_model, fill
+from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
+from megatron_opdlm.session import pack_microbatches
+from megatron_opdlm.states import State, choose_states
+from megatron_opdlm.teacher import score
+from megatron_opdlm.update import update
+
+SHAPES = {
+    "vocabulary": Qwen3Shape(4, 128, 4, 2, 32, 384, 151936, True, 1e6, 1e-6, 4096),
+    "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
+}
+LONGEST = {"vocabulary": 768, "tiny": 160}  # response tokens
+SPREAD = 20  # longest response / shortest
+BLOCK = 4  # tokens
+KEY = (1, 1)
+TOLERANCE = 1e-5  # relative; of the loss and of the gradient norm
+Update = Callable[[Sequence[State]], tuple[float, float]]  # states -> (loss, gradient norm)
+
+
+def random_weights(shape: Qwen3Shape, seed: int) -> dict[str, torch.Tensor]:
+    """Normal weights (norms at 1) under Hugging Face names; flat enough for a KL of a few nats."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.ones(size)
+        if name.endswith("norm.weight")
+        else torch.randn(size, generator=generator) * 0.05
+        for name, size in hf_names(shape).items()
+    }
+
+
+def make_states(sequences: int, longest: int, vocabulary: Vocabulary) -> list[State]:
+    """One state of each of ``sequences`` responses of ``longest`` / 20 to ``longest`` tokens,
+    evenly spread over the logarithm of the length; prompts have 8 to 64 tokens."""
+    draw = random.Random(0)
+    trajectories = []
+    for sample in range(sequences):
+        prompt = [draw.randrange(2, vocabulary.size - 1) for _ in range(draw.randint(8, 64))]
+        tokens = round(longest * SPREAD ** (-sample / max(sequences - 1, 1)))
+        tokens += -(len(prompt) + tokens) % BLOCK
+        response = [draw.randrange(2, vocabulary.size - 1) for _ in range(tokens)]
+        trajectories.append(_recorded(sample, prompt, response, draw))
+    draw.shuffle(trajectories)
+    return choose_states(
+        trajectories,
+        mode="one_per_block",
+        block_size=BLOCK,
+        vocabulary=vocabulary,
+        exclude_eos=False,
+        key=KEY,
+    )
+
+
+def _recorded(
+    sample: int, prompt: list[int], response: list[int], draw: random.Random
+) -> Trajectory:
+    """A response whose every block committed one token a pass, in a random order."""
+    blocks = range(len(prompt) // BLOCK, (len(prompt) + len(response)) // BLOCK)
+    passes = [at for _ in blocks for at in draw.sample(range(1, BLOCK + 1), BLOCK)]
+    return Trajectory(
+        sample=sample,
+        prompt=Prompt(index=sample, ids=prompt),
+        response_ids=response,
+        committed_at=passes[len(prompt) % BLOCK :],
+        response_tokens=len(response),
+        finish_reason="length",
+        forwards=0,
+        passes=0,
+    )
+
+
+def our_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Update:
+    """What training does with the states of one update."""
+    hardware = parallel.init(parallel.Layout())
+    source = build.ModelSource(directory=Path(), shape=shape, vocabulary=vocabulary, contract=None)
+    student = build.build_student(source, config, hardware, load=False)
+    fill(student.model, random_weights(shape, seed=0).__getitem__)
+    teacher = build_model(shape, parallel.Layout(), torch.float32, hardware)
+    fill(teacher, random_weights(shape, seed=1).__getitem__)
+    teacher = teacher.requires_grad_(False).eval()
+    objective = build.build_objective(config, teacher)
+
+    def run(states: Sequence[State]) -> tuple[float, float]:
+        batches = pack_microbatches(states, config, source, hardware)
+        targets = score(teacher, batches)
+        report = update(student, batches, targets, objective, config.optimizer.lr)
+        return sum(report.sequence_loss) / len(states), report.grad_norm
+
+    return run
+
+
+def padded_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Update:
+    """The baseline on the same weights."""
+    torch.set_num_threads(1)
+    return PaddedUpdate(
+        shape,
+        random_weights(shape, seed=0),
+        random_weights(shape, seed=1),
+        block_size=config.rollout.block_size,
+        mask_id=vocabulary.mask_id,
+        lr=config.optimizer.lr,
+        clip_grad=config.optimizer.clip_grad,
+    ).update
+
+
+PROGRAMS = {"ours": our_update, "padded": padded_update}
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def measured_in_a_process(program: str, arguments: Sequence[str]) -> int:
+    """Peak bytes of one program that makes two updates and nothing else."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--only", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{program} failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def timed(run: Update, states: Sequence[State]) -> tuple[float, float, tuple[float, float]]:
+    """Wall seconds, CPU seconds and result."""
+    start, busy = time.perf_counter(), time.process_time()
+    result = run(states)
+    return time.perf_counter() - start, time.process_time() - busy, result
+
+
+def require_equal(ours: tuple[float, float], padded: tuple[float, float]) -> None:
+    """The same loss and gradient norm; else the ratio would compare two tasks."""
+    for what, a, b in zip(("loss", "gradient norm"), ours, padded, strict=True):
+        assert abs(a - b) <= TOLERANCE * abs(b), f"{what}: ours {a}, padded {b}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--size", choices=SHAPES, default="vocabulary")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=PROGRAMS, help="two updates, then print the peak bytes")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
+    options = parser.parse_args()
+    shape = SHAPES[options.size]
+    mask = shape.vocab_size - 1
+    vocabulary = Vocabulary(
+        size=shape.vocab_size, mask_id=mask, end_ids=(), pad_id=0, forbidden_ids=(mask,)
+    )
+    small = ["optimizer.lr=1e-6", "optimizer.min_lr=0"]  # rounding must not part the programs
+    config = load_config(None, [*small, f"rollout.block_size={BLOCK}", *options.overrides])
+    states = make_states(options.sequences, LONGEST[options.size], vocabulary)
+    if options.only:
+        run = PROGRAMS[options.only](shape, vocabulary, config)
+        run(states)
+        run(states)
+        print(peak_bytes())
+        return
+    arguments = ["--size", options.size, "--sequences", str(options.sequences)]
+    arguments += options.overrides
+    peaks = {name: measured_in_a_process(name, arguments) for name in PROGRAMS}
+    ours, padded = (make(shape, vocabulary, config) for make in PROGRAMS.values())
+    pairs = []
+    for number in range(options.rounds + 1):
+        pair = timed(ours, states), timed(padded, states)
+        require_equal(pair[0][2], pair[1][2])
+        if number:  # the first is a warm-up
+            pairs.append(pair)
+    wall, busy = (
+        [statistics.median(pair[program][what] for pair in pairs) for program in (0, 1)]
+        for what in (0, 1)
+    )
+    lengths = [len(state.response_ids) for state in states]
+    print(
+        f"{options.size} ({shape.parameters:,} parameters, vocabulary {shape.vocab_size:,}), "
+        f"{len(states)} responses of {min(lengths)} to {max(lengths)} tokens (mean "
+        f"{statistics.mean(lengths):.0f}), median of {options.rounds} alternating updates:"
+    )
+    for number, name in enumerate(PROGRAMS):
+        print(
+            f"  {name:8s}{wall[number]:8.3f} s an update ({busy[number]:.3f} s CPU), "
+            f"peak memory {peaks[name] / 2**30:.2f} GiB"
+        )
+    speed = statistics.median(b[0] / a[0] for a, b in pairs)
+    print(
+        f"  padded / ours: time {speed:.1f}, CPU time {busy[1] / busy[0]:.1f}, "
+        f"memory {peaks['padded'] / peaks['ours']:.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
