@@ -182,7 +182,13 @@ def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:
     """What the update minimises."""
     loss = config.loss
     divergence = Divergence(
-        kind=loss.kind, reverse_weight=loss.reverse_weight, jsd_alpha=loss.jsd_alpha
+        kind=loss.kind,
+        reverse_weight=loss.reverse_weight,
+        jsd_alpha=loss.jsd_alpha,
+        top_k=loss.top_k,
+        top_k_tail=loss.top_k_tail,
+        teacher_temperature=config.teacher.temperature,
+        teacher_top_p=config.teacher.top_p,
     )
     return Objective(divergence=divergence, chunk_rows=loss.chunk_rows, teacher=teacher)
 

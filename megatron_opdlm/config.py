@@ -45,6 +45,8 @@ class ModelConfig:
 class TeacherConfig:
     path: str = ""  # empty: the same weights as the student's start
     dtype: Precision = "auto"
+    temperature: float = 1.0  # divides the teacher's logits: above 1 a flatter target
+    top_p: float = 1.0  # below 1: the target is the nucleus of this probability, renormalised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,10 @@ class LossConfig:
     kind: Literal["forward_kl", "reverse_kl", "mixed", "jsd", "nll"] = "forward_kl"
     reverse_weight: float = 0.0  # weight of the reverse KL in `mixed`
     jsd_alpha: float = 0.5
-    top_k: int = 0  # teacher's largest entries; 0: the full vocabulary
+    top_k: int = 0  # the loss sums over the teacher's k largest entries; 0: the full vocabulary
+    # The other entries: dropped from the sum (the reference), both distributions renormalised over
+    # the k entries, or gathered in one bucket that counts as an entry of its own.
+    top_k_tail: Literal["drop", "renormalise", "bucket"] = "drop"
     exclude_eos: bool = False
     logit_shift: bool = False  # read the token at position i from logits i-1
     chunk_rows: int = 256  # masked positions projected to the vocabulary at once

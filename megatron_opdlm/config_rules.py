@@ -51,7 +51,7 @@ _AT_LEAST_ZERO = (
     "evaluation.every",
     "logging.samples",
 )
-_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps")
+_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "teacher.temperature")
 _ZERO_TO_ONE = (
     "rollout.threshold",
     "threshold_schedule.start",
@@ -69,7 +69,6 @@ _COUNT_OR_ALL = {
 _NOT_BUILT = (
     ("model.context_parallel", (1,), "model.context_parallel=1"),
     ("states.block_alignment", ("absolute",), "states.block_alignment=absolute"),
-    ("loss.top_k", (0,), "loss.top_k=0 (the full vocabulary)"),
     ("checkpoint.async_save", (False,), "checkpoint.async_save=false"),
     ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
 )
@@ -100,7 +99,8 @@ def _check_ranges(values: Values) -> None:
     for key, meaning in _COUNT_OR_ALL.items():
         rule = f"must be at least 1, or -1 for {meaning}"
         _hold(values[key] >= 1 or values[key] == -1, key, values, rule)
-    _hold(0 < values["rollout.top_p"] <= 1, "rollout.top_p", values, "must lie in (0, 1]")
+    for key in ("rollout.top_p", "teacher.top_p"):
+        _hold(0 < values[key] <= 1, key, values, "must lie in (0, 1]")
     for domain, tokens in values["rollout.max_new_tokens_by_domain"].items():
         if tokens < 1:
             raise InputError(
@@ -138,11 +138,33 @@ def _check_decoding(values: Values) -> None:
 
 
 def _check_loss(values: Values) -> None:
-    kind, weight = values["loss.kind"], values["loss.reverse_weight"]
+    kind, weight, alpha = (values[f"loss.{key}"] for key in ("kind", "reverse_weight", "jsd_alpha"))
     if weight > 0 and kind != "mixed":
         raise InputError(
             f"loss.reverse_weight={weight} has no effect with loss.kind={kind}; "
             "use loss.kind=mixed, or loss.reverse_weight=0"
+        )
+    if kind == "jsd" and alpha in (0, 1):
+        raise InputError(
+            f"loss.jsd_alpha={alpha} makes every Jensen-Shannon divergence 0; use a number between "
+            "0 and 1, or loss.kind=forward_kl or reverse_kl for its limits"
+        )
+    if kind == "nll":
+        for key, plain in (("loss.top_k", 0), ("teacher.temperature", 1), ("teacher.top_p", 1)):
+            if values[key] != plain:
+                raise InputError(
+                    f"{key}={values[key]} has no effect with loss.kind=nll, which asks no teacher; "
+                    f"use {key}={plain}"
+                )
+    if values["loss.top_k_tail"] != "drop" and values["loss.top_k"] == 0:
+        raise InputError(
+            f"loss.top_k_tail={values['loss.top_k_tail']} has no effect with loss.top_k=0 (the "
+            "full vocabulary); set loss.top_k, or use loss.top_k_tail=drop"
+        )
+    if values["teacher.top_p"] < 1 and (kind == "reverse_kl" or weight > 0):
+        raise InputError(
+            f"teacher.top_p={values['teacher.top_p']} takes tokens from the teacher, where "
+            f"loss.kind={kind} is infinite; use teacher.top_p=1, or loss.kind=forward_kl or jsd"
         )
 
 

@@ -4,77 +4,85 @@ chunks.
 In words: p is the teacher's distribution over the next token, q the student's over the same
 position. Forward KL is the extra surprise of someone who expects q and sees p. Only hidden states
 come in; logits exist for one chunk of rows at a time, so memory is O(chunk x V) whatever the number
-of positions. The reduction over a vocabulary that is split over tensor ranks is passed in; this
+of positions. The reductions over a vocabulary that is split over tensor ranks are passed in; this
 file knows no process group.
 
 Every loss is written as its derivative g_v with respect to log q_v. With q = softmax(z) the
 gradient with respect to the logits is dL/dz_j = g_j - q_j * sum_v g_v.
+
+No logarithm in here is infinite unless a model's logits are (see ``truncation.FLOOR``), so nothing
+is masked that could hide a fault; rows with a non-finite logit are reported as such.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_opdlm.diffusion.denoising import WholeVocabulary
+from megatron_opdlm.truncation import FLOOR, log_sum, nucleus, row_max, top_k
 
-class Reduction(Protocol):
-    """Reductions over the vocabulary's shards; identities where one process holds all of it."""
-
-    start: int
-
-    def max(self, x: Tensor) -> Tensor: ...
-
-    def sum(self, x: Tensor) -> Tensor: ...
+TEACHER_FAULT, STUDENT_FAULT = 1, 2  # bits of ``Loss.fault_M``
 
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Which divergence; ``kind`` is one of ``KINDS``."""
+    """Which divergence, over which part of the vocabulary, from which target distribution."""
 
     kind: str = "forward_kl"
     reverse_weight: float = 0.0  # mixed: (1 - w) forward + w reverse
     jsd_alpha: float = 0.5  # a in m = a p + (1 - a) q
+    top_k: int = 0  # sum over the teacher's k largest entries only; 0: all
+    # What becomes of the other entries. drop: they are left out of the sum, nobody is renormalised
+    # (OPDLM's reference; may be negative, least at q = p / sum of p over the k entries).
+    # renormalise: teacher and student over the k entries alone (ModelOpt's loss). bucket: they are
+    # one more event, with the rest of both masses.
+    top_k_tail: str = "drop"
+    teacher_temperature: float = 1.0
+    teacher_top_p: float = 1.0  # nucleus of the tempered distribution, renormalised
+
+
+class Loss(NamedTuple):
+    """The losses of M positions."""
+
+    total: Tensor  # weighted sum, differentiable; the caller divides by the number of sequences
+    value_M: Tensor  # each position's value, nats
+    fault_M: Tensor  # uint8 bits: whose logits at the position are not all finite
 
 
 class Terms(NamedTuple):
-    """Per vocabulary entry: the summands of the value, and g_v; both [M, columns]."""
+    """Per event: the summands of the value, and g_v; both [M, events]."""
 
     value: Tensor
     slope: Tensor
 
 
-def _times(probability: Tensor, factor: Tensor) -> Tensor:
-    """probability * factor with 0 * inf = 0, the limit of x log x."""
-    return torch.where(probability > 0, probability * factor, 0.0)
-
-
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Terms:
-    """KL(p || q) = sum_v p (log p - log q)   (OPDLM, arXiv 2606.06712)."""
+    """KL(p || q) = sum_v p (log p - log q)   (OPDLM, arXiv 2606.06712). Overwrites ``log_p``."""
     p = log_p.exp()
-    return Terms(_times(p, log_p - log_q), -p)
+    return Terms(log_p.sub_(log_q).mul_(p), p.neg_())
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Terms:
-    """KL(q || p) = sum_v q (log q - log p); the constant part of g_v cancels in the logits'
-    gradient.
-    """
+    """KL(q || p) = sum_v q (log q - log p); the sum may run over a part of the vocabulary."""
     q = log_q.exp()
-    value = _times(q, log_q - log_p)
-    return Terms(value, value)
+    value = (log_q - log_p).mul_(q)
+    return Terms(value, q.add_(value))
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, alpha: float) -> Terms:
     """a KL(p || m) + (1 - a) KL(q || m), m = a p + (1 - a) q; dL/dq = (1 - a) (log q - log m)."""
     p, q = log_p.exp(), log_q.exp()
-    log_m = torch.log(alpha * p + (1 - alpha) * q)
-    to_q = (1 - alpha) * _times(q, log_q - log_m)
-    return Terms(alpha * _times(p, log_p - log_m) + to_q, to_q)
+    m = (alpha * p).add_(q, alpha=1 - alpha)
+    log_m = m.clamp_min_(torch.finfo(m.dtype).tiny).log_()  # below it, p and q are 0, too
+    to_q = (log_q - log_m).mul_(q).mul_(1 - alpha)
+    return Terms((log_p - log_m).mul_(p).mul_(alpha).add_(to_q), to_q)
 
 
 def terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Terms:
-    """The summands and slopes of a divergence between two distributions."""
+    """The summands and slopes of a divergence between two distributions; overwrites ``log_p``."""
     if divergence.kind == "forward_kl":
         return forward_kl(log_p, log_q)
     if divergence.kind == "reverse_kl":
@@ -83,34 +91,90 @@ def terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Terms:
         return jensen_shannon(log_p, log_q, divergence.jsd_alpha)
     if divergence.kind == "mixed":
         weight = divergence.reverse_weight
-        forward, reverse = forward_kl(log_p, log_q), reverse_kl(log_p, log_q)
+        reverse, forward = reverse_kl(log_p, log_q), forward_kl(log_p, log_q)
         value, slope = (
-            (1 - weight) * f + weight * r for f, r in zip(forward, reverse, strict=True)
+            f.mul_(1 - weight).add_(r, alpha=weight) for f, r in zip(forward, reverse, strict=True)
         )
         return Terms(value, slope)
     raise ValueError(f"divergence kind {divergence.kind!r} is unknown")
 
 
-def log_softmax(logits: Tensor, reduction: Reduction) -> Tensor:
-    """log softmax over a split vocabulary; columns at -inf (layout padding) stay at -inf."""
-    top = reduction.max(logits.amax(-1, keepdim=True))
-    total = reduction.sum(torch.exp(logits - top).sum(-1, keepdim=True))
-    return logits - top - total.log()
+def compare(
+    divergence: Divergence, log_p: Tensor, log_q: Tensor, reduction: WholeVocabulary
+) -> Terms:
+    """Value [M, 1] over all shards and slopes [M, columns]. Overwrites both log-probabilities;
+    ``log_q`` ends as that of the distribution the slopes belong to.
+    """
+    if not divergence.top_k:
+        value, slope = terms(divergence, log_p, log_q)
+        return Terms(reduction.sum(value.sum(-1, keepdim=True)), slope)
+    rest = ~top_k(log_p, divergence.top_k, reduction)
+    if divergence.top_k_tail == "bucket":
+        return _compare_with_bucket(divergence, log_p, log_q, rest, reduction)
+    if divergence.top_k_tail == "renormalise":
+        for log_x in (log_p, log_q):
+            log_x.sub_(log_sum(log_x, rest, reduction)).masked_fill_(rest, FLOOR)
+    value, slope = (x.masked_fill_(rest, 0) for x in terms(divergence, log_p, log_q))
+    return Terms(reduction.sum(value.sum(-1, keepdim=True)), slope)
 
 
-def negative_log_likelihood(log_q: Tensor, label_M: Tensor, start: int) -> Terms:
-    """-log q(label): the label's column may lie in another shard."""
-    columns = torch.arange(log_q.shape[-1], device=log_q.device) + start
-    hit = columns == label_M[:, None]
-    return Terms(torch.where(hit, -log_q, 0.0), -hit.to(log_q.dtype))
+def _compare_with_bucket(
+    divergence: Divergence,
+    log_p: Tensor,
+    log_q: Tensor,
+    rest: Tensor,
+    reduction: WholeVocabulary,
+) -> Terms:
+    """The kept entries and one event t for the rest: dL/dlog q_v = g_t q_v / q_t outside them."""
+    kept = ~rest
+    log_p_t, log_q_t = (log_sum(x, kept, reduction) for x in (log_p, log_q))
+    bucket = terms(divergence, log_p_t, log_q_t)  # the same on every shard
+    value, slope = (x.masked_fill_(rest, 0) for x in terms(divergence, log_p, log_q))
+    share = (log_q - log_q_t).exp_().masked_fill_(kept, 0)
+    total = reduction.sum(value.sum(-1, keepdim=True)) + bucket.value
+    return Terms(total, slope.add_(share.mul_(bucket.slope)))
 
 
-Project = Callable[
-    [Tensor, Tensor], Tensor
-]  # (hidden [m, H], weight [columns, H]) -> logits [m, columns], padding at -inf
+def log_softmax(logits: Tensor, reduction: WholeVocabulary) -> tuple[Tensor, Tensor]:
+    """In place, over a split vocabulary; and for each row [M] whether all its logits, of every
+    shard, are finite.
+    """
+    finite = torch.isfinite(logits.sum(-1, keepdim=True))
+    # An infinite maximum marks the row on every shard; a maximum of NaNs may swallow them.
+    top = reduction.max(torch.where(finite, row_max(logits), torch.inf))
+    logits.sub_(top)
+    total = reduction.sum(logits.exp().sum(-1, keepdim=True))
+    return logits.sub_(total.log()), torch.isfinite(top[:, 0])
 
 
-class _ChunkedDivergence(torch.autograd.Function):
+def target(
+    divergence: Divergence, logits: Tensor, reduction: WholeVocabulary
+) -> tuple[Tensor, Tensor]:
+    """The teacher's log-probabilities after reshaping, in place, and which rows are finite."""
+    if divergence.teacher_temperature != 1:
+        logits.div_(divergence.teacher_temperature)
+    log_p, finite = log_softmax(logits, reduction)
+    if divergence.teacher_top_p < 1:
+        nucleus(log_p, divergence.teacher_top_p, reduction)
+    return log_p, finite
+
+
+def negative_log_likelihood(log_q: Tensor, label_M: Tensor, reduction: WholeVocabulary) -> Terms:
+    """-log q(label) [M, 1] and its slopes: the label's column may lie in another shard."""
+    column = (label_M - reduction.start)[:, None]
+    mine = (column >= 0) & (column < log_q.shape[-1])
+    column = torch.where(mine, column, 0)
+    slope = torch.zeros_like(log_q).scatter_(-1, column, -mine.to(log_q.dtype))
+    value = torch.where(mine, -log_q.gather(-1, column), 0.0)
+    return Terms(reduction.sum(value), slope)
+
+
+# log q of a chunk (may be overwritten as ``compare`` does), its rows -> value and slope of its
+# positions, and which of its rows have a finite teacher.
+Compare = Callable[[Tensor, slice], tuple[Terms, Tensor]]
+
+
+class _ChunkedLoss(torch.autograd.Function):
     """Weighted sum of position values; the gradients are written during the forward pass."""
 
     @staticmethod
@@ -119,13 +183,15 @@ class _ChunkedDivergence(torch.autograd.Function):
         student_MH: Tensor,
         student_weight: Tensor,
         row_weight_M: Tensor,
-        values: Callable[[Tensor, slice], Terms],
-        project: Project,
-        reduction: Reduction,
+        compare_rows: Compare,
+        columns: int,
+        reduction: WholeVocabulary,
         chunk_rows: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         accumulate = torch.promote_types(student_MH.dtype, torch.float32)
+        weight = student_weight[:columns]
         value_M = torch.zeros(len(student_MH), dtype=accumulate, device=student_MH.device)
+        fault_M = torch.zeros_like(value_M, dtype=torch.uint8)
         grad_hidden = torch.zeros_like(student_MH)
         grad_weight = (
             torch.zeros_like(student_weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
@@ -133,37 +199,38 @@ class _ChunkedDivergence(torch.autograd.Function):
         for start in range(0, len(student_MH), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden = student_MH[rows]
-            log_q = log_softmax(project(hidden, student_weight).to(accumulate), reduction)
-            summand, slope = values(log_q, rows)
-            value_M[rows] = reduction.sum(summand.sum(-1))
-            grad_logits = slope - log_q.exp() * reduction.sum(slope.sum(-1, keepdim=True))
-            grad_logits = (grad_logits * row_weight_M[rows, None]).to(student_MH.dtype)
-            grad_hidden[rows] = grad_logits @ student_weight
+            log_q, student_finite = log_softmax((hidden @ weight.t()).to(accumulate), reduction)
+            (value, slope), teacher_finite = compare_rows(log_q, rows)
+            value_M[rows] = value[:, 0]
+            fault_M[rows] = STUDENT_FAULT * ~student_finite + TEACHER_FAULT * ~teacher_finite
+            slope_sum = reduction.sum(slope.sum(-1, keepdim=True))
+            grad_logits = slope.addcmul_(log_q.exp_(), slope_sum, value=-1)
+            grad_logits = grad_logits.mul_(row_weight_M[rows, None]).to(student_MH.dtype)
+            grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += (grad_logits.t() @ hidden).to(accumulate)
+                _add_product(grad_weight[:columns], grad_logits.t(), hidden)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = student_weight.dtype
-        ctx.mark_non_differentiable(value_M)
-        return (value_M * row_weight_M).sum(), value_M
+        ctx.mark_non_differentiable(value_M, fault_M)
+        return (value_M * row_weight_M).sum(), value_M, fault_M
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the hidden states is this shard's part: whoever split the vocabulary sums
-        it over the shards.
+        it over the shards. In place: a second backward is refused by autograd.
         """
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = (
-            None if grad_weight is None else (grad_weight * grad_total).to(ctx.weight_dtype)
-        )
-        return (
-            grad_hidden * grad_total.to(grad_hidden.dtype),
-            grad_weight,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
+        return grad_hidden.mul_(grad_total), grad_weight, None, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, without a copy of the product where the types agree."""
+    if total.dtype == b.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def distillation_loss(
@@ -173,30 +240,31 @@ def distillation_loss(
     teacher_weight: Tensor,
     row_weight_M: Tensor,
     divergence: Divergence,
-    project: Project,
-    reduction: Reduction,
-    chunk_rows: int = 256,
-) -> tuple[Tensor, Tensor]:
+    *,
+    columns: int,
+    reduction: WholeVocabulary,
+    chunk_rows: int,
+) -> Loss:
     """Weighted sum of the divergences at M positions, differentiable in the student's arguments.
 
     Args:
         student_MH, teacher_MH: hidden states that predict the M positions; their widths may differ.
-        student_weight, teacher_weight: output projections [columns, H] of this shard.
+        student_weight, teacher_weight: output projections of this shard, a row per token.
         row_weight_M: weight of each position, 1 / (counted positions of its sequence).
-        project: hidden states and weight -> logits with the layout's padding at -inf.
-
-    Returns:
-        (sum of row_weight * value, value of each position [M] in nats). The caller divides by the
-        number of sequences.
+        columns: the weights' rows that are tokens; those after them pad a parallel layout.
+        chunk_rows: positions whose logits exist at once.
     """
     accumulate = torch.promote_types(student_MH.dtype, torch.float32)
 
-    def values(log_q: Tensor, rows: slice) -> Terms:
-        log_p = log_softmax(project(teacher_MH[rows], teacher_weight).to(accumulate), reduction)
-        return terms(divergence, log_p, log_q)
+    def compare_rows(log_q: Tensor, rows: slice) -> tuple[Terms, Tensor]:
+        logits = (teacher_MH[rows] @ teacher_weight[:columns].t()).to(accumulate)
+        log_p, finite = target(divergence, logits, reduction)
+        return compare(divergence, log_p, log_q, reduction), finite
 
-    return _ChunkedDivergence.apply(
-        student_MH, student_weight, row_weight_M, values, project, reduction, chunk_rows
+    return Loss(
+        *_ChunkedLoss.apply(
+            student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
+        )
     )
 
 
@@ -205,17 +273,19 @@ def likelihood_loss(
     student_weight: Tensor,
     label_M: Tensor,
     row_weight_M: Tensor,
-    project: Project,
-    reduction: Reduction,
-    chunk_rows: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """Weighted sum of -log q(label) at M positions; arguments and result as in
-    ``distillation_loss``.
-    """
+    *,
+    columns: int,
+    reduction: WholeVocabulary,
+    chunk_rows: int,
+) -> Loss:
+    """Weighted sum of -log q(label) at M positions; arguments as in ``distillation_loss``."""
 
-    def values(log_q: Tensor, rows: slice) -> Terms:
-        return negative_log_likelihood(log_q, label_M[rows], reduction.start)
+    def compare_rows(log_q: Tensor, rows: slice) -> tuple[Terms, Tensor]:
+        no_teacher = torch.ones(len(log_q), dtype=torch.bool, device=log_q.device)
+        return negative_log_likelihood(log_q, label_M[rows], reduction), no_teacher
 
-    return _ChunkedDivergence.apply(
-        student_MH, student_weight, row_weight_M, values, project, reduction, chunk_rows
+    return Loss(
+        *_ChunkedLoss.apply(
+            student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
+        )
     )

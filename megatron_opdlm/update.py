@@ -5,7 +5,8 @@ microbatches.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -18,10 +19,16 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
+from megatron_opdlm.divergence import (
+    STUDENT_FAULT,
+    TEACHER_FAULT,
+    Divergence,
+    distillation_loss,
+    likelihood_loss,
+)
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.qwen3 import Qwen3
-from megatron_opdlm.model.vocab_parallel import project, select_positions
+from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.states import PackedBatch
 
 
@@ -82,8 +89,9 @@ def measure(
 ) -> UpdateReport:
     """Losses, and gradients left in the buffers, without changing a weight."""
     losses = _accumulate_gradients(student, batches, targets, objective)
-    values, share_sum, share_count = _collect(batches, losses)
-    _require_finite(batches, values)
+    position_values, faults = _over_pipeline(batches, losses)
+    values, share_sum, share_count = _collect(batches, position_values)
+    _require_finite(batches, values, faults)
     found_inf = student.optimizer.prepare_grads()
     grad_norm = float(student.optimizer.get_grad_norm())
     if found_inf or not math.isfinite(grad_norm):
@@ -105,8 +113,8 @@ def _accumulate_gradients(
     targets: Sequence[Tensor | None],
     objective: Objective,
 ) -> list[Tensor]:
-    """Run Megatron's schedule; returns each microbatch's position values [M] (on the last stage,
-    else an empty list).
+    """Run Megatron's schedule; returns each microbatch's position values and faults [2, M] (on the
+    last stage, else an empty list).
     """
     student.ddp.zero_grad_buffer()
     student.optimizer.zero_grad()
@@ -120,7 +128,7 @@ def _accumulate_gradients(
         micro_batch_size=1,
         forward_only=False,
     )
-    return [output["values"] for output in outputs]
+    return [output["positions"] for output in outputs]
 
 
 def _forward_step(
@@ -156,19 +164,18 @@ def _loss(
         output, batch.student_read, sequence_parallel=model.config.sequence_parallel
     )
     hidden = hidden.to(model.head_weight.dtype)  # Megatron's 16-bit wrapper returns float32
-    common = {
-        "project": partial(project, shard=model.shard),
-        "reduction": model.shard,
+    shard = model.shard
+    common: dict[str, Any] = {
+        "columns": max(0, min(shard.columns, shard.vocab_size - shard.start)),
+        "reduction": shard,
         "chunk_rows": objective.chunk_rows,
     }
     if objective.divergence.kind == "nll":
-        total, values = likelihood_loss(
-            hidden, model.head_weight, batch.labels, batch.row_weight, **common
-        )
+        loss = likelihood_loss(hidden, model.head_weight, batch.labels, batch.row_weight, **common)
     else:
         assert objective.teacher is not None and target is not None
         weight = objective.teacher.head_weight.detach()
-        total, values = distillation_loss(
+        loss = distillation_loss(
             hidden,
             model.head_weight,
             target,
@@ -178,24 +185,28 @@ def _loss(
             **common,
         )
     sequences = torch.tensor(len(batch.states), dtype=torch.int, device=output.device)
-    return total, sequences, {"values": values.detach().clone()}
+    return loss.total, sequences, {"positions": torch.stack([loss.value_M, loss.fault_M]).double()}
+
+
+def _over_pipeline(batches: Sequence[PackedBatch], losses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Value (float64, nats) and fault of each counted position of all microbatches, known to every
+    pipeline stage.
+    """
+    positions = sum(len(batch.labels) for batch in batches)
+    both = torch.cat(losses, dim=1) if losses else batches[0].row_weight.new_zeros(2, positions)
+    value, fault = parallel.broadcast_over_pipeline(both.double())
+    return value, fault.long()
 
 
 def _collect(
-    batches: Sequence[PackedBatch], losses: list[Tensor]
+    batches: Sequence[PackedBatch], values: Tensor
 ) -> tuple[Tensor, dict[float, float], dict[float, int]]:
-    """Per-sequence losses [sequences] and per-share sums, known to every pipeline stage."""
+    """Per-sequence losses [sequences] and per-share sums of the positions' values."""
     weight = torch.cat([batch.row_weight for batch in batches]).double()
     share = torch.cat([batch.masked_share for batch in batches])
-    offsets = [0]
-    for batch in batches:
-        offsets.append(offsets[-1] + len(batch.states))
-    sequence = torch.cat(
-        [batch.sequence + offset for batch, offset in zip(batches, offsets, strict=False)]
-    )
-    values = torch.cat(losses).double() if losses else torch.zeros_like(weight)
-    values = parallel.broadcast_over_pipeline(values)
-    per_sequence = torch.zeros(offsets[-1], dtype=torch.float64, device=values.device).index_add(
+    sequence = _sequence_numbers(batches)
+    count = sum(len(batch.states) for batch in batches)
+    per_sequence = torch.zeros(count, dtype=torch.float64, device=values.device).index_add(
         0, sequence, values * weight
     )
     levels, level = torch.unique((share * 100).round() / 100, return_inverse=True)
@@ -211,15 +222,46 @@ def _collect(
     )
 
 
-def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor) -> None:
-    finite = torch.isfinite(per_sequence)
-    everywhere = parallel.all_succeeded(bool(finite.all()))
-    if everywhere:
+def _sequence_numbers(batches: Sequence[PackedBatch]) -> Tensor:
+    """Of each counted position the number of its sequence among those of all microbatches."""
+    numbers, first = [], 0
+    for batch in batches:
+        numbers.append(batch.sequence + first)
+        first += len(batch.states)
+    return torch.cat(numbers)
+
+
+_FAULTS = {
+    TEACHER_FAULT: (
+        "the teacher's logits for sample {} are not finite; nothing was updated: check the weights "
+        "of teacher.path and teacher.dtype"
+    ),
+    STUDENT_FAULT: (
+        "the student's logits for sample {} are not finite; nothing was updated: check the weights "
+        "of model.path, model.dtype and optimizer.lr"
+    ),
+    TEACHER_FAULT | STUDENT_FAULT: (
+        "teacher's and student's logits for sample {} are not finite; nothing was updated: check "
+        "the weights of teacher.path and model.path"
+    ),
+    0: (
+        "the loss of sample {} is not finite; nothing was updated: check the teacher and student "
+        "weights and model.dtype"
+    ),
+}
+
+
+def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor, fault_M: Tensor) -> None:
+    """Raise RunError, on every rank the same, for the first sample with a non-finite value."""
+    sequence = _sequence_numbers(batches)
+    bad = ~torch.isfinite(per_sequence)
+    bad[sequence[fault_M > 0]] = True
+    if parallel.all_succeeded(not bad.any()):
         return
     states = [state for batch in batches for state in batch.states]
-    bad = [states[i].sample for i in torch.nonzero(~finite).flatten().tolist()]
-    where = f"sample {bad[0]}" if bad else "a sample of another replica"
-    raise RunError(
-        f"the loss of {where} is not finite; nothing was updated: check the "
-        "teacher and student weights and model.dtype"
-    )
+    found = []
+    for number in torch.nonzero(bad).flatten().tolist():
+        faults = fault_M[sequence == number].unique().tolist()
+        found.append((states[number].sample, reduce(or_, faults, 0)))
+    sample, fault = min(parallel.gather_objects_over_data_parallel(found))
+    raise RunError(_FAULTS[fault].format(sample))

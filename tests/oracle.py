@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,9 @@ def divergence(
     kind: str, p: Tensor, q: Tensor, *, reverse_weight: float = 0.0, alpha: float = 0.5
 ) -> Tensor:
     """The textbook formula on log-probabilities p (teacher) and q (student) [..., V] -> [...]."""
+    possible = p > -torch.inf
     if kind == "forward_kl":
-        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+        return torch.where(possible, p.exp() * (p - q), 0.0).sum(-1)
     if kind == "reverse_kl":
         return F.kl_div(p, q, log_target=True, reduction="none").sum(-1)
     if kind == "mixed":
@@ -111,7 +113,49 @@ def divergence(
         )
     assert kind == "jsd"
     m = torch.logaddexp(p + math.log(alpha), q + math.log(1 - alpha))
-    return alpha * (p.exp() * (p - m)).sum(-1) + (1 - alpha) * (q.exp() * (q - m)).sum(-1)
+    to_m = torch.where(possible, p.exp() * (p - m), 0.0)
+    return alpha * to_m.sum(-1) + (1 - alpha) * (q.exp() * (q - m)).sum(-1)
+
+
+def nucleus(log_p: Tensor, top_p: float) -> list[int]:
+    """Ids of the smallest set of largest probabilities [V] that holds ``top_p``, largest first."""
+    order = sorted(range(len(log_p)), key=lambda v: (-log_p[v].item(), v))
+    mass = log_p.exp()[order].cumsum(-1).tolist()
+    return order if top_p == 1 else order[: 1 + sum(before < top_p for before in mass[:-1])]
+
+
+def distillation(
+    kind: str,
+    teacher_logits: Tensor,
+    log_q: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    tail: str = "drop",
+    **options: float,
+) -> Tensor:
+    """A divergence [M] from the reshaped teacher, over its k largest entries; logits and student's
+    log-probabilities [M, V]. Row by row, by sorting, over lists of the events that count.
+    """
+    values = []
+    for logits, q in zip(teacher_logits, log_q, strict=True):
+        p = (logits / temperature).log_softmax(-1)
+        likeliest = nucleus(p, top_p)
+        if top_p < 1:
+            inside = torch.zeros_like(p, dtype=torch.bool)
+            inside[likeliest] = True
+            p = torch.where(inside, p - p[likeliest].logsumexp(-1), -torch.inf)
+        chosen = likeliest[:top_k] if top_k else list(range(len(p)))
+        rest = [v for v in range(len(p)) if v not in chosen]
+        p_events, q_events = p[chosen], q[chosen]
+        if tail == "renormalise":
+            p_events, q_events = p_events.log_softmax(-1), q_events.log_softmax(-1)
+        if tail == "bucket" and rest:
+            p_events = torch.cat([p_events, p[rest].logsumexp(-1, keepdim=True)])
+            q_events = torch.cat([q_events, q[rest].logsumexp(-1, keepdim=True)])
+        values.append(divergence(kind, p_events, q_events, **options))
+    return torch.stack(values) if values else log_q.sum(-1)
 
 
 def loss(
@@ -125,7 +169,7 @@ def loss(
     kind: str = "forward_kl",
     exclude_eos: bool = False,
     logit_shift: bool = False,
-    **options: float,
+    **options: Any,
 ) -> list[Tensor]:
     """Loss of each sequence (differentiable in the student): the mean over its counted positions, 0
     without any.
@@ -143,14 +187,14 @@ def loss(
             logit_shift=logit_shift,
         ).log_softmax(-1)
         with torch.no_grad():
-            p = causal_logits(teacher, [*prompt, *response])[len(prompt) - 1 : -1].log_softmax(-1)
+            asked = causal_logits(teacher, [*prompt, *response])[len(prompt) - 1 : -1]
         positions = counted_positions(response, masked, end_ids, exclude_eos=exclude_eos)
         if not positions:
             losses.append(q.sum() * 0)
         elif kind == "nll":
             losses.append(F.nll_loss(q[positions], torch.tensor(response)[positions]))
         else:
-            losses.append(divergence(kind, p[positions], q[positions], **options).mean())
+            losses.append(distillation(kind, asked[positions], q[positions], **options).mean())
     return losses
 
 

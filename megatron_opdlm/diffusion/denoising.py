@@ -22,7 +22,7 @@ REMASKING = ("low_confidence_static", "low_confidence_dynamic", "sequential", "e
 
 class WholeVocabulary:
     """The trivial shard: this process holds every logit. A tensor-parallel shard offers the same
-    four methods.
+    methods.
     """
 
     start = 0  # global id of the first local column
@@ -44,6 +44,10 @@ class WholeVocabulary:
         shard.
         """
         return torch.zeros_like(x), x
+
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """x [M, k] of all shards side by side, lower ids first."""
+        return x
 
 
 WHOLE = WholeVocabulary()
@@ -86,12 +90,11 @@ def draw(
         shaped = torch.exp((logits - top) / temperature)
         if top_k > 0:
             count = torch.full_like(total, top_k)
-            shaped = torch.where(
-                _largest(shaped, torch.ones_like(shaped), count, shard), shaped, 0.0
-            )
+            kept = largest(shaped, torch.ones_like(shaped), count, shard)
+            shaped = torch.where(kept, shaped, 0.0)
         if top_p < 1:
             mass = top_p * shard.sum(shaped.double().sum(-1))
-            shaped = torch.where(_largest(shaped, shaped, mass, shard), shaped, 0.0)
+            shaped = torch.where(largest(shaped, shaped, mass, shard), shaped, 0.0)
         token = _invert(shaped, uniform_M, columns, shard)
     mine = columns == token[:, None]
     confidence = shard.sum(torch.where(mine, weight, 0.0).double().sum(-1)) / total
@@ -112,9 +115,7 @@ def _invert(
     return shard.min(torch.where(beyond, columns, _NOWHERE).amin(-1))
 
 
-def _largest(
-    value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary
-) -> Tensor:
+def largest(value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary) -> Tensor:
     """The smallest set of largest values whose measures sum to ``need_M``, ties broken towards the
     lowest id.
 

@@ -5,7 +5,6 @@ process with ``Layout()``, and returns plain values.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm import build, parallel, replay, rollout, train
+from megatron_opdlm import build, parallel, replay, rollout, train, truncation
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.diffusion import denoising
@@ -368,15 +367,15 @@ def teacher_targets(overrides: list[str], rows: Rows) -> list[tuple[int, np.ndar
 
 def divergence_over_shards(
     layout: Layout,
-    kind: str,
-    options: dict[str, float],
+    divergence: Divergence | None,
     student: Sequence[np.ndarray],
     teacher: Sequence[np.ndarray],
     labels: np.ndarray,
     row_weight: np.ndarray,
     chunk_rows: int,
 ) -> dict[str, Any]:
-    """Value and gradients of a divergence whose vocabulary is split over the tensor ranks.
+    """Value and gradients of a divergence whose vocabulary is split over the tensor ranks (None:
+    the likelihood of the labels).
 
     ``student`` and ``teacher`` are (hidden [M, H], output weight [V, H]); every rank takes its rows
     of the weights. The gradients come back whole.
@@ -387,30 +386,25 @@ def divergence_over_shards(
     hidden = torch.from_numpy(student[0]).requires_grad_()
     weight = _shard_rows(torch.from_numpy(student[1]), shard).requires_grad_()
     common: dict[str, Any] = {
-        "project": partial(project, shard=shard),
+        "columns": min(shard.columns, size - shard.start),
         "reduction": shard,
         "chunk_rows": chunk_rows,
     }
     weights = torch.from_numpy(row_weight)
-    if kind == "nll":
-        total, values = likelihood_loss(hidden, weight, torch.from_numpy(labels), weights, **common)
+    if divergence is None:
+        loss = likelihood_loss(hidden, weight, torch.from_numpy(labels), weights, **common)
     else:
-        total, values = distillation_loss(
-            hidden,
-            weight,
-            torch.from_numpy(teacher[0]),
-            _shard_rows(torch.from_numpy(teacher[1]), shard),
-            weights,
-            Divergence(kind=kind, **options),
-            **common,
-        )
-    total.backward()
+        share = _shard_rows(torch.from_numpy(teacher[1]), shard)
+        states = torch.from_numpy(teacher[0])
+        loss = distillation_loss(hidden, weight, states, share, weights, divergence, **common)
+    loss.total.backward()
     assert hidden.grad is not None and weight.grad is not None
     rows = shard.gather_rows(weight.grad.t()).t()
     assert not rows[size:].any()
     return {
-        "total": float(total),
-        "values": values.numpy(),
+        "total": float(loss.total.detach()),
+        "values": loss.value_M.numpy(),
+        "faults": loss.fault_M.numpy(),
         "hidden": shard.sum(hidden.grad).numpy(),
         "weight": rows[:size].numpy(),
     }
@@ -453,6 +447,23 @@ def model_weights(model_dir: Path) -> Arrays:
 def without_end(vocabulary: Vocabulary) -> Vocabulary:
     """The same ids, none of which ends a response: every masked position then counts."""
     return replace(vocabulary, end_ids=())
+def truncations_over_shards(
+    layout: Layout, log_p: np.ndarray, k: int, top_p: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [M, V] of the k largest, log-probabilities [M, V] of the nucleus) of distributions
+    whose columns are split over the tensor ranks.
+    """
+    join(layout)
+    size = log_p.shape[1]
+    shard = VocabularyShard(padded_vocab(size, layout.tensor) // layout.tensor, size)
+    own = torch.from_numpy(log_p)[:, shard.start : shard.start + shard.columns]
+    found = truncation.top_k(own, k, shard), truncation.nucleus(own.clone(), top_p, shard)
+    missing = shard.columns - own.shape[1]
+    padded = [torch.nn.functional.pad(x, (0, missing)) for x in found]
+    chosen, kept = (shard.gather_rows(x)[:, :size].numpy() for x in padded)
+    return chosen, kept
+
+
 
 
 def layout_ranks(layout: Layout) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from tests.distributed.layouts import TP2
 from tests.distributed.workers import WorkerGroups
 from tests.unit.test_denoising import SHAPINGS, chi_square, drawing_cases
 from tests.unit.test_divergence import (
-    KINDS,
+    LOSSES,
     REAL,
     assert_gradient,
     assert_values,
@@ -26,20 +26,17 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("scale", [1.0, 8.0], ids=["smooth", "peaked"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_divergences(ranks: WorkerGroups, name: str, scale: float, dtype: torch.dtype):
     """Claim: values, and gradients summed over the ranks, are those of the dense formula; the odd
     vocabulary leaves a padding row, which gets no gradient."""
     inputs = make_inputs(7, scale, dtype)
-    expected = expected_values(inputs, name)
+    expected = expected_values(inputs, LOSSES[name])
     (expected * inputs.row_weight.double()).sum().backward()
-    kind, options = KINDS[name]
-    settings = {"jsd_alpha" if key == "alpha" else key: value for key, value in options.items()}
     results = ranks(2).run(
         jobs.divergence_over_shards,
         layout=TP2,
-        kind=kind,
-        options=settings,
+        divergence=LOSSES[name],
         student=(inputs.student.detach().numpy(), inputs.student_weight.detach()[:REAL].numpy()),
         teacher=(inputs.teacher.numpy(), inputs.teacher_weight[:REAL].numpy()),
         labels=inputs.labels.numpy(),
@@ -50,6 +47,7 @@ def test_divergences(ranks: WorkerGroups, name: str, scale: float, dtype: torch.
     for found in results:
         hidden, weight = torch.from_numpy(found["hidden"]), torch.from_numpy(found["weight"])
         assert_values(torch.from_numpy(found["values"]), expected.detach())
+        assert not found["faults"].any()
         assert_gradient(hidden, inputs.student.grad)
         assert_gradient(weight, inputs.student_weight.grad[:REAL])
 

@@ -127,6 +127,8 @@ BAD_OVERRIDES = [
     ("rollout.threshold=1.01", "rollout.threshold=1.01 must lie in [0, 1]"),
     ("rollout.top_p=0", "rollout.top_p=0.0 must lie in (0, 1]"),
     ("rollout.top_p=1.5", "rollout.top_p=1.5 must lie in (0, 1]"),
+    ("teacher.top_p=0", "teacher.top_p=0.0 must lie in (0, 1]"),
+    ("teacher.temperature=0", "teacher.temperature=0.0 must be greater than 0"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 must lie in [0, 1)"),
     ("train.steps=0", "train.steps=0 must be at least 1, or -1 for all epochs of the data"),
     ("threshold_schedule.steps=-2", "must be at least 1, or -1 for to the end of the run"),
@@ -135,9 +137,10 @@ BAD_OVERRIDES = [
     ("optimizer.min_lr=0.5", "optimizer.min_lr=0.5 exceeds optimizer.lr=1e-05; use at most 1e-05"),
     ("curriculum.start=5000", "curriculum.start=5000 exceeds curriculum.end=4000"),
     ("model.sequence_parallel=true", "but model.tensor_parallel=1; use more ranks or"),
+    ("loss.top_k_tail=bucket", "loss.top_k_tail=bucket has no effect with loss.top_k=0 (the full"),
+    ("loss.top_k_tail=none", "must be one of drop, renormalise, bucket"),
     ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
     # not built yet
-    ("loss.top_k=16", "loss.top_k=16 is not built yet; use loss.top_k=0 (the full vocabulary)"),
     ("model.context_parallel=2", "model.context_parallel=2 is not built yet; use"),
     ("states.block_alignment=response", "states.block_alignment=response is not built yet; use"),
     ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
@@ -169,6 +172,22 @@ def test_bad_value_is_refused_in_one_line_with_the_reason(override, fragment):
             "loss.reverse_weight=0.5 has no effect with loss.kind=jsd; use loss.kind=mixed",
         ),
         (
+            ["loss.kind=nll", "loss.top_k=16"],
+            "loss.top_k=16 has no effect with loss.kind=nll, which asks no teacher; use loss.top_k",
+        ),
+        (
+            ["loss.kind=nll", "teacher.temperature=2"],
+            "teacher.temperature=2.0 has no effect with loss.kind=nll",
+        ),
+        (
+            ["loss.kind=mixed", "loss.reverse_weight=0.5", "teacher.top_p=0.9"],
+            "teacher.top_p=0.9 takes tokens from the teacher, where loss.kind=mixed is infinite",
+        ),
+        (
+            ["loss.kind=jsd", "loss.jsd_alpha=1"],
+            "loss.jsd_alpha=1.0 makes every Jensen-Shannon divergence 0; use a number between",
+        ),
+        (
             ["model.max_positions=512", "data.max_prompt_tokens=512"],
             "data.max_prompt_tokens=512 leaves no room for a response within model.max_pos",
         ),
@@ -184,6 +203,7 @@ def test_rules_that_do_not_apply_do_not_fire():
     load_config(None, ["curriculum.kind=constant", "curriculum.start=5000"])
     load_config(None, ["threshold_schedule.enabled=true", "train.steps=151"])
     load_config(None, ["loss.kind=mixed", "loss.reverse_weight=0.5"])
+    load_config(None, ["loss.kind=jsd", "teacher.top_p=0.9", "loss.top_k=16"])
     load_config(None, ["rollout.block_size=8", "rollout.denoising_steps=8"])
     load_config(None, ["model.sequence_parallel=true", "model.tensor_parallel=2"])
 
