@@ -2,8 +2,9 @@
 
 It does what one writes first: a static batch, its prompts prefilled at the length of the longest;
 for every block T denoising passes, each on a copy of the cache, then one more forward that commits
-the block; the batch runs until its longest response ends. Same model, same kernels, same draws and
-same tokens as the engine (a test holds it), greedy or not.
+the block; every forward ends in logits of all its positions, as a model's forward does; the batch
+runs until its longest response ends. Same model, same kernels, same draws and same tokens as the
+engine (a test holds it), greedy or not.
 """
 
 from collections.abc import Sequence
@@ -75,6 +76,7 @@ class _Batch:
         for row, request in enumerate(requests):
             self.tokens[row, : len(request.prompt.ids)] = torch.tensor(request.prompt.ids)
         self.ended = torch.zeros(len(requests), dtype=torch.bool)
+        self.forbidden = torch.tensor(vocabulary.forbidden_ids)
         self.cache = KVCache(
             layer_numbers=model.layer_numbers,
             slots=len(requests),
@@ -120,13 +122,7 @@ class _Batch:
         position = start[:, None] + torch.arange(self.rules.block_size)
         masked = position >= self.prompt[:, None]
         for number in range(self.rules.denoising_steps):
-            hidden = self._forward(self.cache.copy(), start, self.rules.block_size)
-            logits = project(
-                hidden,
-                self.model.head_weight,
-                self.model.shard,
-                torch.tensor(self.vocabulary.forbidden_ids),
-            )
+            logits = self._forward(self.cache.copy(), start, self.rules.block_size)
             keys = (*self.key, self.sample[:, None], position, number, randomness.DRAW_TOKEN)
             drawn = denoising.draw(
                 logits,
@@ -134,6 +130,7 @@ class _Batch:
                 temperature=self.rules.temperature,
                 top_k=self.rules.top_k,
                 top_p=self.rules.top_p,
+                with_entropy=self.rules.remasking == "entropy_bounded",
             )
             commit = denoising.choose_commits(
                 drawn.confidence.view_as(position),
@@ -154,7 +151,7 @@ class _Batch:
                 return
 
     def _forward(self, cache: KVCache, start: Tensor, length: int) -> Tensor:
-        """Hidden states [b * length, H] of the same number of tokens of every row."""
+        """Logits [b * length, V] of the same number of tokens of every row."""
         self.forwards += 1
         rows = torch.arange(len(start))
         position = start[:, None] + torch.arange(length)
@@ -168,4 +165,5 @@ class _Batch:
             cache,
             torch.device("cpu"),
         )
-        return self.model.run(tokens, position.flatten(), plan).flatten(0, 1)
+        hidden = self.model.run(tokens, position.flatten(), plan).flatten(0, 1)
+        return project(hidden, self.model.head_weight, self.model.shard, self.forbidden)

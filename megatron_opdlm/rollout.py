@@ -206,6 +206,7 @@ class _Engine:
             temperature=self.rules.temperature,
             top_k=self.rules.top_k,
             top_p=self.rules.top_p,
+            with_entropy=self.rules.remasking == "entropy_bounded",
             shard=model.shard,
         )
         return torch.stack([drawn.token.double(), drawn.confidence, drawn.entropy])

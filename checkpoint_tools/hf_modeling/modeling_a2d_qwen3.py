@@ -149,6 +149,7 @@ class A2DQwen3LMHeadModel(Qwen3ForCausalLM):
                 temperature=rules.temperature,
                 top_k=rules.top_k,
                 top_p=rules.top_p,
+                with_entropy=rules.remasking == "entropy_bounded",
             )
             commit = choose_commits(
                 drawn.confidence.view(rows, size),

@@ -58,7 +58,7 @@ class Draw(NamedTuple):
 
     token: Tensor  # [M] int64 global ids
     confidence: Tensor  # [M] float64 probability of the token under the unshaped softmax
-    entropy: Tensor  # [M] float64 entropy of the unshaped softmax, nats
+    entropy: Tensor  # [M] float64 entropy of the unshaped softmax, nats; 0 if not asked for
 
 
 def draw(
@@ -68,51 +68,65 @@ def draw(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    with_entropy: bool = True,
     shard: WholeVocabulary = WHOLE,
 ) -> Draw:
     """Draw one token a row by inverting the cumulative distribution at ``uniform_M`` (float64 in
     [0, 1)).
 
-    ``logits_MV`` are this shard's columns, forbidden ids already at -inf. Cumulative sums are taken
-    in float64.
+    ``logits_MV`` are this shard's columns, forbidden ids already at -inf. Sums are taken in
+    float64. ``with_entropy=False`` leaves the entropies 0: only one remasking rule asks for them.
     """
     logits = logits_MV.float()
-    top = shard.max(logits.amax(-1, keepdim=True))
+    local_top, first = logits.max(-1, keepdim=True)
+    top = shard.max(local_top)
     weight = torch.exp(logits - top)
-    total = shard.sum(weight.double().sum(-1))
-    finite = torch.where(weight > 0, logits - top, 0.0)
-    entropy = total.log() - shard.sum((weight * finite).double().sum(-1)) / total
-    columns = torch.arange(logits.shape[-1], device=logits.device) + shard.start
+    total = shard.sum(weight.sum(-1, dtype=torch.float64))
+    columns = logits.shape[-1]
     if temperature == 0:
-        hit = logits == top
-        token = shard.min(torch.where(hit, columns, _NOWHERE).amin(-1))
+        local = torch.where(local_top == top, first, columns)[:, 0]
     else:
-        shaped = torch.exp((logits - top) / temperature)
+        shaped = weight if temperature == 1 else torch.exp((logits - top) / temperature)
         if top_k > 0:
             count = torch.full_like(total, top_k)
             kept = largest(shaped, torch.ones_like(shaped), count, shard)
             shaped = torch.where(kept, shaped, 0.0)
         if top_p < 1:
-            mass = top_p * shard.sum(shaped.double().sum(-1))
+            mass = top_p * shard.sum(shaped.sum(-1, dtype=torch.float64))
             shaped = torch.where(largest(shaped, shaped, mass, shard), shaped, 0.0)
-        token = _invert(shaped, uniform_M, columns, shard)
-    mine = columns == token[:, None]
-    confidence = shard.sum(torch.where(mine, weight, 0.0).double().sum(-1)) / total
+        local = _invert(shaped, uniform_M, shard)
+    token = shard.min(torch.where(local < columns, local + shard.start, _NOWHERE))
+    place = token - shard.start
+    mine = (place >= 0) & (place < columns)
+    drawn = weight.gather(1, place.clamp(0, columns - 1)[:, None])[:, 0].double()
+    confidence = shard.sum(torch.where(mine, drawn, 0.0)) / total
+    entropy = _entropy(weight, logits - top, total, shard) if with_entropy else total * 0
     return Draw(token, confidence, entropy)
 
 
 _NOWHERE = torch.iinfo(torch.int64).max
 
 
-def _invert(
-    weight_MV: Tensor, uniform_M: Tensor, columns: Tensor, shard: WholeVocabulary
+def _entropy(
+    weight_MV: Tensor, exponent_MV: Tensor, total_M: Tensor, shard: WholeVocabulary
 ) -> Tensor:
-    """First id whose cumulative weight exceeds u times the total. Exactly one shard holds it."""
-    cumulative = weight_MV.double().cumsum(-1)
+    """Entropy [M] in nats of the softmax weight / total, weight = exp(exponent)."""
+    finite = torch.where(weight_MV > 0, exponent_MV, 0.0)
+    expected = shard.sum((weight_MV * finite).sum(-1, dtype=torch.float64)) / total_M
+    return total_M.log() - expected
+
+
+def _invert(weight_MV: Tensor, uniform_M: Tensor, shard: WholeVocabulary) -> Tensor:
+    """First local column [M] whose cumulative weight exceeds u times the total; the number of
+    columns where this shard has none.
+
+    The lowest id over the shards is the token: a later shard may offer a column of its own, but
+    never before the one where the sum is first exceeded, which has a weight above zero.
+    """
+    cumulative = weight_MV.cumsum(-1, dtype=torch.float64)
     before, total = shard.before(cumulative[:, -1])
     target = (uniform_M * total)[:, None]
-    beyond = (before[:, None] + cumulative > target) & (weight_MV > 0)
-    return shard.min(torch.where(beyond, columns, _NOWHERE).amin(-1))
+    return torch.searchsorted(cumulative.add_(before[:, None]), target, right=True)[:, 0]
 
 
 def largest(value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary) -> Tensor:
