@@ -27,8 +27,9 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
 from megatron_opdlm import build, parallel
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.model.qwen3 import build_model, fill
+from megatron_opdlm.packing import pack_step
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.session import pack_microbatches
+from megatron_opdlm.session import packing_of
 from megatron_opdlm.states import State, choose_states
 from megatron_opdlm.teacher import score
 from megatron_opdlm.update import update
@@ -108,9 +109,9 @@ def our_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Upd
     objective = build.build_objective(config, teacher)
 
     def run(states: Sequence[State]) -> tuple[float, float]:
-        batches = pack_microbatches(states, config, source, hardware)
-        targets = score(teacher, batches)
-        report = update(student, batches, targets, objective, config.optimizer.lr)
+        step = pack_step([states], packing_of(config, source, hardware))
+        targets = score(teacher, step.finished)
+        report = update(student, step.updates[0], targets, objective, config.optimizer.lr)
         return sum(report.sequence_loss) / len(states), report.grad_norm
 
     return run

@@ -6,40 +6,62 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
-from megatron_opdlm.model.flops import attended_pairs, forward_flops
+from megatron_opdlm.model.attention_plan import packed_pairs
+from megatron_opdlm.model.flops import forward_flops
+from megatron_opdlm.packing import FinishedBatch, PackedBatch
 from megatron_opdlm.records import Trajectory
-from megatron_opdlm.states import PackedBatch, State
+from megatron_opdlm.states import State
 from megatron_opdlm.update import UpdateReport
 
 
 def student_flops(
     shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool, sequence_parallel: bool
 ) -> float:
-    """Operations of a microbatch: forward, backward (twice as much) and, with recomputation, the
-    forward once more.
+    """Operations of one use of a microbatch: forward, backward (twice as much) and, with
+    recomputation, the layers' forward once more.
     """
-    pairs = attended_pairs(batch.student_plan)
-    forward = forward_flops(
-        shape,
-        tokens=len(batch.student_tokens),
-        attended_pairs=pairs,
-        projected_rows=len(batch.labels),
-        read_rows=None if sequence_parallel else len(batch.labels),
+    rows = len(batch.labels)
+    layers = _layers_flops(shape, batch.student_tokens, batch.lengths, rows, sequence_parallel)
+    return (4 if recompute else 3) * layers + 3 * projection_flops(shape, rows)
+
+
+def teacher_flops(shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool) -> float:
+    """Operations of the teacher's forward; its targets are projected at each use of them."""
+    rows = len(batch.read)
+    return _layers_flops(shape, batch.tokens, batch.lengths, rows, sequence_parallel)
+
+
+def projection_flops(shape: Qwen3Shape, rows: int) -> float:
+    """Operations of projecting rows of hidden states to the vocabulary."""
+    return 2.0 * shape.vocab_size * shape.hidden * rows
+
+
+def state_cost(student: Qwen3Shape, teacher: Qwen3Shape, state: State, packed_tokens: int) -> float:
+    """Operations of training on a state, for sharing work out: attention makes long sequences cost
+    more than their tokens. ``packed_tokens``: what the student reads.
+    """
+    rows, finished = sum(state.counted), len(state.prompt_ids) + len(state.response_ids)
+    asked, read = (
+        forward_flops(shape, tokens=n, attended_pairs=n * n, projected_rows=rows, read_rows=rows)
+        for shape, n in ((teacher, finished), (student, packed_tokens))
     )
-    return forward * (4 if recompute else 3)
+    return asked + 3 * read
 
 
-def teacher_flops(shape: Qwen3Shape, batch: PackedBatch, *, sequence_parallel: bool) -> float:
-    """Operations of the teacher's forward over a microbatch, its output projection included."""
-    pairs = attended_pairs(batch.teacher_plan)
+def _layers_flops(
+    shape: Qwen3Shape, tokens: Tensor, lengths: Sequence[int], rows: int, sequence_parallel: bool
+) -> float:
+    """Operations of a forward without the output layer."""
     return forward_flops(
         shape,
-        tokens=len(batch.teacher_tokens),
-        attended_pairs=pairs,
-        projected_rows=len(batch.labels),
-        read_rows=None if sequence_parallel else len(batch.labels),
+        tokens=len(tokens),
+        attended_pairs=packed_pairs(lengths),
+        projected_rows=0,
+        read_rows=None if sequence_parallel else rows,
     )
 
 

@@ -57,8 +57,9 @@ def _require_ids(where: str, key: str, value: Any, limit: int) -> None:
 def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     """Loss of fixed states under ``config``'s loss and layout; the same on every rank."""
     from megatron_opdlm import accounting, build, parallel
-    from megatron_opdlm.session import pack_microbatches
-    from megatron_opdlm.states import make_state, split_over_ranks
+    from megatron_opdlm.packing import pack_step
+    from megatron_opdlm.session import my_share, packing_of
+    from megatron_opdlm.states import make_state
     from megatron_opdlm.teacher import score
     from megatron_opdlm.update import measure
 
@@ -79,10 +80,11 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
         )
         for number, row in enumerate(rows)
     ]
-    mine = split_over_ranks(states, parallel.data_parallel_size())[parallel.data_parallel_rank()]
-    batches = pack_microbatches(mine, config, student_source, hardware)
+    packing = packing_of(config, student_source, hardware)
+    step = pack_step([my_share(states, student_source, teacher_source, packing)], packing)
+    (batches,) = step.updates
     report = measure(
-        student, batches, score(teacher, batches), build.build_objective(config, teacher)
+        student, batches, score(teacher, step.finished), build.build_objective(config, teacher)
     )
     order = [state.sample for batch in batches for state in batch.states]
     pairs = list(zip(order, report.sequence_loss, strict=True))

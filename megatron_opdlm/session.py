@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_opdlm import accounting, curriculum, parallel
+from megatron_opdlm.balance import share_out
 from megatron_opdlm.build import (
     ModelSource,
     build_checkpoints,
@@ -26,17 +26,12 @@ from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.packing import Packing, StepBatches, pack_step, student_tokens
 from megatron_opdlm.prompts import PromptOrder, PromptSet
 from megatron_opdlm.rollout import Request, Rollout, generate
 from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
 from megatron_opdlm.sample_texts import sample_rows
-from megatron_opdlm.states import (
-    PackedBatch,
-    State,
-    pack,
-    split_into_microbatches,
-    split_over_ranks,
-)
+from megatron_opdlm.states import State
 from megatron_opdlm.update import Objective, Student, UpdateReport
 
 
@@ -132,23 +127,17 @@ class Session:
             logit_shift=self.config.loss.logit_shift,
         ).validate()
 
-    def pack_updates(self, states: Sequence[State]) -> list[list[PackedBatch]]:
-        """One entry per update of an inner epoch: this replica's microbatches."""
+    def pack(self, states: Sequence[State]) -> StepBatches:
+        """This replica's part of the updates of one inner epoch, and what its teacher is asked."""
         size = self.config.optimizer.batch_size
-        rank, ranks = parallel.data_parallel_rank(), parallel.data_parallel_size()
-        return [
-            pack_microbatches(
-                split_over_ranks(states[start : start + size], ranks)[rank],
-                self.config,
-                self.source,
-                self.hardware,
-            )
-            for start in range(0, len(states), size)
-        ]
-
-    def no_targets(self, updates: Sequence[Sequence[PackedBatch]]) -> list[list[Tensor | None]]:
-        """Stands in for the teacher's phase where the loss needs no teacher."""
-        return [[None] * len(batches) for batches in updates]
+        packing = packing_of(self.config, self.source, self.hardware)
+        return pack_step(
+            [
+                my_share(states[start : start + size], self.source, self.teacher_source, packing)
+                for start in range(0, len(states), size)
+            ],
+            packing,
+        )
 
     def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:
         """(prepared update, learning rate) of each optimizer step: all prepared updates once per
@@ -179,12 +168,12 @@ class Session:
         step: int,
         rollout: Rollout,
         states: Sequence[State],
-        updates: Sequence[Sequence[PackedBatch]],
+        batches: StepBatches,
         reports: Sequence[UpdateReport],
         watch: accounting.Stopwatch,
     ) -> None:
         """Count, write, save."""
-        flops = self._update_flops(updates) + rollout.flops
+        flops = self._flops(batches) + rollout.flops
         counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(
             states, uses=self.config.train.inner_epochs
         )
@@ -218,18 +207,22 @@ class Session:
         if step % self.config.checkpoint.every == 0 or step == self.total_steps:
             self.checkpoints.save(self.student, self.progress)
 
-    def _update_flops(self, updates: Sequence[Sequence[PackedBatch]]) -> float:
-        recompute, epochs = self.config.model.recompute, self.config.train.inner_epochs
-        shared: dict[str, bool] = {"sequence_parallel": self.config.model.sequence_parallel}
+    def _flops(self, batches: StepBatches) -> float:
+        """Operations of the teacher's and the update's phase, over all replicas."""
+        model, epochs = self.config.model, self.config.train.inner_epochs
+        student, teacher = self.source.shape, self.teacher_source.shape
+        shared = model.sequence_parallel
         flops = 0.0
-        for batch in (batch for batches in updates for batch in batches):
-            teacher = (
-                accounting.teacher_flops(self.teacher_source.shape, batch, **shared)
-                if self.teacher
-                else 0.0
+        for batch in (batch for batches in batches.updates for batch in batches):
+            flops += epochs * accounting.student_flops(
+                student, batch, recompute=model.recompute, sequence_parallel=shared
             )
-            flops += teacher + epochs * accounting.student_flops(
-                self.source.shape, batch, recompute=recompute, **shared
+            if self.teacher:
+                flops += epochs * accounting.projection_flops(teacher, len(batch.labels))
+        if self.teacher:
+            flops += sum(
+                accounting.teacher_flops(teacher, batch, sequence_parallel=shared)
+                for batch in batches.finished
             )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_data_parallel(total))
@@ -240,21 +233,28 @@ class Session:
         parallel.barrier()
 
 
-def pack_microbatches(
-    states: Sequence[State], config: Config, source: ModelSource, hardware: Hardware
-) -> list[PackedBatch]:
-    """Pack one replica's states of one update to the token budget."""
-    return [
-        pack(
-            group,
-            block_size=config.rollout.block_size,
-            mask_id=source.vocabulary.mask_id,
-            logit_shift=config.loss.logit_shift,
-            align=config.model.tensor_parallel,
-            device=hardware.device,
-        )
-        for group in split_into_microbatches(states, config.update.tokens_per_microbatch)
+def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packing:
+    """How the configuration packs rows."""
+    return Packing(
+        block_size=config.rollout.block_size,
+        mask_id=source.vocabulary.mask_id,
+        logit_shift=config.loss.logit_shift,
+        tokens_per_microbatch=config.update.tokens_per_microbatch,
+        align=config.model.tensor_parallel,
+        device=hardware.device,
+    )
+
+
+def my_share(
+    states: Sequence[State], student: ModelSource, teacher: ModelSource, packing: Packing
+) -> list[State]:
+    """This replica's states of one update: every replica gets about the same operations."""
+    costs = [
+        accounting.state_cost(student.shape, teacher.shape, s, student_tokens(s, packing))
+        for s in states
     ]
+    shares = share_out(costs, parallel.data_parallel_size())
+    return [states[i] for i in shares[parallel.data_parallel_rank()]]
 
 
 def open_session(config: Config) -> Session:

@@ -2,8 +2,8 @@
 2606.06712, step 3).
 
 The target at position i is the teacher's next-token distribution on the prefix before i, kept as
-its final hidden state [H] instead of logits [V]. A phase of its own, once per rollout; targets are
-used again by every inner epoch.
+its final hidden state [H] instead of logits [V]. A phase of its own, once per rollout: a
+sequence is asked about once, and all its states and inner epochs use the answer.
 """
 
 from collections.abc import Sequence
@@ -14,39 +14,54 @@ from torch import Tensor
 from megatron_opdlm import parallel
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
+from megatron_opdlm.packing import FinishedBatch
 from megatron_opdlm.parallel import Sending
-from megatron_opdlm.states import PackedBatch
 
 
 @torch.inference_mode()
-def score(teacher: Qwen3, batches: Sequence[PackedBatch]) -> list[Tensor | None]:
-    """Targets of each microbatch: hidden states [M, H] on the last pipeline stage, None on the
-    others.
+def score(
+    teacher: Qwen3, batches: Sequence[FinishedBatch], *, offload: bool = False
+) -> Tensor | None:
+    """Targets of all batches, one after the other: hidden states [U, H] on the last pipeline stage,
+    None on the others. ``offload`` keeps them in host memory.
 
-    Stages work on different microbatches at the same time: each receives, computes and sends in
-    turn.
+    Stages work on different batches at the same time: each receives, computes and sends in turn.
     """
-    outputs = [_score(teacher, batch) for batch in batches]
-    for output in outputs:
+    targets: Tensor | None = None
+    first, sending = 0, []
+    for batch in batches:
+        output = _score(teacher, batch)
         if isinstance(output, Sending):
-            output.wait()
-    return [None if isinstance(output, Sending) else output for output in outputs]
+            sending.append(output)
+            continue
+        if targets is None:  # filled piece by piece: no second copy of all of them
+            rows = sum(len(one.read) for one in batches)
+            device = "cpu" if offload else output.device
+            targets = torch.empty((rows, output.shape[1]), dtype=output.dtype, device=device)
+        targets[first : first + len(output)] = output
+        first += len(output)
+    for output in sending:
+        output.wait()
+    return targets
 
 
-def _score(teacher: Qwen3, batch: PackedBatch) -> Tensor | Sending:
+def rows_of(targets: Tensor, index_M: Tensor) -> Tensor:
+    """Rows [M, H] of the step's targets, on the device of the index."""
+    return targets.index_select(0, index_M.to(targets.device)).to(index_M.device)
+
+
+def _score(teacher: Qwen3, batch: FinishedBatch) -> Tensor | Sending:
     config = teacher.config
     if not parallel.is_first_stage():
-        rows = len(batch.teacher_tokens) // (
+        rows = len(batch.tokens) // (
             config.tensor_model_parallel_size if config.sequence_parallel else 1
         )
-        device = batch.teacher_tokens.device
+        device = batch.tokens.device
         shape = (rows, 1, config.hidden_size)
         teacher.set_input_tensor(
             parallel.receive_from_previous_stage(shape, config.params_dtype, device)
         )
-    output = teacher.run(batch.teacher_tokens, batch.teacher_positions, batch.teacher_plan)
+    output = teacher.run(batch.tokens, batch.positions, batch.plan)
     if parallel.is_last_stage():
-        return select_positions(
-            output, batch.teacher_read, sequence_parallel=config.sequence_parallel
-        )
+        return select_positions(output, batch.read, sequence_parallel=config.sequence_parallel)
     return parallel.send_to_next_stage(output)

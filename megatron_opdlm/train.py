@@ -27,19 +27,15 @@ def run(config: Config) -> None:
             rollout = session.rollout(step, key)
         with watch.phase("states"):
             states = choose_states(rollout.trajectories, key=key, **session.state_options)
-            updates = session.pack_updates(states)
+            batches = session.pack(states)
         with watch.phase("teacher"):
-            targets = (
-                [score(session.teacher, batches) for batches in updates]
-                if session.teacher
-                else session.no_targets(updates)
-            )
+            targets = score(session.teacher, batches.finished) if session.teacher else None
         with watch.phase("update"):
             reports = [
-                update(session.student, updates[i], targets[i], session.objective, rate)
-                for i, rate in session.update_schedule(step, len(updates))
+                update(session.student, batches.updates[i], targets, session.objective, rate)
+                for i, rate in session.update_schedule(step, len(batches.updates))
             ]
-        session.finish_step(step, rollout, states, updates, reports, watch)
+        session.finish_step(step, rollout, states, batches, reports, watch)
     session.close()
 
 

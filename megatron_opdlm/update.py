@@ -29,7 +29,8 @@ from megatron_opdlm.divergence import (
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
-from megatron_opdlm.states import PackedBatch
+from megatron_opdlm.packing import PackedBatch
+from megatron_opdlm.teacher import rows_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +66,14 @@ class UpdateReport:
 def update(
     student: Student,
     batches: Sequence[PackedBatch],
-    targets: Sequence[Tensor | None],
+    targets: Tensor | None,
     objective: Objective,
     lr: float,
 ) -> UpdateReport:
     """Forward, backward and one optimizer step over this replica's microbatches.
 
-    The loss is the mean over all sequences of the update, on all replicas. Raises RunError, before
+    ``targets`` [U, H] are the teacher's of the whole step, on the last stage; None elsewhere. The
+    loss is the mean over all sequences of the update, on all replicas. Raises RunError, before
     anything is changed, when a sequence's loss is not finite.
     """
     report = measure(student, batches, targets, objective)
@@ -84,7 +86,7 @@ def update(
 def measure(
     student: Student,
     batches: Sequence[PackedBatch],
-    targets: Sequence[Tensor | None],
+    targets: Tensor | None,
     objective: Objective,
 ) -> UpdateReport:
     """Losses, and gradients left in the buffers, without changing a weight."""
@@ -110,7 +112,7 @@ def measure(
 def _accumulate_gradients(
     student: Student,
     batches: Sequence[PackedBatch],
-    targets: Sequence[Tensor | None],
+    targets: Tensor | None,
     objective: Objective,
 ) -> list[Tensor]:
     """Run Megatron's schedule; returns each microbatch's position values and faults [2, M] (on the
@@ -120,8 +122,10 @@ def _accumulate_gradients(
     student.optimizer.zero_grad()
     student.model.config.finalize_model_grads_func = finalize_model_grads
     outputs = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, student=student, objective=objective),
-        data_iterator=iter(list(zip(batches, targets, strict=True))),
+        forward_step_func=partial(
+            _forward_step, student=student, targets=targets, objective=objective
+        ),
+        data_iterator=iter(batches),
         model=[student.ddp],
         num_microbatches=len(batches),
         seq_length=1,  # shapes travel with the activations (variable_seq_lengths)
@@ -132,27 +136,29 @@ def _accumulate_gradients(
 
 
 def _forward_step(
-    iterator: Iterator[tuple[PackedBatch, Tensor | None]],
+    iterator: Iterator[PackedBatch],
     model: torch.nn.Module,
     *,
     student: Student,
+    targets: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Any]:
-    batch, target = next(iterator)
+    batch = next(iterator)
     output = model(
         batch.student_tokens[None],
         batch.student_positions[None],
         None,
         packed_seq_params=batch.student_plan,
     )
-    return output, partial(_loss, batch=batch, target=target, student=student, objective=objective)
+    loss = partial(_loss, batch=batch, targets=targets, student=student, objective=objective)
+    return output, loss
 
 
 def _loss(
     output: Tensor,
     *,
     batch: PackedBatch,
-    target: Tensor | None,
+    targets: Tensor | None,
     student: Student,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -173,12 +179,12 @@ def _loss(
     if objective.divergence.kind == "nll":
         loss = likelihood_loss(hidden, model.head_weight, batch.labels, batch.row_weight, **common)
     else:
-        assert objective.teacher is not None and target is not None
+        assert objective.teacher is not None and targets is not None
         weight = objective.teacher.head_weight.detach()
         loss = distillation_loss(
             hidden,
             model.head_weight,
-            target,
+            rows_of(targets, batch.target),
             weight,
             batch.row_weight,
             objective.divergence,

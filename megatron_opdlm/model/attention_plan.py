@@ -41,6 +41,15 @@ def group_bounds(lengths: Tensor, waste: float = WASTE) -> list[tuple[int, int]]
     return bounds
 
 
+def packed_pairs(lengths: Sequence[int]) -> int:
+    """(query, key) pairs that the plan of a packed row computes, hidden ones included."""
+    each = torch.tensor(lengths)
+    return sum(
+        int(((each >= shortest) & (each <= longest)).sum()) * longest**2
+        for shortest, longest in group_bounds(each)
+    )
+
+
 def _bucket_rows(lengths: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
     """Buckets of the packed sequences, and each packed token's place among their flattened rows.
 

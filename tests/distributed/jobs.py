@@ -25,12 +25,13 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
+from megatron_opdlm.packing import Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
-from megatron_opdlm.session import pack_microbatches
-from megatron_opdlm.states import State, choose_states, make_state, pack, split_over_ranks
-from megatron_opdlm.teacher import score
+from megatron_opdlm.session import my_share, packing_of
+from megatron_opdlm.states import State, choose_states, make_state
+from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.update import Student, UpdateReport, update
 
 # isort: split
@@ -176,14 +177,15 @@ def on_policy_gap(
         exclude_eos=False,
         key=(7, 3),
     )
-    batch = pack(
-        states,
+    packing = Packing(
         block_size=decoding.block_size,
         mask_id=vocabulary.mask_id,
         logit_shift=decoding.logit_shift,
+        tokens_per_microbatch=10**9,
         align=layout.tensor,
         device=torch.device("cpu"),
     )
+    ((batch,),) = pack_step([states], packing).updates
     row = batch.student_tokens, batch.student_positions, batch.student_plan
     hidden = final_hidden(model, *row, batch.student_read)
     if hidden is None:
@@ -312,18 +314,31 @@ def train_on(overrides: list[str], updates: Sequence[Rows], lr: float) -> dict[s
     student = build.build_student(source, config, hardware)
     teacher = build.build_teacher(teacher_source, config, hardware)
     objective = build.build_objective(config, teacher)
+    step = _step(updates, config, (source, teacher_source), hardware)
+    targets = score(teacher, step.finished)
     losses, norms = [], []
-    for rows in updates:
-        batches = _batches(rows, config, source, hardware)
-        report = update(student, batches, score(teacher, batches), objective, lr)
+    for batches in step.updates:
+        report = update(student, batches, targets, objective, lr)
         losses.append(_mean_loss(report))
         norms.append(report.grad_norm)
     weights = under_hf_names(student.model, lambda p: p.data)
     return {"losses": losses, "grad_norms": norms, "weights": weights}
 
 
-def _batches(rows: Rows, config: Config, source: build.ModelSource, hardware: Hardware) -> list:
-    states = [
+def _step(
+    updates: Sequence[Rows],
+    config: Config,
+    sources: tuple[build.ModelSource, build.ModelSource],
+    hardware: Hardware,
+) -> StepBatches:
+    """Recorded rows of the updates of a step -> this replica's batches."""
+    packing = packing_of(config, sources[0], hardware)
+    mine = [my_share(_states(rows, config, sources[0]), *sources, packing) for rows in updates]
+    return pack_step(mine, packing)
+
+
+def _states(rows: Rows, config: Config, source: build.ModelSource) -> list[State]:
+    return [
         make_state(
             number,
             row["prompt_ids"],
@@ -334,8 +349,6 @@ def _batches(rows: Rows, config: Config, source: build.ModelSource, hardware: Ha
         )
         for number, row in enumerate(rows)
     ]
-    mine = split_over_ranks(states, parallel.data_parallel_size())[parallel.data_parallel_rank()]
-    return pack_microbatches(mine, config, source, hardware)
 
 
 def _mean_loss(report: UpdateReport) -> float:
@@ -352,17 +365,19 @@ def teacher_targets(overrides: list[str], rows: Rows) -> list[tuple[int, np.ndar
     source, teacher_source = build.open_pair(config)
     hardware = join(build.model_layout(config))
     teacher = build.build_teacher(teacher_source, config, hardware)
-    batches = _batches(rows, config, source, hardware)
+    step = _step([rows], config, (source, teacher_source), hardware)
+    targets = score(teacher, step.finished)
+    if targets is None:
+        return None
     found = []
-    for batch, target in zip(batches, score(teacher, batches), strict=True):
-        if target is None:
-            continue
-        log_p = torch.from_numpy(whole_logits(teacher, target)).log_softmax(-1)
+    for batch in step.updates[0]:
+        hidden = rows_of(targets, batch.target)
+        log_p = torch.from_numpy(whole_logits(teacher, hidden)).log_softmax(-1)
         found += [
             (state.sample, log_p[batch.sequence == i].numpy())
             for i, state in enumerate(batch.states)
         ]
-    return found if parallel.is_last_stage() else None
+    return found
 
 
 def divergence_over_shards(
@@ -432,21 +447,6 @@ def draw_over_shards(
     return drawn.token.numpy(), drawn.confidence.numpy(), drawn.entropy.numpy()
 
 
-def train_run(overrides: list[str]) -> None:
-    """What the command ``train`` does after it has parsed its arguments."""
-    train.run(load_config(None, overrides))
-
-
-def model_weights(model_dir: Path) -> Arrays:
-    """Weights of a checkpoint under Hugging Face's names, read in this process."""
-    weights = under_hf_names(load(Layout(), model_dir), lambda p: p.data)
-    assert weights is not None
-    return weights
-
-
-def without_end(vocabulary: Vocabulary) -> Vocabulary:
-    """The same ids, none of which ends a response: every masked position then counts."""
-    return replace(vocabulary, end_ids=())
 def truncations_over_shards(
     layout: Layout, log_p: np.ndarray, k: int, top_p: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -464,6 +464,21 @@ def truncations_over_shards(
     return chosen, kept
 
 
+def train_run(overrides: list[str]) -> None:
+    """What the command ``train`` does after it has parsed its arguments."""
+    train.run(load_config(None, overrides))
+
+
+def model_weights(model_dir: Path) -> Arrays:
+    """Weights of a checkpoint under Hugging Face's names, read in this process."""
+    weights = under_hf_names(load(Layout(), model_dir), lambda p: p.data)
+    assert weights is not None
+    return weights
+
+
+def without_end(vocabulary: Vocabulary) -> Vocabulary:
+    """The same ids, none of which ends a response: every masked position then counts."""
+    return replace(vocabulary, end_ids=())
 
 
 def layout_ranks(layout: Layout) -> tuple[int, int, int]:

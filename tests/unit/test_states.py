@@ -1,5 +1,5 @@
-"""States of a trajectory (DESIGN 4b): which are chosen, what counts in them, and that packing and
-sharing lose none. That they are what the rollout saw is in tests/parity/test_on_policy.py.
+"""States of a trajectory (DESIGN 4b): which are chosen, what counts in them. That they are what the
+rollout saw is in tests/parity/test_on_policy.py.
 """
 
 from collections import Counter
@@ -8,13 +8,7 @@ import pytest
 import torch
 
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.states import (
-    State,
-    choose_states,
-    make_state,
-    split_into_microbatches,
-    split_over_ranks,
-)
+from megatron_opdlm.states import choose_states, make_state
 
 END = 9
 IDS = Vocabulary(size=12, mask_id=11, end_ids=(END, 8), pad_id=0, forbidden_ids=(11,))
@@ -121,39 +115,3 @@ def test_counted_positions(
     state = make_state(3, [END, 1], response, masked, IDS, exclude_eos=exclude_eos)
     assert [int(c) for c in state.counted] == counted
     assert state.trained_tokens == trained
-
-
-def some_states() -> list[State]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(1, 30, (41, 2), generator=generator).tolist()
-    return [
-        make_state(i, [1] * p, [2] * r, [True] * r, IDS, exclude_eos=False)
-        for i, (p, r) in enumerate(sizes)
-    ]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 50])
-def test_sharing_out_loses_none_and_balances(ranks: int):
-    """Claim: every sequence has exactly one rank, in the order given, and no rank has more work
-    than the lightest and one sequence."""
-    states = some_states()
-    shares = split_over_ranks(states, ranks)
-    assert len(shares) == ranks
-    assert sorted(s.sample for share in shares for s in share) == list(range(len(states)))
-    assert all([s.sample for s in share] == sorted(s.sample for s in share) for share in shares)
-    loads = [sum(s.cost for s in share) for share in shares]
-    assert max(loads) - min(loads) <= max(s.cost for s in states)
-
-
-@pytest.mark.parametrize("budget", [1, 60, 100, 10000])
-def test_microbatches_lose_none_and_keep_the_budget(budget: int):
-    """Claim: every sequence is in exactly one microbatch; only a sequence that alone exceeds the
-    budget may."""
-    states = some_states()
-    batches = split_into_microbatches(states, budget)
-    assert sorted(s.sample for batch in batches for s in batch) == list(range(len(states)))
-    for batch in batches:
-        tokens = sum(len(s.prompt_ids) + 2 * len(s.response_ids) for s in batch)
-        assert len(batch) == 1 or tokens <= budget
-    assert len(split_into_microbatches(states, 10000)) == 1
-    assert split_into_microbatches([], budget) == [[]]

@@ -1,0 +1,254 @@
+"""States -> packed rows: microbatches of the student, finished sequences for the teacher.
+
+Only what the loss depends on is packed. The student reads [prompt | clean | noisy]: the noisy copy
+of the blocks that have counted positions, the clean copy up to the last of those blocks. The
+teacher reads each finished sequence once, whatever the number of its states, up to the last token
+that a prediction needs. Nothing is padded.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opdlm.balance import fill_bins
+from megatron_opdlm.diffusion.blocks import block_lengths
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
+from megatron_opdlm.states import State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """How rows are packed."""
+
+    block_size: int  # tokens
+    mask_id: int
+    logit_shift: bool
+    tokens_per_microbatch: int  # a longer sequence has a microbatch for itself
+    align: int  # rows are a multiple of this long: tensor ranks, under sequence parallelism
+    device: torch.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """One microbatch of the student, and what is read from it. N tokens, M counted positions."""
+
+    states: list[State]
+    student_tokens: Tensor  # [N]
+    student_positions: Tensor  # [N] the noisy copy repeats the positions of the clean one
+    student_read: Tensor  # [M] packed index whose hidden state predicts the token
+    lengths: list[int]  # packed tokens of each sequence that has any; their sum may be below N
+    block: Tensor  # [N] absolute position // B, on the host
+    clean: Tensor  # bool [N], False in the noisy copy, on the host
+    target: Tensor  # [M] row of the teacher's targets
+    labels: Tensor  # [M] the tokens of the finished sequence
+    row_weight: Tensor  # [M] 1 / counted positions of the sequence
+    sequence: Tensor  # [M] index into ``states``
+    masked_share: Tensor  # [M] share of its block's response tokens that are masked
+
+    @property
+    def student_plan(self) -> AttentionPlan:
+        """Built anew at each use: the masks of all microbatches of a step would not fit."""
+        device = self.student_tokens.device
+        return two_stream_plan(self.lengths, self.block, self.clean, device, read=self.student_read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedBatch:
+    """Finished sequences that the teacher is asked about together. N tokens, U targets."""
+
+    tokens: Tensor  # [N]
+    positions: Tensor  # [N]
+    read: Tensor  # [U] packed index whose hidden state predicts a counted token
+    lengths: list[int]  # packed tokens of each sequence
+
+    @property
+    def plan(self) -> AttentionPlan:
+        """Built anew at each use, as the student's."""
+        return causal_plan(self.lengths, len(self.tokens), self.tokens.device, read=self.read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatches:
+    """What one replica works on in a step. All targets of ``finished``, one after the other, are
+    what ``PackedBatch.target`` counts in."""
+
+    updates: list[list[PackedBatch]]  # microbatches of each update of an inner epoch
+    finished: list[FinishedBatch]
+
+
+def pack_step(updates: Sequence[Sequence[State]], packing: Packing) -> StepBatches:
+    """Pack one replica's states of each update of a step.
+
+    An update without states, and a step without a counted position, are rows of ``align`` tokens
+    without loss: every rank takes part in the collectives.
+    """
+    questions = _Questions([state for states in updates for state in states])
+    finished = questions.pack(packing)
+    packed = [_pack_update(states, questions, packing) for states in updates]
+    return StepBatches(updates=packed, finished=finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One sequence's part of a student's row. n tokens, m counted positions."""
+
+    tokens: Tensor  # [n]
+    positions: Tensor  # [n]
+    clean: Tensor  # bool [n]
+    read: Tensor  # [m] index within the piece
+    counted: Tensor  # [m] absolute positions
+
+
+def student_tokens(state: State, packing: Packing) -> int:
+    """Packed tokens that the student reads for a state, 0 without counted positions."""
+    return len(_piece(state, packing).tokens)
+
+
+def _piece(state: State, packing: Packing) -> _Piece:
+    size, prompt = packing.block_size, len(state.prompt_ids)
+    finished = torch.tensor(state.prompt_ids + state.response_ids)
+    masked = torch.tensor([False] * prompt + state.masked, dtype=torch.bool)
+    counted = _counted_positions(state)
+    blocks = torch.zeros(len(finished) // size + 1, dtype=torch.bool)
+    blocks[counted // size] = True
+    noisy = torch.nonzero(blocks[torch.arange(len(finished)) // size]).flatten()
+    clean = int(counted[-1]) // size * size if len(counted) else 0
+    at = clean + torch.searchsorted(noisy, counted)
+    if packing.logit_shift:  # one before: for a block's first position the clean copy's last token
+        at = torch.where(counted % size == 0, counted, at) - 1
+    filled = torch.where(masked, packing.mask_id, finished)
+    return _Piece(
+        tokens=torch.cat([finished[:clean], filled[noisy]]),
+        positions=torch.cat([torch.arange(clean), noisy]),
+        clean=torch.arange(clean + len(noisy)) < clean,
+        read=at,
+        counted=counted,
+    )
+
+
+def _counted_positions(state: State) -> Tensor:
+    """Absolute positions under loss, rising."""
+    counted = torch.tensor(state.counted, dtype=torch.bool)
+    return len(state.prompt_ids) + torch.nonzero(counted).flatten()
+
+
+def _pack_update(
+    states: Sequence[State], questions: "_Questions", packing: Packing
+) -> list[PackedBatch]:
+    pieces = [_piece(state, packing) for state in states]
+    groups = fill_bins([len(piece.tokens) for piece in pieces], packing.tokens_per_microbatch)
+    return [
+        _pack([states[i] for i in group], [pieces[i] for i in group], questions, packing)
+        for group in groups
+    ]
+
+
+def _pack(
+    states: list[State], pieces: list[_Piece], questions: "_Questions", packing: Packing
+) -> PackedBatch:
+    lengths = [len(piece.tokens) for piece in pieces]
+    counts = torch.tensor([len(piece.read) for piece in pieces], dtype=torch.int64)
+    sequence = torch.repeat_interleave(torch.arange(len(pieces)), counts)
+    tail = _tail(sum(lengths), packing.align)
+    positions = _row([*(piece.positions for piece in pieces), tail])
+    read = _row(_shifted([piece.read for piece in pieces], lengths))
+    target = _row([questions.rows(s, p.counted) for s, p in zip(states, pieces, strict=True)])
+    label = _row([_labels(s, p.counted) for s, p in zip(states, pieces, strict=True)])
+    share = [_masked_shares(s, packing.block_size) for s in states]
+    device = packing.device
+    return PackedBatch(
+        states=states,
+        student_tokens=_row([*(piece.tokens for piece in pieces), tail]).to(device),
+        student_positions=positions.to(device),
+        student_read=read.to(device),
+        lengths=[length for length in lengths if length] or [len(tail)],
+        block=positions // packing.block_size,
+        clean=torch.cat([*(piece.clean for piece in pieces), tail == 0]),
+        target=target.to(device),
+        labels=label.to(device),
+        row_weight=(1.0 / counts[sequence]).to(device),
+        sequence=sequence.to(device),
+        masked_share=torch.cat([*share, torch.zeros(0)]).to(device),
+    )
+
+
+class _Questions:
+    """What is asked of the teacher: each distinct finished sequence once, at every position that
+    any of its states counts."""
+
+    def __init__(self, states: Sequence[State]) -> None:
+        asked: dict[tuple[int, ...], list[Tensor]] = {}
+        for state in states:
+            positions = _counted_positions(state)
+            if len(positions):
+                asked.setdefault(_key(state), []).append(positions)
+        self._read = {key: torch.cat(each).unique() - 1 for key, each in asked.items()}
+        self._first: dict[tuple[int, ...], int] = {}
+
+    def pack(self, packing: Packing) -> list[FinishedBatch]:
+        """Rows of at most ``tokens_per_microbatch`` tokens; fixes the order of the targets."""
+        keys = list(self._read)
+        sizes = [int(self._read[key][-1]) + 1 for key in keys]
+        groups = fill_bins(sizes, packing.tokens_per_microbatch)
+        targets = 0
+        for key in (keys[i] for group in groups for i in group):
+            self._first[key] = targets
+            targets += len(self._read[key])
+        return [self._batch([keys[i] for i in group], packing) for group in groups]
+
+    def rows(self, state: State, positions: Tensor) -> Tensor:
+        """Rows of the targets for counted positions of a state."""
+        if not len(positions):
+            return positions
+        key = _key(state)
+        return self._first[key] + torch.searchsorted(self._read[key], positions - 1)
+
+    def _batch(self, keys: list[tuple[int, ...]], packing: Packing) -> FinishedBatch:
+        read = [self._read[key] for key in keys]
+        lengths = [int(positions[-1]) + 1 for positions in read]
+        tail = _tail(sum(lengths), packing.align)
+        device = packing.device
+        tokens = [torch.tensor(key[:n]) for key, n in zip(keys, lengths, strict=True)]
+        return FinishedBatch(
+            tokens=_row([*tokens, tail]).to(device),
+            positions=_row([*map(torch.arange, lengths), tail]).to(device),
+            read=_row(_shifted(read, lengths)).to(device),
+            lengths=lengths or [len(tail)],
+        )
+
+
+def _key(state: State) -> tuple[int, ...]:
+    return (*state.prompt_ids, *state.response_ids)
+
+
+def _tail(tokens: int, multiple: int) -> Tensor:
+    """Zeros that belong to no sequence; attention needs at least one token."""
+    return torch.zeros(-tokens % multiple or (0 if tokens else multiple), dtype=torch.int64)
+
+
+def _row(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*parts, torch.zeros(0, dtype=torch.int64)])
+
+
+def _shifted(parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """Indices within each sequence -> indices of the packed row."""
+    starts = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]
+    return [part + start for part, start in zip(parts, starts, strict=False)]
+
+
+def _labels(state: State, counted: Tensor) -> Tensor:
+    return torch.tensor(state.response_ids, dtype=torch.int64)[counted - len(state.prompt_ids)]
+
+
+def _masked_shares(state: State, block_size: int) -> Tensor:
+    """For each counted position the share of its block's response tokens that are masked."""
+    shares: list[float] = []
+    start = 0
+    for length in block_lengths(len(state.prompt_ids), len(state.response_ids), block_size):
+        masked = sum(state.masked[start : start + length])
+        shares += [masked / length] * length
+        start += length
+    return torch.tensor(shares)[torch.tensor(state.counted, dtype=torch.bool)]
