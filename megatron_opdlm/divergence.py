@@ -199,16 +199,17 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(student_MH), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden = student_MH[rows]
-            log_q, student_finite = log_softmax((hidden @ weight.t()).to(accumulate), reduction)
-            (value, slope), teacher_finite = compare_rows(log_q, rows)
-            value_M[rows] = value[:, 0]
-            fault_M[rows] = STUDENT_FAULT * ~student_finite + TEACHER_FAULT * ~teacher_finite
-            slope_sum = reduction.sum(slope.sum(-1, keepdim=True))
-            grad_logits = slope.addcmul_(log_q.exp_(), slope_sum, value=-1)
-            grad_logits = grad_logits.mul_(row_weight_M[rows, None]).to(student_MH.dtype)
+            value_M[rows], fault_M[rows], grad_logits = _one_chunk(
+                (hidden @ weight.t()).to(accumulate),
+                row_weight_M[rows],
+                lambda log_q, rows=rows: compare_rows(log_q, rows),
+                reduction,
+            )
+            grad_logits = grad_logits.to(student_MH.dtype)
             grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
                 _add_product(grad_weight[:columns], grad_logits.t(), hidden)
+            del grad_logits  # before the next chunk's logits come
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = student_weight.dtype
         ctx.mark_non_differentiable(value_M, fault_M)
@@ -223,6 +224,23 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad_total), grad_weight, None, None, None, None, None
+
+
+def _one_chunk(
+    logits: Tensor,
+    row_weight: Tensor,
+    compare_rows: Callable[[Tensor], tuple[Terms, Tensor]],
+    reduction: WholeVocabulary,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student's logits -> values, faults and the weighted gradient of the logits, which are
+    overwritten. At most three arrays of their size exist at a time.
+    """
+    log_q, student_finite = log_softmax(logits, reduction)
+    (value, slope), teacher_finite = compare_rows(log_q)
+    fault = STUDENT_FAULT * ~student_finite + TEACHER_FAULT * ~teacher_finite
+    slope_sum = reduction.sum(slope.sum(-1, keepdim=True))
+    grad_logits = slope.addcmul_(log_q.exp_(), slope_sum, value=-1)
+    return value[:, 0], fault, grad_logits.mul_(row_weight[:, None])
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
