@@ -107,6 +107,7 @@ def state_counts(states: Sequence[State], *, uses: int = 1) -> dict[str, int]:
     """What the updates are made on; tokens count once per use of a state (inner epochs)."""
     return {
         "sequences": len(states),
+        "off_policy_sequences": sum(state.off_policy for state in states),
         "trained_tokens": uses * sum(state.trained_tokens for state in states),
         "loss_tokens": uses * sum(sum(state.counted) for state in states),
     }

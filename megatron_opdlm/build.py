@@ -25,9 +25,11 @@ from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
+from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_opdlm.records import Vocabulary
+from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.update import Objective, Student
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,27 +111,63 @@ def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
     return hardware.dtype if name == "auto" else _DTYPES[name]
 
 
-def build_prompts(config: Config, student: ModelSource) -> tuple[PromptSet, PromptOrder]:
-    """Prompts of ``data.path`` and the order in which steps take them."""
-    longest = min(
-        student.shape.max_positions, config.model.max_positions or student.shape.max_positions
+def build_plan(config: Config, student: ModelSource) -> StepPlan:
+    """Prompts of ``data.path``, their order, and what each step makes of them."""
+    prompts = _load_prompts(config, student, "data.path", config.data.path)
+    order = _order(config, prompts, config.rollout.prompts_per_step)
+    steps = config.train.steps
+    return StepPlan(
+        config=config,
+        vocabulary=student.vocabulary,
+        max_positions=_max_positions(config, student),
+        prompts=prompts,
+        order=order,
+        recorded=_recorded(config, student, prompts, order),
+        total_steps=order.total_steps if steps < 0 else steps,
     )
-    limit = longest - config.rollout.block_size
-    prompts = load_prompts(
-        config.data.path,
+
+
+def _max_positions(config: Config, student: ModelSource) -> int:
+    """Tokens of a prompt and its response."""
+    own = student.shape.max_positions
+    return min(own, config.model.max_positions or own)
+
+
+def _load_prompts(config: Config, student: ModelSource, option: str, path: str) -> PromptSet:
+    limit = _max_positions(config, student) - config.rollout.block_size
+    return load_prompts(
+        path,
         load_tokenizer(student.files),
         vocab_size=student.shape.vocab_size,
         enable_thinking=config.data.enable_thinking,
         max_prompt_tokens=min(limit, config.data.max_prompt_tokens or limit),
+        option=option,
     )
-    order = PromptOrder(
-        len(prompts.prompts),
-        config.rollout.prompts_per_step,
-        config.data.epochs,
-        config.train.seed,
-        config.data.shuffle,
+
+
+def _order(config: Config, prompts: PromptSet, each_step: int) -> PromptOrder:
+    data = config.data
+    return PromptOrder(
+        len(prompts.prompts), each_step, data.epochs, config.train.seed, data.shuffle
     )
-    return prompts, order
+
+
+def _recorded(
+    config: Config, student: ModelSource, prompts: PromptSet, order: PromptOrder
+) -> Recorded:
+    """Where recorded responses come from: ``mixing.path``, else the step's own prompts. InputError
+    where a row has none and the run will ask for one.
+    """
+    mixing, samples = config.mixing, config.rollout.responses_per_prompt
+    option = f"data.path={config.data.path}"
+    if mixing.path:
+        option = f"mixing.path={mixing.path}"
+        prompts = _load_prompts(config, student, "mixing.path", mixing.path)
+        order = _order(config, prompts, config.rollout.prompts_per_step * samples)
+        samples = 1
+    if mixing.fraction or (mixing.end_fraction and mixing.kind != "constant"):
+        require_responses(prompts.prompts, option)
+    return Recorded(prompts=prompts, order=order, samples_per_prompt=samples)
 
 
 def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qwen3:

@@ -47,6 +47,7 @@ class TeacherConfig:
     dtype: Precision = "auto"
     temperature: float = 1.0  # divides the teacher's logits: above 1 a flatter target
     top_p: float = 1.0  # below 1: the target is the nucleus of this probability, renormalised
+    offload_targets: bool = False  # keep them in host memory between the phases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,20 @@ class ThresholdScheduleConfig:
 class StatesConfig:
     mode: Literal["one_per_block", "all", "random_mask"] = "one_per_block"
     block_alignment: Literal["absolute", "response"] = "absolute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixingConfig:
+    """Recorded responses in place of generated ones, at states of random masks.
+
+    fraction 1 with loss.kind nll is supervised fine-tuning on the data's own responses.
+    """
+
+    fraction: float = 0.0  # share of a step's sequences
+    kind: Literal["linear", "sin", "cos", "constant"] = "constant"
+    end_fraction: float = 0.0  # after `steps`; `constant` stays at `fraction`
+    steps: int = 100  # steps of the ramp
+    path: str = ""  # file with prompts and their `response`; empty: those of data.path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +199,7 @@ class Config:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     threshold_schedule: ThresholdScheduleConfig = field(default_factory=ThresholdScheduleConfig)
     states: StatesConfig = field(default_factory=StatesConfig)
+    mixing: MixingConfig = field(default_factory=MixingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

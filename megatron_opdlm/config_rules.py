@@ -28,6 +28,7 @@ _AT_LEAST_ONE = (
     "curriculum.start",
     "curriculum.end",
     "curriculum.steps",
+    "mixing.steps",
     "loss.chunk_rows",
     "update.tokens_per_microbatch",
     "optimizer.batch_size",
@@ -56,6 +57,8 @@ _ZERO_TO_ONE = (
     "rollout.threshold",
     "threshold_schedule.start",
     "threshold_schedule.end",
+    "mixing.fraction",
+    "mixing.end_fraction",
     "loss.reverse_weight",
     "loss.jsd_alpha",
 )
@@ -82,6 +85,7 @@ def check(values: Values) -> None:
     _check_decoding(values)
     _check_loss(values)
     _check_schedules(values)
+    _check_mixing(values)
     _check_evaluation(values)
 
 
@@ -174,6 +178,21 @@ def _check_schedules(values: Values) -> None:
         _ordered(values, "curriculum.start", "curriculum.end")
     if values["threshold_schedule.enabled"]:
         _check_threshold_schedule(values)
+
+
+def _check_mixing(values: Values) -> None:
+    first, last = values["mixing.fraction"], values["mixing.end_fraction"]
+    constant = values["mixing.kind"] == "constant"
+    if constant and last not in (0, first):
+        raise InputError(
+            f"mixing.end_fraction={last} has no effect with mixing.kind=constant; "
+            "use linear, sin or cos, or mixing.end_fraction=0"
+        )
+    if values["mixing.path"] and first == last == 0:
+        raise InputError(
+            f"mixing.path={values['mixing.path']} has no effect with mixing.fraction=0; "
+            "use a fraction above 0, or mixing.path="
+        )
 
 
 def _ordered(values: Values, low: str, high: str) -> None:

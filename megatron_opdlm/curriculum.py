@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from megatron_opdlm.config import (
     CurriculumConfig,
+    MixingConfig,
     OptimizerConfig,
     RolloutConfig,
     ThresholdScheduleConfig,
@@ -63,6 +64,16 @@ def threshold_at(
         return schedule.start
     fraction = curve(schedule.kind, min((step - schedule.hold_steps) / ramp, 1.0))
     return schedule.start + (schedule.end - schedule.start) * fraction
+
+
+def off_policy_fraction(step: int, mixing: MixingConfig) -> float:
+    """Share of this step's sequences that are recorded responses: from ``fraction`` along the curve
+    to ``end_fraction`` at step ``steps``, and so on.
+    """
+    if mixing.kind == "constant":
+        return mixing.fraction
+    done = curve(mixing.kind, min(step / mixing.steps, 1.0))
+    return mixing.fraction + (mixing.end_fraction - mixing.fraction) * done
 
 
 def updates_per_step(sequences: int, batch_size: int, inner_epochs: int) -> int:

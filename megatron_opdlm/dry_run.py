@@ -15,7 +15,7 @@ def describe(config: Config, world_size: int) -> str:
 
     check_run_directory(config)
     source, teacher = build.open_pair(config, world_size)
-    prompts, order = build.build_prompts(config, source)
+    plan = build.build_plan(config, source)
     layout = build.model_layout(config)
     replicas = layout.data_parallel(world_size)
     hardware = select_hardware()
@@ -27,7 +27,6 @@ def describe(config: Config, world_size: int) -> str:
     # float32.
     optimizer_bytes = (12 if student_bytes == 2 else 8) / replicas
     gib = 1 / share / 2**30
-    steps = order.total_steps if config.train.steps < 0 else config.train.steps
     lines = [
         f"hardware     {hardware.reason}",
         f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data "
@@ -38,8 +37,8 @@ def describe(config: Config, world_size: int) -> str:
         f"vocabulary   {shape.vocab_size} ids in "
         f"{padded_vocab(shape.vocab_size, layout.tensor)} rows, "
         f"mask token {source.vocabulary.mask_id}, end tokens {list(source.vocabulary.end_ids)}",
-        f"prompts      {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
-        f"steps        {steps} of {config.rollout.prompts_per_step} prompts x "
+        f"prompts      {plan.prompts.summary}",
+        f"steps        {plan.total_steps} of {config.rollout.prompts_per_step} prompts x "
         f"{config.rollout.responses_per_prompt} responses",
         "memory of a rank, GiB (weights split evenly over tensor and pipeline ranks; "
         "activations and KV cache not counted):",

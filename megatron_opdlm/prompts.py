@@ -27,6 +27,11 @@ class PromptSet:
     prompts: list[Prompt]
     skipped: int  # prompts with more tokens than the limit
 
+    @property
+    def summary(self) -> str:
+        """How many there are, for people."""
+        return f"{len(self.prompts)} usable, {self.skipped} skipped for their length"
+
 
 def load_prompts(
     path: Path | str,
@@ -35,19 +40,20 @@ def load_prompts(
     enable_thinking: bool,
     max_prompt_tokens: int | None,
     vocab_size: int,
+    option: str = "data.path",
 ) -> PromptSet:
-    """Read, render and check every row of ``data.path``.
+    """Read, render and check every row of a file; ``option`` is the key that named it.
 
     Prompts longer than ``max_prompt_tokens`` (null: no limit) are skipped and counted; the others
     keep their row number as ``index``. A malformed row is an ``InputError`` with path and line.
     """
-    rows = read_rows(Path(path), "data.path")
+    rows = read_rows(Path(path), option)
     prompts = [_prompt(row, tokenizer, enable_thinking, vocab_size) for row in rows]
     kept = [p for p in prompts if max_prompt_tokens is None or len(p.ids) <= max_prompt_tokens]
     if not kept:
         shortest = min(len(prompt.ids) for prompt in prompts)
         raise InputError(
-            f"data.path={path}: all {len(prompts)} prompts are longer than the limit of "
+            f"{option}={path}: all {len(prompts)} prompts are longer than the limit of "
             f"{max_prompt_tokens} tokens (the shortest has {shortest}); use shorter prompts or "
             "raise data.max_prompt_tokens"
         )

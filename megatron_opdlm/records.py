@@ -39,6 +39,7 @@ class Trajectory:
     finish_reason: str  # "stop" | "length"
     forwards: int  # model forward passes this sample took part in, prefill included
     passes: int  # denoising passes executed
+    off_policy: bool = False  # recorded in a file: its tokens were committed by no pass
 
     @property
     def user_ids(self) -> list[int]:

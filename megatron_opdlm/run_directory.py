@@ -17,6 +17,7 @@ _FREE_KEYS = {
     "model.context_parallel",
     "model.sequence_parallel",
     "model.recompute",
+    "teacher.offload_targets",
     "rollout.slots",
     "rollout.kv_cache_tokens",
     "loss.chunk_rows",

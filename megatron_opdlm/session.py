@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from megatron_opdlm import accounting, curriculum, parallel
+from megatron_opdlm import accounting, parallel
 from megatron_opdlm.balance import share_out
 from megatron_opdlm.build import (
     ModelSource,
     build_checkpoints,
     build_objective,
-    build_prompts,
+    build_plan,
     build_student,
     build_teacher,
     model_layout,
@@ -22,16 +23,17 @@ from megatron_opdlm.build import (
 )
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
-from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.packing import Packing, StepBatches, pack_step, student_tokens
-from megatron_opdlm.prompts import PromptOrder, PromptSet
-from megatron_opdlm.rollout import Request, Rollout, generate
+from megatron_opdlm.records import Trajectory
+from megatron_opdlm.rollout import Rollout, generate
 from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
 from megatron_opdlm.sample_texts import sample_rows
 from megatron_opdlm.states import State
+from megatron_opdlm.step_plan import StepPlan
+from megatron_opdlm.teacher import score
 from megatron_opdlm.update import Objective, Student, UpdateReport
 
 
@@ -44,9 +46,7 @@ class Session:
     config: Config
     hardware: Hardware
     source: ModelSource
-    prompts: PromptSet
-    order: PromptOrder
-    total_steps: int
+    plan: StepPlan
     student: Student
     teacher: Qwen3 | None  # None: the loss needs none
     teacher_source: ModelSource
@@ -65,20 +65,16 @@ class Session:
             "exclude_eos": self.config.loss.exclude_eos,
         }
 
-    def budget(self, step: int) -> int:
-        """Response tokens that the curriculum allows at this step."""
-        return curriculum.generation_budget(step, self.config.curriculum, self.config.rollout)
-
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
         """Generate this step's responses, shared out over the model replicas; all of them end up on
         every rank.
         """
-        requests = self._requests(step)
+        requests = self.plan.requests(step)
         mine = requests[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
         made = generate(
             self.student.model,
             mine,
-            self._decoding(step),
+            self.plan.decoding(step),
             self.source.vocabulary,
             key=key,
             slots=self.config.rollout.slots,
@@ -92,40 +88,10 @@ class Session:
             trajectories=sorted(trajectories, key=lambda t: t.sample), flops=float(flops)
         )
 
-    def _requests(self, step: int) -> list[Request]:
-        rollout = self.config.rollout
-        longest = min(
-            self.source.shape.max_positions,
-            self.config.model.max_positions or self.source.shape.max_positions,
-        )
-        requests = []
-        for place, position in enumerate(self.order.batch(step)):
-            prompt = self.prompts.prompts[position]
-            limit = curriculum.response_limit(
-                self.budget(step), prompt.domain, rollout.max_new_tokens_by_domain
-            )
-            limit = min(limit, longest - len(prompt.ids))
-            for response in range(rollout.responses_per_prompt):
-                sample = place * rollout.responses_per_prompt + response
-                requests.append(Request(sample=sample, prompt=prompt, max_new_tokens=limit))
-        return requests
-
-    def _decoding(self, step: int) -> Decoding:
-        rollout = self.config.rollout
-        return Decoding(
-            block_size=rollout.block_size,
-            denoising_steps=rollout.denoising_steps,
-            remasking=rollout.remasking,
-            threshold=curriculum.threshold_at(
-                step, self.config.threshold_schedule, rollout, self.total_steps
-            ),
-            entropy_bound=rollout.entropy_bound,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            seed=self.config.train.seed,
-            logit_shift=self.config.loss.logit_shift,
-        ).validate()
+    def sequences(self, step: int, rollout: Rollout) -> list[Trajectory]:
+        """All trajectories of a step by their number: generated and recorded ones."""
+        both = [*rollout.trajectories, *self.plan.recorded_trajectories(step)]
+        return sorted(both, key=lambda t: t.sample)
 
     def pack(self, states: Sequence[State]) -> StepBatches:
         """This replica's part of the updates of one inner epoch, and what its teacher is asked."""
@@ -139,29 +105,20 @@ class Session:
             packing,
         )
 
+    def ask_teacher(self, batches: StepBatches) -> Tensor | None:
+        """The step's targets; None where the loss needs no teacher."""
+        if self.teacher is None:
+            return None
+        return score(self.teacher, batches.finished, offload=self.config.teacher.offload_targets)
+
     def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:
         """(prepared update, learning rate) of each optimizer step: all prepared updates once per
         inner epoch.
         """
         order = list(range(prepared)) * self.config.train.inner_epochs
         return [
-            (i, self._learning_rate(step, number, len(order))) for number, i in enumerate(order)
+            (i, self.plan.learning_rate(step, number, len(order))) for number, i in enumerate(order)
         ]
-
-    def _learning_rate(self, step: int, number: int, updates: int) -> float:
-        """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts
-        nominal updates, so that modes that make more states out of a rollout keep the same curve
-        over steps."""
-        rollout, o = self.config.rollout, self.config.optimizer
-        nominal = curriculum.updates_per_step(
-            rollout.prompts_per_step * rollout.responses_per_prompt,
-            o.batch_size,
-            self.config.train.inner_epochs,
-        )
-        position = (step - 1) * nominal + number * nominal / updates
-        return curriculum.learning_rate(
-            position, o, updates_per_step=nominal, total_steps=self.total_steps
-        )
 
     def finish_step(
         self,
@@ -193,9 +150,9 @@ class Session:
         speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
         row = losses | counts | speeds | asdict(self.progress)
         row |= {
-            "lr": self._learning_rate(step, len(reports) - 1, len(reports)),
-            "max_new_tokens": self.budget(step),
-            "threshold": self._decoding(step).threshold,
+            "lr": self.plan.learning_rate(step, len(reports) - 1, len(reports)),
+            "max_new_tokens": self.plan.budget(step),
+            "threshold": self.plan.decoding(step).threshold,
             "updates": len(reports),
             "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
         }
@@ -204,7 +161,7 @@ class Session:
         if every and (step % every == 0 or step == 1):
             chosen = rollout.trajectories[: self.config.logging.samples]
             self.metrics.samples(step, sample_rows(chosen, self.source.files))
-        if step % self.config.checkpoint.every == 0 or step == self.total_steps:
+        if step % self.config.checkpoint.every == 0 or step == self.plan.total_steps:
             self.checkpoints.save(self.student, self.progress)
 
     def _flops(self, batches: StepBatches) -> float:
@@ -263,25 +220,22 @@ def open_session(config: Config) -> Session:
     """
     check_run_directory(config)
     source, teacher_source = open_pair(config)
-    prompts, order = build_prompts(config, source)
+    plan = build_plan(config, source)
     hardware = parallel.init(model_layout(config), seed=config.train.seed)
     checkpoints = build_checkpoints(config, source, hardware)
     latest = checkpoints.latest()
     student = build_student(source, config, hardware, load=latest is None)
     progress = Progress() if latest is None else checkpoints.restore(student, latest)
     teacher = None if config.loss.kind == "nll" else build_teacher(teacher_source, config, hardware)
-    total_steps = order.total_steps if config.train.steps < 0 else config.train.steps
     if parallel.is_writer():
         prepare_run_directory(config)
-        _announce(config, hardware, prompts, progress, total_steps)
+        _announce(config, hardware, plan, progress)
     parallel.barrier()
     return Session(
         config=config,
         hardware=hardware,
         source=source,
-        prompts=prompts,
-        order=order,
-        total_steps=total_steps,
+        plan=plan,
         student=student,
         teacher=teacher,
         teacher_source=teacher_source,
@@ -291,16 +245,14 @@ def open_session(config: Config) -> Session:
             Path(config.train.out),
             enabled=parallel.is_writer(),
             tensorboard=config.logging.tensorboard,
-            total_steps=total_steps,
+            total_steps=plan.total_steps,
             start_step=progress.step,
         ),
         progress=progress,
     )
 
 
-def _announce(
-    config: Config, hardware: Hardware, prompts: PromptSet, progress: Progress, total_steps: int
-) -> None:
+def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Progress) -> None:
     """What is about to happen, on stderr beside the progress bar."""
     layout = model_layout(config)
     lines = [
@@ -308,8 +260,8 @@ def _announce(
         f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data "
         f"{parallel.data_parallel_size()}"
         + (", sequence parallel" if layout.sequence_parallel else ""),
-        f"prompts: {len(prompts.prompts)} usable, {prompts.skipped} skipped for their length",
-        f"steps: {total_steps}"
+        f"prompts: {plan.prompts.summary}",
+        f"steps: {plan.total_steps}"
         + (f", resuming after step {progress.step}" if progress.step else ""),
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ class State:
     masked: list[bool]  # [R] True where the noisy copy holds the mask token
     counted: list[bool]  # [R] masked and under loss (DESIGN 4b, Loss)
     trained_tokens: int  # response tokens through the first end token, masked or not
+    off_policy: bool = False  # the response was recorded, not generated
 
 
 def choose_states(
@@ -40,13 +41,11 @@ def choose_states(
     ``one_per_block``: one state a sequence, every block at one of its own states drawn uniformly
     (the paper). ``all``: state j of every block together, for j = 1..; blocks with fewer states are
     clean in the later ones. ``random_mask``: every position masked with a block's rate t ~ U(0, 1),
-    at least one a block.
+    at least one a block. Off-policy trajectories, which no passes made, always get ``random_mask``.
     """
     states = []
     for trajectory in trajectories:
-        masks = {"one_per_block": _one_per_block, "all": _all_rounds, "random_mask": _random_mask}[
-            mode
-        ](trajectory, block_size, key)
+        choose = _random_mask if trajectory.off_policy else _MODES[mode]
         states += [
             make_state(
                 trajectory.sample,
@@ -55,8 +54,9 @@ def choose_states(
                 mask,
                 vocabulary,
                 exclude_eos=exclude_eos,
+                off_policy=trajectory.off_policy,
             )
-            for mask in masks
+            for mask in choose(trajectory, block_size, key)
         ]
     return states
 
@@ -69,6 +69,7 @@ def make_state(
     vocabulary: Vocabulary,
     *,
     exclude_eos: bool,
+    off_policy: bool = False,
 ) -> State:
     """A state with its counted positions: masked, not after the first end token, nor the end token
     itself if excluded.
@@ -85,6 +86,7 @@ def make_state(
         masked=masked,
         counted=[is_masked and i < last for i, is_masked in enumerate(masked)],
         trained_tokens=min(first_end + 1, len(response_ids)),
+        off_policy=off_policy,
     )
 
 
@@ -139,3 +141,6 @@ def _random_mask(trajectory: Trajectory, block_size: int, key: tuple[int, int]) 
             chosen[int(draws.argmin())] = True
         mask += chosen
     return [mask]
+
+
+_MODES = {"one_per_block": _one_per_block, "all": _all_rounds, "random_mask": _random_mask}

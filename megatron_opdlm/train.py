@@ -17,19 +17,19 @@ def run(config: Config) -> None:
     from megatron_opdlm.accounting import Stopwatch
     from megatron_opdlm.session import open_session
     from megatron_opdlm.states import choose_states
-    from megatron_opdlm.teacher import score
     from megatron_opdlm.update import update
 
     session = open_session(config)
-    for step in range(session.progress.step + 1, session.total_steps + 1):
+    for step in range(session.progress.step + 1, session.plan.total_steps + 1):
         watch, key = Stopwatch(), (config.train.seed, step)
         with watch.phase("rollout"):
             rollout = session.rollout(step, key)
         with watch.phase("states"):
-            states = choose_states(rollout.trajectories, key=key, **session.state_options)
+            sequences = session.sequences(step, rollout)
+            states = choose_states(sequences, key=key, **session.state_options)
             batches = session.pack(states)
         with watch.phase("teacher"):
-            targets = score(session.teacher, batches.finished) if session.teacher else None
+            targets = session.ask_teacher(batches)
         with watch.phase("update"):
             reports = [
                 update(session.student, batches.updates[i], targets, session.objective, rate)

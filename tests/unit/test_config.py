@@ -130,6 +130,8 @@ BAD_OVERRIDES = [
     ("teacher.top_p=0", "teacher.top_p=0.0 must lie in (0, 1]"),
     ("teacher.temperature=0", "teacher.temperature=0.0 must be greater than 0"),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 must lie in [0, 1)"),
+    ("mixing.fraction=1.2", "mixing.fraction=1.2 must lie in [0, 1]"),
+    ("mixing.steps=0", "mixing.steps=0 must be at least 1"),
     ("train.steps=0", "train.steps=0 must be at least 1, or -1 for all epochs of the data"),
     ("threshold_schedule.steps=-2", "must be at least 1, or -1 for to the end of the run"),
     ("rollout.max_new_tokens_by_domain.chat=0", "max_new_tokens_by_domain.chat=0 must be at least"),
@@ -186,6 +188,14 @@ def test_bad_value_is_refused_in_one_line_with_the_reason(override, fragment):
         (
             ["loss.kind=jsd", "loss.jsd_alpha=1"],
             "loss.jsd_alpha=1.0 makes every Jensen-Shannon divergence 0; use a number between",
+        ),
+        (
+            ["mixing.fraction=0.5", "mixing.end_fraction=0.2"],
+            "mixing.end_fraction=0.2 has no effect with mixing.kind=constant; use linear",
+        ),
+        (
+            ["mixing.path=more.jsonl"],
+            "mixing.path=more.jsonl has no effect with mixing.fraction=0; use a fraction",
         ),
         (
             ["model.max_positions=512", "data.max_prompt_tokens=512"],

@@ -19,7 +19,7 @@ PACKAGES = ("megatron_opdlm", "checkpoint_tools", "evaluation")
 
 # Each may import those before it.
 FLOW = (
-    *("rows", "prompts", "rollout", "states", "packing"),
+    *("rows", "prompts", "off_policy", "rollout", "states", "packing"),
     *("teacher", "divergence", "update", "checkpoint"),
 )
 # What wires a run together; nothing but these and the commands imports them.

@@ -1,0 +1,110 @@
+"""What each step works on, as a pure function of its number: prompts, lengths, decoding, learning
+rates, and which responses are recorded ones. Nothing here needs a checkpoint to resume.
+"""
+
+from dataclasses import dataclass
+
+from megatron_opdlm import curriculum
+from megatron_opdlm.config import Config
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.off_policy import Recorded, is_off_policy, recorded_trajectory
+from megatron_opdlm.prompts import PromptOrder, PromptSet
+from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
+from megatron_opdlm.slots import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The configuration's schedules over the prompts of a run. Steps count from 1."""
+
+    config: Config
+    vocabulary: Vocabulary
+    max_positions: int  # tokens of a prompt and its response
+    prompts: PromptSet
+    order: PromptOrder
+    recorded: Recorded  # where recorded responses come from; unused at fraction 0
+    total_steps: int
+
+    def budget(self, step: int) -> int:
+        """Response tokens that the curriculum allows at this step."""
+        return curriculum.generation_budget(step, self.config.curriculum, self.config.rollout)
+
+    def requests(self, step: int) -> list[Request]:
+        """Responses to generate; samples are numbered over all of the step's sequences."""
+        off_policy = self._off_policy(step)
+        each = self.config.rollout.responses_per_prompt
+        requests = []
+        for place, position in enumerate(self.order.batch(step)):
+            prompt = self.prompts.prompts[position]
+            limit = self._limit(step, prompt)
+            for sample in range(place * each, (place + 1) * each):
+                if not off_policy[sample]:
+                    requests.append(Request(sample=sample, prompt=prompt, max_new_tokens=limit))
+        return requests
+
+    def recorded_trajectories(self, step: int) -> list[Trajectory]:
+        """Recorded responses in place of the samples that are not generated."""
+        trajectories = []
+        for sample, recorded in enumerate(self._off_policy(step)):
+            if recorded:
+                prompt = self.recorded.prompt(step, sample)
+                trajectories.append(
+                    recorded_trajectory(
+                        sample,
+                        prompt,
+                        self._limit(step, prompt),
+                        self.config.rollout.block_size,
+                        self.vocabulary,
+                    )
+                )
+        return trajectories
+
+    def _off_policy(self, step: int) -> list[bool]:
+        rollout = self.config.rollout
+        return is_off_policy(
+            rollout.prompts_per_step * rollout.responses_per_prompt,
+            curriculum.off_policy_fraction(step, self.config.mixing),
+            (self.config.train.seed, step),
+        )
+
+    def _limit(self, step: int, prompt: Prompt) -> int:
+        """The budget, the domain's cap, and the whole blocks that fit the model."""
+        rollout = self.config.rollout
+        limit = curriculum.response_limit(
+            self.budget(step), prompt.domain, rollout.max_new_tokens_by_domain
+        )
+        whole_blocks = self.max_positions // rollout.block_size * rollout.block_size
+        return min(limit, whole_blocks - len(prompt.ids))
+
+    def decoding(self, step: int) -> Decoding:
+        """How this step generates."""
+        rollout = self.config.rollout
+        return Decoding(
+            block_size=rollout.block_size,
+            denoising_steps=rollout.denoising_steps,
+            remasking=rollout.remasking,
+            threshold=curriculum.threshold_at(
+                step, self.config.threshold_schedule, rollout, self.total_steps
+            ),
+            entropy_bound=rollout.entropy_bound,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.config.train.seed,
+            logit_shift=self.config.loss.logit_shift,
+        ).validate()
+
+    def learning_rate(self, step: int, number: int, updates: int) -> float:
+        """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts
+        nominal updates, so that modes that make more states out of a rollout keep the same curve
+        over steps."""
+        rollout, o = self.config.rollout, self.config.optimizer
+        nominal = curriculum.updates_per_step(
+            rollout.prompts_per_step * rollout.responses_per_prompt,
+            o.batch_size,
+            self.config.train.inner_epochs,
+        )
+        position = (step - 1) * nominal + number * nominal / updates
+        return curriculum.learning_rate(
+            position, o, updates_per_step=nominal, total_steps=self.total_steps
+        )
