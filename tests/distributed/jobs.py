@@ -20,6 +20,7 @@ from megatron_opdlm.diffusion import denoising
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
+from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
@@ -227,6 +228,15 @@ def replay_with_gradients(overrides: list[str], trajectories: Path) -> dict[str,
         result = replay.replay(load_config(None, overrides), trajectories)
     _complete_gradients(built[0])
     return result | {"gradients": under_hf_names(built[0].model, lambda p: p.main_grad)}
+
+
+def replay_error(overrides: list[str], trajectories: Path) -> str:
+    """The message with which ``replay`` fails on this rank."""
+    try:
+        replay.replay(load_config(None, overrides), trajectories)
+    except RunError as error:
+        return str(error)
+    raise AssertionError("replay succeeded")
 
 
 @contextmanager

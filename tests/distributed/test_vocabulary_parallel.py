@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_opdlm import truncation
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.parallel import Layout
 from tests.distributed import jobs
@@ -13,6 +14,7 @@ from tests.distributed.layouts import TP2
 from tests.distributed.workers import WorkerGroups
 from tests.unit.test_denoising import SHAPINGS, chi_square, drawing_cases
 from tests.unit.test_divergence import (
+    FAULT,
     LOSSES,
     REAL,
     assert_gradient,
@@ -20,6 +22,7 @@ from tests.unit.test_divergence import (
     expected_values,
     make_inputs,
 )
+from tests.unit.test_truncation import MASSES, distributions, expected_top_k
 
 pytestmark = pytest.mark.distributed
 
@@ -50,6 +53,44 @@ def test_divergences(ranks: WorkerGroups, name: str, scale: float, dtype: torch.
         assert not found["faults"].any()
         assert_gradient(hidden, inputs.student.grad)
         assert_gradient(weight, inputs.student_weight.grad[:REAL])
+
+
+TRUNCATIONS = list(zip([1, 3, 6, 13, 10**9], [*MASSES, 0.5], strict=True))
+
+
+@pytest.mark.parametrize(("k", "top_p"), TRUNCATIONS)
+def test_truncations(ranks: WorkerGroups, k: int, top_p: float):
+    """Claim: the k largest entries and the nucleus are those of one process, ties included."""
+    log_p = distributions()
+    arguments = {"layout": TP2, "log_p": log_p.numpy(), "k": k, "top_p": top_p}
+    expected = truncation.nucleus(log_p.clone(), top_p, denoising.WHOLE)
+    for chosen, kept in ranks(2).run(jobs.truncations_over_shards, **arguments):
+        assert np.array_equal(chosen, expected_top_k(log_p, k).numpy())
+        np.testing.assert_allclose(kept, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("column", [0, REAL - 1])
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("whose", FAULT)
+def test_faults(ranks: WorkerGroups, whose: str, number: float, column: int):
+    """Claim: a logit that is not finite in one rank's columns is reported on every rank."""
+    inputs = make_inputs(7, 1.0, torch.float32)
+    hidden = inputs.student.detach() if whose == "student" else inputs.teacher
+    weight = inputs.student_weight.detach() if whose == "student" else inputs.teacher_weight
+    hidden.abs_()  # so that an infinite weight makes a logit of its own sign
+    weight[column, 1] = number
+    results = ranks(2).run(
+        jobs.divergence_over_shards,
+        layout=TP2,
+        divergence=LOSSES["forward_kl"],
+        student=(inputs.student.detach().numpy(), inputs.student_weight.detach()[:REAL].numpy()),
+        teacher=(inputs.teacher.numpy(), inputs.teacher_weight[:REAL].numpy()),
+        labels=inputs.labels.numpy(),
+        row_weight=inputs.row_weight.numpy(),
+        chunk_rows=3,
+    )
+    for found in results:
+        assert found["faults"].tolist() == [FAULT[whose]] * 7
 
 
 @pytest.mark.parametrize("shaping", SHAPINGS, ids=str)
