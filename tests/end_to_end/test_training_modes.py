@@ -15,7 +15,11 @@ from tests.distributed import jobs
 
 MODES = {
     "defaults": [],
-    "all states, two inner epochs": ["states.mode=all", "train.inner_epochs=2"],
+    "all states, two inner epochs": [
+        "states.mode=all",
+        "train.inner_epochs=2",
+        "teacher.offload_targets=true",
+    ],
     "random masks, likelihood": ["states.mode=random_mask", "loss.kind=nll"],
     "shifted logits, mixed": [
         "loss.logit_shift=true",
