@@ -19,6 +19,7 @@ from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
+from megatron_opdlm.slots import share_out
 
 SLOTS = 128  # sequences decoded at once on a data-parallel rank
 
@@ -49,8 +50,8 @@ class Generator:
     ) -> list[Trajectory]:
         """One trajectory a prompt, in input order, on every rank.
 
-        The prompts are shared out over the model replicas, long ones first; a replica without work
-        is legal. Raises InputError for a prompt that leaves no room in the model's positions.
+        The prompts are shared out over the model replicas by length; a replica without work is
+        legal. Raises InputError for a prompt that leaves no room in the model's positions.
         """
         if decoding.mode == "diffusion" and self.contract is None:
             raise InputError(self.no_mask)
@@ -58,8 +59,13 @@ class Generator:
             Request(sample=sample, prompt=prompt, max_new_tokens=self._limit(prompt, decoding))
             for prompt, sample in zip(prompts, samples, strict=True)
         ]
-        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt.ids))
-        mine = order[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+        shares = share_out(
+            requests,
+            parallel.data_parallel_size(),
+            decoding.block_size,
+            decoding.denoising_steps,
+        )
+        mine = shares[parallel.data_parallel_rank()]
         made = generate(
             self.model,
             [requests[i] for i in mine],

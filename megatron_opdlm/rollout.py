@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.decode_forward import BucketForward, DecodeForward, RowForward
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import select_hardware
-from megatron_opdlm.model.attention_plan import cached_plan
-from megatron_opdlm.model.flops import attended_pairs, forward_flops
+from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.qwen3 import Qwen3, without_sequence_parallel
 from megatron_opdlm.model.vocab_parallel import project
@@ -54,6 +54,8 @@ def generate(
     key: tuple[int, int],
     slots: int = 128,
     kv_cache_tokens: int | None = None,
+    attention: str = "auto",
+    graphs: bool = True,
 ) -> Rollout:
     """Generate this model replica's requests; trajectories are in their order and the same on all
     its ranks.
@@ -61,7 +63,9 @@ def generate(
     ``key`` = (seed, step): with the sample's number it decides every random draw, so a response
     depends neither on its batch nor on the layout. ``slots`` bounds the sequences in flight,
     ``kv_cache_tokens`` the cached positions of all of them (None: what half of the free memory
-    holds); requests that do not fit wait.
+    holds); requests that do not fit wait. ``attention``: "buckets" or "rows"
+    (``decode_forward.py``), "auto" what suits the hardware; ``graphs``: capture the forwards of
+    "rows" where the hardware can.
 
     Raises InputError for a cache that cannot hold the longest request, and for an empty prompt
     where logits are read from the position before.
@@ -78,9 +82,30 @@ def generate(
     model.eval()
     try:
         with without_sequence_parallel(model):
-            return _Engine(model, table, key, positions).run()
+            forward = _decode_forward(model, count, positions, rules.block_size, attention, graphs)
+            return _Engine(model, table, key, forward).run()
     finally:
         model.train(was_training)
+
+
+def _decode_forward(
+    model: Qwen3, slots: int, positions: int, block_size: int, attention: str, graphs: bool
+) -> DecodeForward:
+    hardware = select_hardware()
+    kind = hardware.decode_attention if attention == "auto" else attention
+    capture = hardware.capture if graphs and kind == "rows" else None
+    cache = KVCache(
+        layer_numbers=model.layer_numbers,
+        slots=slots + (1 if capture else 0),  # rows that pad a captured forward need a place
+        positions=positions,
+        groups=_local_groups(model),
+        head_dim=model.shape.head_dim,
+        dtype=model.config.params_dtype,
+        device=hardware.device,
+    )
+    if kind == "buckets":
+        return BucketForward(model, cache, block_size)
+    return RowForward(model, cache, block_size, capture)
 
 
 def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
@@ -130,22 +155,14 @@ class _Engine:
     """Runs the model over a slot table. M masked positions, H hidden size."""
 
     def __init__(
-        self, model: Qwen3, table: SlotTable, key: tuple[int, int], positions: int
+        self, model: Qwen3, table: SlotTable, key: tuple[int, int], forward: DecodeForward
     ) -> None:
         self.model, self.table, self.rules, self.key = model, table, table.rules, key
+        self.forward = forward
         self.device = next(model.parameters()).device
         slots, dtype = len(table.request), model.config.params_dtype
         self.groups = torch.arange(slots).chunk(parallel.pipeline_size())
         self.spans = [range(int(group[0]), int(group[-1]) + 1) for group in self.groups]
-        self.cache = KVCache(
-            layer_numbers=model.layer_numbers,
-            slots=slots,
-            positions=positions,
-            groups=_local_groups(model),
-            head_dim=model.shape.head_dim,
-            dtype=dtype,
-            device=self.device,
-        )
         self.forbidden = torch.tensor(table.vocabulary.forbidden_ids, device=self.device).long()
         # Shifted logits: the hidden state before each block, as it was last computed clean.
         self.carry = torch.zeros(slots, model.shape.hidden, dtype=dtype, device=self.device)
@@ -235,33 +252,23 @@ class _Engine:
         """Run all windows through this rank's stage: final hidden states [M, H] of what predicts
         the masked positions on the last stage, activations on their way on the others.
         """
-        model = self.model
-        plan = cached_plan(
-            windows.lengths,
-            active,
-            windows.position_N,
-            windows.end,
-            self.rules.block_size,
-            self.cache,
-            self.device,
-            span=self.spans[number],
-            read=self._read(windows, masked),
+        model, rows = self.model, len(masked.row)
+        prepared = self.forward.prepare(
+            active, windows, self._read(windows, masked), self.spans[number]
         )
-        tokens, rows = len(windows.tokens_N), len(masked.row)
         self.flops += forward_flops(
             model.shape,
-            tokens=tokens,
+            tokens=prepared.tokens,
             read_rows=rows,
-            attended_pairs=attended_pairs(plan),
+            attended_pairs=prepared.attended_pairs,
             projected_rows=rows,
         )
+        activations = None
         if not parallel.is_first_stage():
-            shape = (tokens, 1, model.shape.hidden)
+            shape = (prepared.tokens, 1, model.shape.hidden)
             dtype = model.config.params_dtype
-            model.set_input_tensor(parallel.receive_from_previous_stage(shape, dtype, self.device))
-        output = model.run(
-            windows.tokens_N.to(self.device), windows.position_N.to(self.device), plan
-        )
+            activations = parallel.receive_from_previous_stage(shape, dtype, self.device)
+        output = prepared.run(activations)
         if parallel.is_last_stage():
             return output.flatten(0, 1), None
         return None, parallel.send_to_next_stage(output)

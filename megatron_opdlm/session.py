@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import accounting, parallel
-from megatron_opdlm.balance import share_out
+from megatron_opdlm import accounting, balance, parallel
 from megatron_opdlm.build import (
     ModelSource,
     build_checkpoints,
@@ -70,7 +69,14 @@ class Session:
         every rank.
         """
         requests = self.plan.requests(step)
-        mine = requests[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
+        decoding = self.plan.decoding(step)
+        shares = share_out(
+            requests,
+            parallel.data_parallel_size(),
+            decoding.block_size,
+            decoding.denoising_steps,
+        )
+        mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
         made = generate(
             self.student.model,
             mine,
@@ -79,6 +85,8 @@ class Session:
             key=key,
             slots=self.config.rollout.slots,
             kv_cache_tokens=self.config.rollout.kv_cache_tokens,
+            attention=self.config.rollout.attention,
+            graphs=self.config.rollout.cuda_graphs,
         )
         trajectories = parallel.gather_objects_over_data_parallel(made.trajectories)
         flops = parallel.sum_over_data_parallel(
@@ -210,7 +218,7 @@ def my_share(
         accounting.state_cost(student.shape, teacher.shape, s, student_tokens(s, packing))
         for s in states
     ]
-    shares = share_out(costs, parallel.data_parallel_size())
+    shares = balance.share_out(costs, parallel.data_parallel_size())
     return [states[i] for i in shares[parallel.data_parallel_rank()]]
 
 

@@ -4,6 +4,7 @@ Knows no model. Tensors are indexed by slot; S slots, B tokens per block, n acti
 All ranks of a model replica keep the same table.
 """
 
+import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,27 @@ class Request:
     def positions(self, block_size: int) -> int:
         """Cache positions that it can come to occupy."""
         return sequence_end(len(self.prompt.ids), self.max_new_tokens, block_size)
+
+
+def share_out(
+    requests: Sequence[Request], replicas: int, block_size: int, denoising_steps: int
+) -> list[list[int]]:
+    """Which requests each model replica generates (indices, rising), so that all finish at about
+    the same time: longest possible work first, to the replica with the least.
+
+    Work is the tokens that run through the model at most: the prompt once, a block once per pass
+    and once to commit it. Fixed by the requests alone, never by who is faster: with the shares the
+    rounding of logits would change, and a resumed run would not repeat the run that was killed.
+    """
+    passes = 1 + min(denoising_steps, block_size)
+    work = [len(r.prompt.ids) + passes * r.max_new_tokens for r in requests]
+    shares: list[list[int]] = [[] for _ in range(replicas)]
+    load = [(0, replica) for replica in range(replicas)]
+    for number in sorted(range(len(requests)), key=lambda i: -work[i]):
+        least, replica = heapq.heappop(load)
+        shares[replica].append(number)
+        heapq.heappush(load, (least + work[number], replica))
+    return [sorted(share) for share in shares]
 
 
 class Windows(NamedTuple):

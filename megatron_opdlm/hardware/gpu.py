@@ -1,5 +1,7 @@
 """What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,3 +34,30 @@ def set_device(local_rank: int) -> torch.device:
     """Bind this process to its GPU."""
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+@functools.cache
+def _graph_memory() -> Any:
+    """One pool for all graphs: they are replayed one after the other."""
+    return torch.cuda.graph_pool_handle()
+
+
+def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them on
+    whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # libraries choose algorithms and take memory the first times
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_graph_memory()):
+        output = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay

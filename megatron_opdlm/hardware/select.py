@@ -23,6 +23,9 @@ class Hardware:
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory_bytes: Callable[[], int]  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
+    decode_attention: str  # "buckets" | "rows", what decode_forward.py does best here
+    # Runs a function once and returns one that repeats its kernels; None: cannot.
+    capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None
     reason: str  # why this hardware was chosen, for the log
 
 
@@ -48,6 +51,8 @@ def select_hardware() -> Hardware:
             transformer_options=gpu.TRANSFORMER_OPTIONS,
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
+            decode_attention="rows",
+            capture=gpu.capture,
             reason="CUDA is available: NCCL, bfloat16",
         )
     megatron_on_cpu.install()
@@ -59,5 +64,7 @@ def select_hardware() -> Hardware:
         transformer_options=cpu.TRANSFORMER_OPTIONS,
         peak_memory_bytes=_peak_resident_bytes,
         free_memory_bytes=_available_bytes,
+        decode_attention="buckets",
+        capture=None,
         reason="no CUDA device: gloo, float32, one thread a rank",
     )

@@ -1,5 +1,5 @@
 """The attention slot: Megatron's ``core_attention`` with our masks. Backend ``dense``: SDPA with a
-materialised mask.
+materialised mask; decoding has a second form, ``decode_attention.py``.
 
 A packed row [N tokens] is attended in *buckets*: sequences of similar length gathered to rows [n,
 L], each with its own small mask, so the cost is that of the sequences and not of the N x N square.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_opdlm.model.decode_attention import BlockRows, attend_rows
 from megatron_opdlm.model.kv_cache import KVCache
 
 
@@ -35,6 +36,7 @@ class AttentionPlan(PackedSeqParams):
     """
 
     buckets: tuple[Bucket, ...] = ()
+    rows: BlockRows | None = None  # decoding without buckets
     scatter: Tensor | None = (
         None  # [N] place of each packed token among the buckets' flattened rows
     )
@@ -95,9 +97,15 @@ class MaskedAttention(torch.nn.Module):
         if plan.cache is not None:
             assert plan.cache_slot is not None and plan.cache_position is not None
             plan.cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
+        wanted = plan.rows_after(self.layer_number, self.config)
+        if plan.rows is not None:
+            assert plan.cache is not None
+            keys, values = plan.cache.layer(self.layer_number)
+            flat = attend_rows(query, keys, values, plan.rows, self.scale)
+            flat = flat if wanted is None else flat.index_select(0, wanted)
+            return flat.flatten(1).unsqueeze(1)
         rows = [self._attend(bucket, query, key, value, plan.cache) for bucket in plan.buckets]
         assert plan.scatter is not None
-        wanted = plan.rows_after(self.layer_number, self.config)
         place = plan.scatter if wanted is None else plan.scatter[wanted]
         flat = rows[0] if len(rows) == 1 else torch.cat(rows)
         return flat.index_select(0, place).flatten(1).unsqueeze(1)

@@ -25,7 +25,7 @@ class KVCache:
     ) -> None:
         """``layer_numbers`` are Megatron's global, 1-based numbers of this stage's layers."""
         shape = (len(layer_numbers), slots, positions, groups, head_dim)
-        self.slots, self.dtype = slots, dtype
+        self.slots, self.dtype, self.device = slots, dtype, device
         self._first_layer = layer_numbers.start
         # Zeros rather than garbage: hidden positions are multiplied by probability 0, and 0 * nan
         # is nan.
@@ -40,15 +40,19 @@ class KVCache:
         self._keys[layer, slot_N, position_N] = key
         self._values[layer, slot_N, position_N] = value
 
+    def layer(self, layer_number: int) -> tuple[Tensor, Tensor]:
+        """All keys and values [slots, positions, groups, head_dim] of a layer, in place."""
+        layer = layer_number - self._first_layer
+        return self._keys[layer], self._values[layer]
+
     def read(
         self, layer_number: int, slots: Tensor | slice, positions: int
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [n, positions, groups, head_dim] of the given slots; of a slice without a
         copy.
         """
-        layer = layer_number - self._first_layer
-        keys, values = self._keys[layer, :, :positions], self._values[layer, :, :positions]
-        return keys[slots], values[slots]
+        keys, values = self.layer(layer_number)
+        return keys[:, :positions][slots], values[:, :positions][slots]
 
     def copy(self) -> "KVCache":
         """An independent cache with the same content."""

@@ -21,7 +21,7 @@ from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
 from megatron_opdlm.errors import RunError
-from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
@@ -31,6 +31,7 @@ from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
 from megatron_opdlm.session import my_share, packing_of
+from megatron_opdlm.slots import share_out
 from megatron_opdlm.states import State, choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.update import Student, UpdateReport, update
@@ -117,14 +118,35 @@ def roll_out(
     *,
     key: tuple[int, int] = (7, 3),
     slots: int = 128,
+    attention: str = "auto",
+    graphs: bool = False,
 ) -> list[Trajectory]:
     """Trajectories of all requests by rising sample, shared out over the replicas as training
-    does.
+    does. With ``graphs``, forwards of fixed size are recorded and repeated: by calling them again,
+    where the hardware has no graphs.
     """
     model = load(layout, model_dir)
-    mine = list(requests)[parallel.data_parallel_rank() :: parallel.data_parallel_size()]
-    made = generate(model, mine, decoding, vocabulary, key=key, slots=slots).trajectories
+    shares = share_out(
+        requests, parallel.data_parallel_size(), decoding.block_size, decoding.denoising_steps
+    )
+    mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
+    with _fixed_size_forwards(graphs):
+        made = generate(
+            model, mine, decoding, vocabulary, key=key, slots=slots, attention=attention
+        ).trajectories
     return sorted(parallel.gather_objects_over_data_parallel(made), key=lambda t: t.sample)
+
+
+@contextmanager
+def _fixed_size_forwards(on: bool) -> Iterator[None]:
+    """Give hardware without graphs a ``capture`` that runs the function itself every time."""
+    hardware = select_hardware()
+    if on and hardware.capture is None:
+        rollout.select_hardware = lambda: replace(hardware, capture=lambda run: run)
+    try:
+        yield
+    finally:
+        rollout.select_hardware = select_hardware
 
 
 Place = tuple[int, int, int]  # sample, absolute position, pass from 1

@@ -243,6 +243,25 @@ def test_rollouts(models: TinyModels, ranks: WorkerGroups, name: str, kind: str)
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["drawn", "autoregressive"])
+@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2"])
+def test_rollouts_by_block_rows(models: TinyModels, ranks: WorkerGroups, name: str, kind: str):
+    """Claim: forwards of fixed size, as GPUs replay them, make the same trajectories on every
+    layout, with groups of slots in flight between the stages."""
+    number, layout = LAYOUTS[name]
+    arguments = {
+        "model_dir": models.hf("student", tied=True, layers=2),
+        "requests": [request(i, 1 + (5 * i) % 11, limit=2 + (7 * i) % 9) for i in range(11)],
+        "decoding": DECODINGS[kind],
+        "vocabulary": IDS,
+    }
+    expected = jobs.roll_out(jobs.Layout(), **arguments)
+    options = {"slots": 5, "attention": "rows", "graphs": True}
+    for found in ranks(number).run(jobs.roll_out, layout=layout, **arguments, **options):
+        assert found == expected
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("name", ["dp2", "pp2-dp2"])
 def test_one_request_for_two_replicas(models: TinyModels, ranks: WorkerGroups, name: str):
     """Claim: a replica without a prompt is legal, and every rank gets the one trajectory."""

@@ -5,10 +5,12 @@ may depend on.
 import itertools
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_opdlm.decode_forward import graph_sizes
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
@@ -55,11 +57,17 @@ def expected_trajectory(
 
 
 def assert_is_brute_force(
-    models: TinyModels, asked: Sequence[Request], decoding: Decoding, vocabulary: Vocabulary = IDS
+    models: TinyModels,
+    asked: Sequence[Request],
+    decoding: Decoding,
+    vocabulary: Vocabulary = IDS,
+    **options: Any,
 ) -> list[Trajectory]:
     hf_dir = models.hf("student", tied=False, layers=2)
     reference = oracle.load(hf_dir)
-    found = jobs.roll_out(Layout(), hf_dir, asked, decoding, vocabulary, key=KEY, slots=3)
+    found = jobs.roll_out(
+        Layout(), hf_dir, asked, decoding, vocabulary, key=KEY, slots=3, **options
+    )
     for trajectory, one in zip(found, asked, strict=True):
         expected = expected_trajectory(reference, one, decoding, vocabulary)
         assert trajectory.response_ids == expected.response_ids
@@ -90,6 +98,37 @@ def test_engine_is_the_decoder_without_a_cache(
         logit_shift=logit_shift,
     )
     assert_is_brute_force(models, requests(block_size), decoding)
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "fixed-size"])
+@pytest.mark.parametrize("logit_shift", [False, True], ids=["", "shift"])
+@pytest.mark.parametrize(("block_size", "steps"), [(1, 1), (3, 2), (4, 4), (4, 6)])
+def test_block_rows_are_the_decoder_without_a_cache(
+    models: TinyModels, block_size: int, steps: int, logit_shift: bool, graphs: bool
+):
+    """Claim: decoding by block rows, as GPUs do it, makes the same tokens in as many forwards; also
+    in forwards of a few fixed sizes, whose padding rows write where no sequence lives."""
+    decoding = Decoding(
+        block_size=block_size,
+        denoising_steps=steps,
+        remasking="low_confidence_dynamic",
+        threshold=0.3,
+        temperature=1.0,
+        logit_shift=logit_shift,
+    )
+    options = {"attention": "rows", "graphs": graphs}
+    assert_is_brute_force(models, requests(block_size), decoding, **options)
+
+
+def test_sizes_of_captured_forwards():
+    """Claim: every number of rows up to the limit has a size at most twice as large, mostly half
+    as much again, and the sizes are few."""
+    sizes = graph_sizes(256)
+    for rows in range(1, 257):
+        assert rows <= next(size for size in sizes if size >= rows) <= max(4, 1.5 * rows)
+    assert sizes[-1] == 256
+    assert len(sizes) < 20
+    assert graph_sizes(2) == [1, 2]
 
 
 @pytest.mark.parametrize(
