@@ -36,6 +36,12 @@ MODES = {
         "rollout.top_k=9",
         "rollout.top_p=0.9",
     ],
+    "top-k with a bucket, reshaped teacher": [
+        "loss.top_k=4",
+        "loss.top_k_tail=bucket",
+        "teacher.temperature=0.8",
+        "teacher.top_p=0.9",
+    ],
     "bf16": ["model.dtype=bf16", "teacher.dtype=bf16"],
 }
 
