@@ -132,7 +132,14 @@ def roll_out(
     mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
     with _fixed_size_forwards(graphs):
         made = generate(
-            model, mine, decoding, vocabulary, key=key, slots=slots, attention=attention
+            model,
+            mine,
+            decoding,
+            vocabulary,
+            key=key,
+            slots=slots,
+            attention=attention,
+            graphs=graphs,
         ).trajectories
     return sorted(parallel.gather_objects_over_data_parallel(made), key=lambda t: t.sample)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ import torch
 from megatron_opdlm.config import load_config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.model import decode_attention
 from megatron_opdlm.parallel import Layout
+from megatron_opdlm.records import Trajectory
 from megatron_opdlm.replay import replay
 from tests import oracle
 from tests.conftest import END_IDS, MASK, TinyModels
@@ -52,6 +55,51 @@ def test_engine_on_the_gpu_is_the_decoder_on_the_cpu(models: TinyModels, remaski
     for trajectory, one in zip(found, asked, strict=True):
         expected = oracle.decode(reference, one.prompt.ids, one.max_new_tokens, rules)
         assert trajectory.response_ids == expected.response_ids
+
+
+@pytest.mark.parametrize("logit_shift", [False, True], ids=["", "shift"])
+def test_captured_forwards_make_the_same_tokens(models: TinyModels, logit_shift: bool):
+    """Claim: block rows replayed from CUDA graphs, block rows kernel by kernel and buckets give the
+    same trajectories in float32, with slots that empty and fill."""
+    decoding = Decoding(block_size=4, denoising_steps=3, temperature=1.0, logit_shift=logit_shift)
+    hf_dir = models.hf("student", tied=True, layers=2)
+    asked = [request(i, 1 + i, limit=3 + (5 * i) % 11) for i in range(13)]
+
+    def found(**options: Any) -> list[Trajectory]:
+        return jobs.roll_out(Layout(), hf_dir, asked, decoding, IDS, slots=5, **options)
+
+    expected = found(attention="buckets")
+    assert found(attention="rows", graphs=False) == expected
+    assert found(attention="rows", graphs=True) == expected
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), [(16, 8, 128), (4, 2, 64)])
+def test_decoding_kernel_is_sdpa(
+    monkeypatch: pytest.MonkeyPatch, heads: int, groups: int, width: int
+):
+    """Claim: FlashAttention's kernel for a KV cache, where it is installed, gives SDPA's sums in
+    bfloat16: rows of one slot more than once, in any order, from one block to the whole slot."""
+    kernel = decode_attention._flash_kernel()
+    if kernel is None:
+        pytest.skip("flash-attn is not installed")
+    generator = torch.Generator("cuda").manual_seed(5)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    keys, values = normal(6, 52, groups, width), normal(6, 52, groups, width)
+    rows = decode_attention.BlockRows(
+        slot=torch.tensor([3, 0, 3, 5, 2], dtype=torch.int32, device="cuda"),
+        visible=torch.tensor([4, 52, 8, 28, 16], dtype=torch.int32, device="cuda"),
+        block_size=4,
+    )
+    query = normal(5 * 4, heads, width)
+    found = decode_attention.attend_rows(query, keys, values, rows, width**-0.5)
+    monkeypatch.setattr(decode_attention, "_flash_kernel", lambda: None)
+    exact = decode_attention.attend_rows(
+        query.float(), keys.float(), values.float(), rows, width**-0.5
+    )
+    assert float((found.float() - exact).abs().max()) < 2e-2 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("tied", [True, False])
