@@ -118,7 +118,8 @@ def main() -> None:
         f"{options.steps} steps a block, {options.prompts} prompts, {options.slots} slots, "
         f"{tokens} tokens, median of {options.rounds} alternating runs:\n"
         f"  engine   {speed[0]:8.0f} tokens/s, "
-        f"{forwards_per_block(made.trajectories):.2f} forwards per full block, slot utilisation {made.slot_utilisation:.0%}\n"
+        f"{forwards_per_block(made.trajectories):.2f} forwards per full block, "
+        f"slot utilisation {made.slot_utilisation:.0%}\n"
         f"  baseline {speed[1]:8.0f} tokens/s, {expected.forwards} forwards of whole batches\n"
         f"  ratio    {ratio:.2f}"
     )

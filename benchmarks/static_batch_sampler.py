@@ -76,7 +76,7 @@ class _Batch:
         for row, request in enumerate(requests):
             self.tokens[row, : len(request.prompt.ids)] = torch.tensor(request.prompt.ids)
         self.ended = torch.zeros(len(requests), dtype=torch.bool)
-        self.forbidden = torch.tensor(vocabulary.forbidden_ids)
+        self.forbidden = model.shard.columns_of(vocabulary.forbidden_ids, torch.device("cpu"))
         self.cache = KVCache(
             layer_numbers=model.layer_numbers,
             slots=len(requests),

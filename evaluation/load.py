@@ -19,7 +19,7 @@ from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
-from megatron_opdlm.slots import share_out
+from megatron_opdlm.slots import split_over_replicas
 
 SLOTS = 128  # sequences decoded at once on a data-parallel rank
 
@@ -59,12 +59,7 @@ class Generator:
             Request(sample=sample, prompt=prompt, max_new_tokens=self._limit(prompt, decoding))
             for prompt, sample in zip(prompts, samples, strict=True)
         ]
-        shares = share_out(
-            requests,
-            parallel.data_parallel_size(),
-            decoding.block_size,
-            decoding.denoising_steps,
-        )
+        shares = split_over_replicas(requests, parallel.data_parallel_size(), decoding)
         mine = shares[parallel.data_parallel_rank()]
         made = generate(
             self.model,

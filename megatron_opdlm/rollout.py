@@ -163,7 +163,8 @@ class _Engine:
         slots, dtype = len(table.request), model.config.params_dtype
         self.groups = torch.arange(slots).chunk(parallel.pipeline_size())
         self.spans = [range(int(group[0]), int(group[-1]) + 1) for group in self.groups]
-        self.forbidden = torch.tensor(table.vocabulary.forbidden_ids, device=self.device).long()
+        ids = table.vocabulary.forbidden_ids
+        self.forbidden = model.shard.columns_of(ids, self.device) if model.post_process else None
         # Shifted logits: the hidden state before each block, as it was last computed clean.
         self.carry = torch.zeros(slots, model.shape.hidden, dtype=dtype, device=self.device)
         self.flops, self.launches, self.busy_slots = 0.0, 0, 0
@@ -241,9 +242,9 @@ class _Engine:
         then on.
         """
         opens = column == 0
-        computed = (opens & (self.table.pass_index[slot] == 0)).to(self.device)
+        computed = torch.nonzero(opens & (self.table.pass_index[slot] == 0)).flatten()
+        self.carry[slot[computed].to(self.device)] = hidden_MH[computed.to(self.device)]
         opens, slot = opens.to(self.device), slot.to(self.device)
-        self.carry[slot[computed]] = hidden_MH[computed]
         return torch.where(opens[:, None], self.carry[slot], hidden_MH)
 
     def _forward(

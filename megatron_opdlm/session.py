@@ -30,6 +30,7 @@ from megatron_opdlm.records import Trajectory
 from megatron_opdlm.rollout import Rollout, generate
 from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
 from megatron_opdlm.sample_texts import sample_rows
+from megatron_opdlm.slots import split_over_replicas
 from megatron_opdlm.states import State
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.teacher import score
@@ -70,17 +71,12 @@ class Session:
         """
         requests = self.plan.requests(step)
         decoding = self.plan.decoding(step)
-        shares = share_out(
-            requests,
-            parallel.data_parallel_size(),
-            decoding.block_size,
-            decoding.denoising_steps,
-        )
+        shares = split_over_replicas(requests, parallel.data_parallel_size(), decoding)
         mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
         made = generate(
             self.student.model,
             mine,
-            self.plan.decoding(step),
+            decoding,
             self.source.vocabulary,
             key=key,
             slots=self.config.rollout.slots,

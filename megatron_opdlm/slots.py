@@ -4,7 +4,6 @@ Knows no model. Tensors are indexed by slot; S slots, B tokens per block, n acti
 All ranks of a model replica keep the same table.
 """
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_opdlm import balance
 from megatron_opdlm.diffusion import denoising
 from megatron_opdlm.diffusion.blocks import first_block_start, sequence_end
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -32,25 +32,19 @@ class Request:
         return sequence_end(len(self.prompt.ids), self.max_new_tokens, block_size)
 
 
-def share_out(
-    requests: Sequence[Request], replicas: int, block_size: int, denoising_steps: int
+def split_over_replicas(
+    requests: Sequence[Request], replicas: int, rules: Decoding
 ) -> list[list[int]]:
     """Which requests each model replica generates (indices, rising), so that all finish at about
-    the same time: longest possible work first, to the replica with the least.
+    the same time.
 
-    Work is the tokens that run through the model at most: the prompt once, a block once per pass
-    and once to commit it. Fixed by the requests alone, never by who is faster: with the shares the
-    rounding of logits would change, and a resumed run would not repeat the run that was killed.
+    Balanced are the tokens that run through the model at most: the prompt once, a block once per
+    pass and once to commit it. Fixed by the requests alone, never by who is faster: with the shares
+    the rounding of logits would change, and a resumed run would not repeat the one that was killed.
     """
-    passes = 1 + min(denoising_steps, block_size)
-    work = [len(r.prompt.ids) + passes * r.max_new_tokens for r in requests]
-    shares: list[list[int]] = [[] for _ in range(replicas)]
-    load = [(0, replica) for replica in range(replicas)]
-    for number in sorted(range(len(requests)), key=lambda i: -work[i]):
-        least, replica = heapq.heappop(load)
-        shares[replica].append(number)
-        heapq.heappush(load, (least + work[number], replica))
-    return [sorted(share) for share in shares]
+    runs = 1 + min(rules.denoising_steps, rules.block_size)
+    tokens = [len(r.prompt.ids) + runs * r.max_new_tokens for r in requests]
+    return balance.share_out(tokens, replicas)
 
 
 class Windows(NamedTuple):

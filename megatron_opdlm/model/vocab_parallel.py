@@ -2,6 +2,8 @@
 logits are never gathered.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -60,6 +62,11 @@ class VocabularyShard(WholeVocabulary):
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
+    def columns_of(self, ids: Sequence[int], device: torch.device) -> Tensor:
+        """Local columns of those global ids that this shard holds."""
+        local = [i - self.start for i in ids if 0 <= i - self.start < self.columns]
+        return torch.tensor(local, dtype=torch.int64, device=device)
+
     def padding(self, device: torch.device) -> Tensor | None:
         """bool [columns], True for rows that only pad the layout; None where there are none."""
         real = self.vocab_size - self.start
@@ -91,16 +98,18 @@ def select_positions(hidden: Tensor, index_M: Tensor, *, sequence_parallel: bool
 
 
 def project(
-    hidden_MH: Tensor, weight_VH: Tensor, shard: VocabularyShard, forbidden: Tensor | None = None
+    hidden_MH: Tensor,
+    weight_VH: Tensor,
+    shard: VocabularyShard,
+    forbidden_columns: Tensor | None = None,
 ) -> Tensor:
-    """This rank's logits [M, columns], -inf in the rows that pad the layout and at the
-    ``forbidden`` global ids.
+    """This rank's logits [M, columns], -inf in the rows that pad the layout and in the local
+    ``forbidden_columns``.
     """
     logits = F.linear(hidden_MH, weight_VH)
     padding = shard.padding(logits.device)
     if padding is not None:
         logits = logits.masked_fill(padding, -torch.inf)
-    if forbidden is not None:
-        local = forbidden - shard.start
-        logits[:, local[(local >= 0) & (local < shard.columns)]] = -torch.inf
+    if forbidden_columns is not None:
+        logits[:, forbidden_columns] = -torch.inf
     return logits

@@ -31,7 +31,7 @@ from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
 from megatron_opdlm.session import my_share, packing_of
-from megatron_opdlm.slots import share_out
+from megatron_opdlm.slots import split_over_replicas
 from megatron_opdlm.states import State, choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.update import Student, UpdateReport, update
@@ -126,9 +126,7 @@ def roll_out(
     where the hardware has no graphs.
     """
     model = load(layout, model_dir)
-    shares = share_out(
-        requests, parallel.data_parallel_size(), decoding.block_size, decoding.denoising_steps
-    )
+    shares = split_over_replicas(requests, parallel.data_parallel_size(), decoding)
     mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
     with _fixed_size_forwards(graphs):
         made = generate(

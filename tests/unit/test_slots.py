@@ -4,8 +4,11 @@ import random
 
 import pytest
 
+from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.records import Prompt
-from megatron_opdlm.slots import Request, share_out
+from megatron_opdlm.slots import Request, split_over_replicas
+
+RULES = Decoding(block_size=4, denoising_steps=4)
 
 
 def made(lengths: list[tuple[int, int]]) -> list[Request]:
@@ -26,7 +29,7 @@ def test_work_is_balanced_and_complete(replicas: int):
     request's work more than the least loaded one, whatever the spread of the limits."""
     draw = random.Random(replicas)
     requests = made([(draw.randint(1, 90), round(8 * 50 ** draw.random())) for _ in range(61)])
-    shares = share_out(requests, replicas, 4, 4)
+    shares = split_over_replicas(requests, replicas, RULES)
     assert sorted(i for share in shares for i in share) == list(range(61))
     loads = [sum(work(requests[i]) for i in share) for share in shares]
     assert max(loads) - min(loads) <= max(work(request) for request in requests)
@@ -38,11 +41,11 @@ def test_work_is_balanced_and_complete(replicas: int):
 
 def test_a_replica_without_work():
     """Claim: fewer requests than replicas is legal."""
-    assert share_out(made([(3, 4)]), 3, 4, 4) == [[0], [], []]
+    assert split_over_replicas(made([(3, 4)]), 3, RULES) == [[0], [], []]
 
 
 def test_limits_by_domain_are_what_is_balanced():
     """Claim: two long and two short responses go one of each to two replicas, although dealing
     them out in turn would put both long ones together."""
-    shares = share_out(made([(5, 400), (5, 10), (5, 400), (5, 10)]), 2, 4, 4)
+    shares = split_over_replicas(made([(5, 400), (5, 10), (5, 400), (5, 10)]), 2, RULES)
     assert [sorted(i % 2 for i in share) for share in shares] == [[0, 1], [0, 1]]
