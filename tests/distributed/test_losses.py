@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_opdlm import update
+from megatron_opdlm.divergence import STUDENT_FAULT, TEACHER_FAULT
+from megatron_opdlm.errors import RunError
+from megatron_opdlm.parallel import Layout
 from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS, overrides
@@ -162,6 +168,27 @@ def test_a_poisoned_output_weight(
     keys = [*recorded.overrides(PLAIN), f"{key}={made}", f"loss.kind={kind}"]
     found = jobs.replay_error(keys, recorded.file(PLAIN))
     assert found.startswith(f"the {whose}'s logits for sample ") and "not finite" in found
+
+
+@pytest.mark.parametrize(
+    ("value", "fault", "words"),
+    [
+        (0.5, TEACHER_FAULT, "the teacher's logits for sample 8 "),
+        (0.5, STUDENT_FAULT, "the student's logits for sample 8 "),
+        (np.nan, TEACHER_FAULT | STUDENT_FAULT, "teacher's and student's logits for sample 8 "),
+        (np.inf, 0, "the loss of sample 8 is"),
+    ],
+)
+def test_a_fault_counts_also_where_the_loss_is_finite(value: float, fault: int, words: str):
+    """Claim: a logit of minus infinity that leaves a finite loss stops the run, too; a loss that is
+    not finite does without a fault."""
+    jobs.join(Layout())
+    states: Any = [SimpleNamespace(sample=sample) for sample in (9, 8)]
+    batch: Any = SimpleNamespace(states=states, sequence=torch.tensor([0, 0, 1]))
+    losses = torch.tensor([0.3, value], dtype=torch.float64)
+    with pytest.raises(RunError) as caught:
+        update._require_finite([batch], losses, torch.tensor([0, 0, fault]))
+    assert str(caught.value).startswith(words)
 
 
 @pytest.mark.distributed
