@@ -38,7 +38,7 @@ SHAPES = {
     "vocabulary": Qwen3Shape(4, 128, 4, 2, 32, 384, 151936, True, 1e6, 1e-6, 4096),
     "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
 }
-LONGEST = {"vocabulary": 768, "tiny": 160}  # response tokens
+LONGEST = {"vocabulary": 1024, "tiny": 160}  # response tokens
 SPREAD = 20  # longest response / shortest
 BLOCK = 4  # tokens
 KEY = (1, 1)

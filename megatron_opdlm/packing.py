@@ -104,7 +104,12 @@ class _Piece:
 
 def student_tokens(state: State, packing: Packing) -> int:
     """Packed tokens that the student reads for a state, 0 without counted positions."""
-    return len(_piece(state, packing).tokens)
+    size, prompt = packing.block_size, len(state.prompt_ids)
+    blocks = {(prompt + i) // size for i, counted in enumerate(state.counted) if counted}
+    if not blocks:
+        return 0
+    last = max(blocks) * size
+    return last + (len(blocks) - 1) * size + min(size, prompt + len(state.response_ids) - last)
 
 
 def _piece(state: State, packing: Packing) -> _Piece:
