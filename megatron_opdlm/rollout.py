@@ -20,7 +20,7 @@ from megatron_opdlm import parallel
 from megatron_opdlm.decode_forward import BucketForward, DecodeForward, RowForward
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.kv_cache import KVCache
@@ -204,11 +204,27 @@ class _Engine:
         return _Flight(masked=masked, drawn=sending, activations=activations)
 
     def _land(self, flight: _Flight) -> None:
-        """Receive a group's drawn tokens (the one device synchronisation of a pass) and commit."""
+        """Receive a group's drawn tokens (the one device synchronisation of a pass) and commit.
+
+        Raises RunError, on every rank of the replica, where nothing could be drawn.
+        """
         if flight.activations is not None:
             flight.activations.wait()
         token, confidence, entropy = flight.drawn.wait().cpu()
+        self._check_drawn(token, confidence, flight.masked)
         self.table.commit(flight.masked, denoising.Draw(token.long(), confidence, entropy))
+
+    def _check_drawn(self, token: Tensor, confidence: Tensor, masked: Masked) -> None:
+        """A logit that is not finite leaves no probability, or no token, to draw."""
+        faulty = ~(confidence.isfinite() & (token < self.table.vocabulary.size))
+        if bool(faulty.any()):
+            place = int(torch.nonzero(faulty)[0])
+            sample = int(self.table.sample[masked.active[masked.row[place]]])
+            raise RunError(
+                f"the student's logits for sample {sample}, position "
+                f"{int(masked.position[place])}, are not finite in the rollout; nothing was "
+                "updated: check the weights, model.dtype and optimizer.lr"
+            )
 
     def _draw(self, hidden_MH: Tensor, masked: Masked) -> Tensor:
         """Draw a token at every masked position -> [3, M] token, confidence, entropy."""

@@ -13,10 +13,10 @@ import torch
 from megatron_opdlm.decode_forward import graph_sizes
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.rollout import Request
+from megatron_opdlm.rollout import Request, generate
 from tests import oracle
 from tests.conftest import LAST_TOKEN, MASK, VOCABULARY, TinyModels
 from tests.distributed import jobs
@@ -301,3 +301,17 @@ def test_forbidden_ids_are_never_drawn(models: TinyModels):
     made = jobs.roll_out(Layout(), hf_dir, asked, decoding, jobs.without_end(IDS))
     drawn = set(itertools.chain.from_iterable(t.response_ids for t in made))
     assert drawn == set(range(LAST_TOKEN + 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=str)
+def test_a_logit_that_is_not_finite_ends_the_rollout(
+    models: TinyModels, poison: float, temperature: float
+):
+    """Claim: a weight gone bad is an error that names a sample, never a token."""
+    model = jobs.load(Layout(), models.hf("student", tied=False, layers=2))
+    with torch.no_grad():
+        model.output_layer.weight[7, 3] = poison
+    decoding = Decoding(block_size=4, denoising_steps=4, temperature=temperature)
+    with pytest.raises(RunError, match=r"logits for sample [0-2], position \d+, are not finite"):
+        generate(model, [request(i, 3, limit=5) for i in range(3)], decoding, IDS, key=KEY)
