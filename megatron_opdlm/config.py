@@ -84,6 +84,7 @@ class RolloutConfig:
     max_new_tokens_by_domain: dict[str, int] = field(default_factory=dict)  # caps by a row's domain
     slots: int = 128  # sequences decoded at once on a data-parallel rank
     kv_cache_tokens: int | None = None  # cached positions of all slots; null: half the free memory
+    prefill_tokens: int = 8192  # of prompts that join one forward; a longer prompt joins alone
     attention: Literal["auto", "buckets", "rows"] = "auto"  # auto: rows on GPUs, buckets on a CPU
     cuda_graphs: bool = True  # replay captured forwards, with rows on GPUs
 

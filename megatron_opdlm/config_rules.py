@@ -25,6 +25,7 @@ _AT_LEAST_ONE = (
     "rollout.max_new_tokens",
     "rollout.slots",
     "rollout.kv_cache_tokens",
+    "rollout.prefill_tokens",
     "curriculum.start",
     "curriculum.end",
     "curriculum.steps",

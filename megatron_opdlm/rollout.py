@@ -54,6 +54,7 @@ def generate(
     key: tuple[int, int],
     slots: int = 128,
     kv_cache_tokens: int | None = None,
+    prefill_tokens: int = 8192,
     attention: str = "auto",
     graphs: bool = True,
 ) -> Rollout:
@@ -63,7 +64,8 @@ def generate(
     ``key`` = (seed, step): with the sample's number it decides every random draw, so a response
     depends neither on its batch nor on the layout. ``slots`` bounds the sequences in flight,
     ``kv_cache_tokens`` the cached positions of all of them (None: what half of the free memory
-    holds); requests that do not fit wait. ``attention``: "buckets" or "rows"
+    holds); requests that do not fit wait. ``prefill_tokens`` bounds the prompts that join one
+    forward. ``attention``: "buckets" or "rows"
     (``decode_forward.py``), "auto" what suits the hardware; ``graphs``: capture the forwards of
     "rows" where the hardware can.
 
@@ -77,7 +79,7 @@ def generate(
     positions = max(request.positions(rules.block_size) for request in requests)
     fitting = _fitting_slots(model, positions, kv_cache_tokens)
     count = min(slots, len(requests), fitting)
-    table = SlotTable(requests, rules, vocabulary, count, positions)
+    table = SlotTable(requests, rules, vocabulary, count, positions, prefill_tokens)
     was_training = model.training
     model.eval()
     try:

@@ -81,6 +81,7 @@ class Session:
             key=key,
             slots=self.config.rollout.slots,
             kv_cache_tokens=self.config.rollout.kv_cache_tokens,
+            prefill_tokens=self.config.rollout.prefill_tokens,
             attention=self.config.rollout.attention,
             graphs=self.config.rollout.cuda_graphs,
         )

@@ -79,8 +79,10 @@ class SlotTable:
         vocabulary: Vocabulary,
         slots: int,
         positions: int,
+        prefill_tokens: int,
     ) -> None:
         self.rules, self.vocabulary, self.requests = rules, vocabulary, requests
+        self.prefill_tokens = prefill_tokens
         # The longest possible ones first, so that no slot is left alone with a long one at the end.
         by_length = sorted(
             range(len(requests)), key=lambda i: -requests[i].positions(rules.block_size)
@@ -104,9 +106,19 @@ class SlotTable:
         return len(self.finished) == len(self.requests)
 
     def admit(self, group: Tensor) -> None:
-        """Give waiting requests the group's free slots; prompts ride along in the next forward."""
-        free = group[self.request[group] < 0].tolist()
-        for slot in free[: len(self.waiting)]:
+        """Give waiting requests the group's free slots; prompts ride along in the next forward.
+
+        Prompts of at most ``prefill_tokens`` together, or one that is longer: a forward must not
+        take the memory of all prompts at once, nor keep the running sequences waiting for them.
+        """
+        room = self.prefill_tokens
+        for slot in group[self.request[group] < 0].tolist():
+            if not self.waiting:
+                return
+            tokens = len(self.requests[self.waiting[0]].prompt.ids)
+            if tokens > room and room < self.prefill_tokens:
+                return
+            room -= tokens
             number = self.waiting.popleft()
             request, block = self.requests[number], self.rules.block_size
             prompt = torch.tensor(request.prompt.ids, dtype=torch.int64)

@@ -1,12 +1,19 @@
-"""How a rollout's requests are shared out over the model replicas."""
+"""Which replica generates a request, and when its prompt joins."""
 
 import random
+from collections import deque
 
 import pytest
+import torch
 
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt
-from megatron_opdlm.slots import Request, split_over_replicas
+from megatron_opdlm.rollout import generate
+from megatron_opdlm.slots import Request, SlotTable, split_over_replicas
+from tests.conftest import TinyModels
+from tests.distributed import jobs
+from tests.tiny_requests import IDS, request
 
 RULES = Decoding(block_size=4, denoising_steps=4)
 
@@ -49,3 +56,36 @@ def test_limits_by_domain_are_what_is_balanced():
     them out in turn would put both long ones together."""
     shares = split_over_replicas(made([(5, 400), (5, 10), (5, 400), (5, 10)]), 2, RULES)
     assert [sorted(i % 2 for i in share) for share in shares] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("budget", [1, 20, 45, 1000])
+def test_prompts_join_within_the_budget(budget: int):
+    """Claim: in no forward join more prompt tokens than the budget unless it is a single prompt,
+    and as many join as fit."""
+    lengths = [50, 30, 20, 10, 10, 5, 5, 5]  # same limit: admitted in this order
+    table = SlotTable(made([(n, 8) for n in lengths]), RULES, IDS, 8, 64, budget)
+    everyone = torch.arange(8)
+    waiting = deque(lengths)
+    while waiting:
+        before = set(table.active(everyone).tolist())
+        table.admit(everyone)
+        joined = [
+            int(table.prompt_tokens[slot])
+            for slot in table.active(everyone).tolist()
+            if slot not in before
+        ]
+        expected = [waiting.popleft()]
+        while waiting and sum(expected) + waiting[0] <= budget:
+            expected.append(waiting.popleft())
+        assert joined == expected
+    assert not table.waiting
+
+
+def test_what_joins_together_changes_no_token(models: TinyModels):
+    """Claim: a budget that lets prompts join one by one gives the same trajectories."""
+    model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
+    asked = [request(i, 3 + i, limit=3 + i % 5) for i in range(9)]
+    decoding = Decoding(block_size=4, denoising_steps=4, temperature=1.0)
+    together = generate(model, asked, decoding, IDS, key=(1, 1), slots=4)
+    alone = generate(model, asked, decoding, IDS, key=(1, 1), slots=4, prefill_tokens=1)
+    assert alone.trajectories == together.trajectories
