@@ -85,7 +85,8 @@ class RolloutConfig:
     slots: int = 128  # sequences decoded at once on a data-parallel rank
     kv_cache_tokens: int | None = None  # cached positions of all slots; null: half the free memory
     prefill_tokens: int = 8192  # of prompts that join one forward; a longer prompt joins alone
-    attention: Literal["auto", "buckets", "rows"] = "auto"  # auto: rows on GPUs, buckets on a CPU
+    # auto: rows on GPUs that have flash-attn, else buckets (megatron_opdlm/decode_forward.py)
+    attention: Literal["auto", "buckets", "rows"] = "auto"
     cuda_graphs: bool = True  # replay captured forwards, with rows on GPUs
 
 

@@ -1,6 +1,7 @@
 """What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,13 @@ TRANSFORMER_OPTIONS: dict[str, Any] = {
 def peak_memory_bytes() -> int:
     """Largest amount of GPU memory that tensors have occupied on this rank."""
     return torch.cuda.max_memory_allocated()
+
+
+def decode_attention() -> str:
+    """Block rows where FlashAttention can read a slot's keys in place; without it they would be
+    copied for every row, and buckets copy less.
+    """
+    return "rows" if importlib.util.find_spec("flash_attn") else "buckets"
 
 
 def free_memory_bytes() -> int:

@@ -51,7 +51,7 @@ def select_hardware() -> Hardware:
             transformer_options=gpu.TRANSFORMER_OPTIONS,
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
-            decode_attention="rows",
+            decode_attention=gpu.decode_attention(),
             capture=gpu.capture,
             reason="CUDA is available: NCCL, bfloat16",
         )
