@@ -52,6 +52,10 @@ def megatron_facts(directory: Path) -> Iterator[tuple[str, str]]:
     yield "content", {"model": "weights", "training": "weights and optimizer"}[manifest.kind]
     yield from shape_facts(read_shape(directory / "huggingface"))
     yield "dtype", manifest.dtype
+    if manifest.low_rank is not None:
+        terms = manifest.low_rank
+        where = ", ".join(terms.targets)
+        yield "low-rank terms", f"rank {terms.rank}, alpha {terms.alpha:g}, beside {where}"
     yield "files", f"{len(manifest.files)}, {sum(manifest.files.values()):,} bytes"
     yield "block contract", json.dumps(asdict(manifest.block_contract))
     yield "step", "never trained" if manifest.step is None else str(manifest.step)

@@ -30,6 +30,20 @@ class BlockContract:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """The low-rank terms (alpha / rank) B A that a checkpoint holds beside its weights."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # of Megatron's linears
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The content of ``manifest.json``."""
 
@@ -37,6 +51,7 @@ class Manifest:
     dtype: str  # of the weights: "fp32" | "bf16"
     block_contract: BlockContract
     step: int | None = None  # training steps done
+    low_rank: LowRank | None = None  # None: the weights are all there is
     files: dict[str, int]  # relative name -> bytes
 
 
@@ -53,6 +68,7 @@ def write_manifest(
     dtype: str,
     block_contract: BlockContract,
     step: int | None = None,
+    low_rank: LowRank | None = None,
 ) -> None:
     """Describe a directory whose other files are all written."""
     files = {
@@ -61,7 +77,12 @@ def write_manifest(
         if path.is_file()
     }
     manifest = Manifest(
-        kind=kind, dtype=dtype, block_contract=block_contract, step=step, files=files
+        kind=kind,
+        dtype=dtype,
+        block_contract=block_contract,
+        step=step,
+        low_rank=low_rank,
+        files=files,
     )
     content = {"format": FORMAT, **asdict(manifest)}
     (directory / NAME).write_text(json.dumps(content, indent=2) + "\n")
@@ -106,6 +127,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
             dtype=content["dtype"],
             block_contract=BlockContract(**content["block_contract"]),
             step=content["step"],
+            low_rank=_parse_low_rank(content.get("low_rank")),
             files=dict(content["files"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -116,3 +138,12 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
             "checkpoint"
         )
     return manifest
+
+
+def _parse_low_rank(content: dict[str, Any] | None) -> LowRank | None:
+    if content is None:
+        return None
+    rank, alpha, targets = int(content["rank"]), float(content["alpha"]), content["targets"]
+    if rank < 1 or not targets:
+        raise ValueError(f"low_rank={content!r}")
+    return LowRank(rank=rank, alpha=alpha, targets=tuple(targets))

@@ -21,6 +21,7 @@ from checkpoint_tools.manifest import read_manifest
 from checkpoint_tools.qwen3_names import FUSED_NORMS, megatron_names, split_layer
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model.lora import NAME, merged
 
 PREFIX = "model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,10 +30,11 @@ _STORED_NORMS = {plain: fused for fused, plain in FUSED_NORMS.items()}
 
 def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
     """Read a checkpoint's weights in this one process; returns ``get`` for ``hf_from_megatron``.
+    Low-rank terms are merged into the weights that they stand beside.
 
     Raises InputError when the save was cut short or a tensor is missing.
     """
-    read_manifest(directory)
+    low_rank = read_manifest(directory).low_rank
     parallel.init(parallel.Layout())
     try:
         stored = dist_checkpointing.load_tensors_metadata(str(directory / "weights"))
@@ -52,7 +54,13 @@ def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
 
     def get(name: str) -> Tensor:
         key, layer = stored_key(name)
-        return tensors[key] if layer is None else tensors[key][layer]
+        if layer is None:
+            return tensors[key]
+        weight, target = tensors[key][layer], name.split(".")[-2]
+        if low_rank is None or target not in low_rank.targets:
+            return weight
+        a, b = (tensors[f"{PREFIX}{NAME}.{target}.{factor}"][layer] for factor in "ab")
+        return merged(weight, a, b, low_rank.scale)
 
     return get
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoint_tools.manifest import LowRank
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
 from megatron_opdlm.model.attention_plan import packed_pairs
-from megatron_opdlm.model.flops import forward_flops
+from megatron_opdlm.model.flops import attention_flops, forward_flops, low_rank_parameters
 from megatron_opdlm.packing import FinishedBatch, PackedBatch
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.states import State
@@ -19,14 +20,30 @@ from megatron_opdlm.update import UpdateReport
 
 
 def student_flops(
-    shape: Qwen3Shape, batch: PackedBatch, *, recompute: bool, sequence_parallel: bool
+    shape: Qwen3Shape,
+    batch: PackedBatch,
+    *,
+    recompute: bool,
+    sequence_parallel: bool,
+    low_rank: LowRank | None = None,
 ) -> float:
     """Operations of one use of a microbatch: forward, backward (twice as much) and, with
-    recomputation, the layers' forward once more.
+    recomputation, the layers' forward once more. With low-rank terms the backward of all frozen
+    matrices is half: they need no gradient of their own.
     """
     rows = len(batch.labels)
     layers = _layers_flops(shape, batch.student_tokens, batch.lengths, rows, sequence_parallel)
-    return (4 if recompute else 3) * layers + 3 * projection_flops(shape, rows)
+    forwards, head = (2 if recompute else 1), projection_flops(shape, rows)
+    if low_rank is None:
+        return (forwards + 2) * layers + 3 * head
+    attention = attention_flops(shape, packed_pairs(batch.lengths))
+    terms = low_rank_flops(shape, low_rank, len(batch.student_tokens))
+    return (forwards + 1) * layers + attention + (forwards + 2) * terms + 2 * head
+
+
+def low_rank_flops(shape: Qwen3Shape, low_rank: LowRank, tokens: int) -> float:
+    """Operations of a forward of all low-rank terms, every token in every layer."""
+    return 2.0 * low_rank_parameters(shape, low_rank) * tokens
 
 
 def teacher_flops(shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool) -> float:

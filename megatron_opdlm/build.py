@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
-from checkpoint_tools.manifest import BlockContract, is_checkpoint, read_manifest
+from checkpoint_tools.manifest import BlockContract, LowRank, is_checkpoint, read_manifest
 from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, read_shape
 from checkpoint_tools.safetensors_dir import open_weights
 from checkpoint_tools.vocabulary import load_tokenizer, read_vocabulary
@@ -24,6 +24,7 @@ from megatron_opdlm.config import Config, to_yaml
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.model import lora
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.parallel import Layout
@@ -43,6 +44,7 @@ class ModelSource:
     shape: Qwen3Shape
     vocabulary: Vocabulary
     contract: BlockContract | None  # of a Megatron checkpoint
+    low_rank: LowRank | None  # terms that a Megatron checkpoint has beside its weights
 
     @property
     def files(self) -> Path:
@@ -64,7 +66,8 @@ def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSo
             f"{key}={path} is not a directory: give a Hugging Face Qwen3 "
             "directory or a Megatron checkpoint"
         )
-    contract = read_manifest(directory).block_contract if is_checkpoint(directory) else None
+    manifest = read_manifest(directory) if is_checkpoint(directory) else None
+    contract = manifest.block_contract if manifest else None
     files = huggingface_dir(directory)
     shape = read_shape(files)
     if contract is None:
@@ -75,7 +78,13 @@ def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSo
         files,
         mask_token_id if mask_token_id is not None or contract is None else contract.mask_token_id,
     )
-    return ModelSource(directory=directory, shape=shape, vocabulary=vocabulary, contract=contract)
+    return ModelSource(
+        directory=directory,
+        shape=shape,
+        vocabulary=vocabulary,
+        contract=contract,
+        low_rank=manifest.low_rank if manifest else None,
+    )
 
 
 def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSource, ModelSource]:
@@ -178,12 +187,45 @@ def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qw
     return teacher.requires_grad_(False).eval()
 
 
+def shares_base(config: Config, student: ModelSource, hardware: Hardware) -> bool:
+    """Whether the student's frozen base is the teacher: the same weights in the same type."""
+    same_path = config.teacher.path in ("", config.model.path)
+    types = {resolve_dtype(name, hardware) for name in (config.model.dtype, config.teacher.dtype)}
+    return (
+        config.lora.rank > 0
+        and config.lora.share_teacher
+        and same_path
+        and len(types) == 1
+        and student.low_rank is None  # else the teacher is the base with those terms merged
+    )
+
+
+def choose_teacher(
+    student: Student,
+    source: ModelSource,
+    teacher_source: ModelSource,
+    config: Config,
+    hardware: Hardware,
+) -> Qwen3:
+    """The student's own base where that is the teacher, else a second model."""
+    if shares_base(config, source, hardware):
+        return student.model
+    return build_teacher(teacher_source, config, hardware)
+
+
+def low_rank_of(config: Config) -> LowRank | None:
+    """The low-rank terms that are trained; None: all weights are."""
+    c = config.lora
+    return LowRank(rank=c.rank, alpha=c.alpha, targets=tuple(c.targets)) if c.rank else None
+
+
 def build_student(
     source: ModelSource, config: Config, hardware: Hardware, *, load: bool = True
 ) -> Student:
     """The trained model with gradient reduction and the distributed optimizer. ``load`` False
-    leaves the weights unfilled.
+    leaves the weights unfilled. With low-rank terms only those are trained.
     """
+    low_rank = low_rank_of(config)
     dtype = resolve_dtype(config.model.dtype, hardware)
     model = build_model(
         source.shape,
@@ -193,8 +235,12 @@ def build_student(
         name="model.path",
         recompute=config.model.recompute,
     )
+    if low_rank:
+        lora.attach(model, low_rank, seed=config.train.seed)
     if load:
         load_model(model, source.directory)
+    if low_rank:
+        lora.freeze_base(model)
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
     reduction = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True
@@ -245,6 +291,7 @@ def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -
             block_alignment=config.states.block_alignment,
             logit_shift=config.loss.logit_shift,
         ),
+        low_rank=low_rank_of(config),
     )
 
 

@@ -26,9 +26,16 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from checkpoint_tools.hf_files import carry_over
-from checkpoint_tools.manifest import BlockContract, is_checkpoint, read_manifest, write_manifest
+from checkpoint_tools.manifest import (
+    BlockContract,
+    LowRank,
+    is_checkpoint,
+    read_manifest,
+    write_manifest,
+)
 from checkpoint_tools.publish import publish
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model import lora
 from megatron_opdlm.model.qwen3 import Qwen3, load_hf
 from megatron_opdlm.update import Student
 
@@ -69,11 +76,26 @@ def huggingface_dir(model_dir: Path) -> Path:
 
 
 def load_model(model: Qwen3, model_dir: Path) -> None:
-    """Fill a model from a Hugging Face directory or a Megatron checkpoint of either kind."""
-    if is_checkpoint(model_dir):
-        load_weights(model, model_dir / WEIGHTS)
-    else:
+    """Fill a model from a Hugging Face directory or a Megatron checkpoint of either kind.
+
+    A checkpoint's low-rank terms are merged into the weights of a model that has none, and go on
+    where the model has the same; terms that no file holds stay as they are.
+    """
+    if not is_checkpoint(model_dir):
         load_hf(model, model_dir)
+        return
+    stored, own = read_manifest(model_dir).low_rank, lora.adapters_of(model)
+    if stored is not None and own is not None and own.low_rank != stored:
+        raise InputError(
+            f"{model_dir} holds low-rank terms of {stored}, but lora.* asks for {own.low_rank}; "
+            "use its values, or export it and start from the merged weights"
+        )
+    if stored is not None and own is None:
+        lora.attach(model, stored, seed=0)
+        load_weights(model, model_dir / WEIGHTS)
+        lora.merge(model)
+    else:
+        load_weights(model, model_dir / WEIGHTS, low_rank=stored is not None)
 
 
 def save_weights(model: Qwen3, directory: Path) -> None:
@@ -81,12 +103,18 @@ def save_weights(model: Qwen3, directory: Path) -> None:
     _save({"model": model.sharded_state_dict(prefix=_PREFIX)}, directory)
 
 
-def load_weights(model: Qwen3, directory: Path) -> None:
-    """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it."""
-    wanted = {"model": model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())}
-    loaded = _load(wanted, directory, strict_prefix=_PREFIX)
+def load_weights(model: Qwen3, directory: Path, *, low_rank: bool = True) -> None:
+    """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it. ``low_rank``
+    False: the checkpoint has no low-rank terms, and those of the model stay.
+    """
+    state = model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
+    kept = {}
+    if not low_rank:
+        kept = {k: v for k, v in model.state_dict().items() if k.startswith(f"{lora.NAME}.")}
+        state = {k: v for k, v in state.items() if k.removeprefix(_PREFIX) not in kept}
+    loaded = _load({"model": state}, directory, strict_prefix=_PREFIX)
     model.load_state_dict(
-        {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
+        kept | {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
     )
 
 
@@ -144,6 +172,7 @@ class Checkpoints:
     config_yaml: str
     dtype: str  # "fp32" | "bf16"
     block_contract: BlockContract
+    low_rank: LowRank | None = None  # terms that the student has beside its weights
 
     def save(self, student: Student, progress: Progress) -> Path:
         """Write and publish ``step_NNNNNNN``; older ones beyond ``keep`` are removed afterwards."""
@@ -192,6 +221,7 @@ class Checkpoints:
             dtype=self.dtype,
             block_contract=self.block_contract,
             step=progress.step,
+            low_rank=self.low_rank,
         )
         if final.exists():  # a run that went back to an earlier checkpoint comes by again
             shutil.rmtree(final)

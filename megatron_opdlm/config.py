@@ -51,6 +51,18 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank terms (alpha / rank) B A beside frozen weights (docs/lora.md)."""
+
+    rank: int = 0  # features between A and B; 0: all weights are trained
+    alpha: float = 16.0
+    targets: list[str] = field(  # of Megatron's linears
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
+    share_teacher: bool = True  # the frozen base is the teacher where teacher.path is model.path
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     backend: Literal["auto", "dense"] = "auto"
 
@@ -197,6 +209,7 @@ class LoggingConfig:
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

@@ -7,9 +7,11 @@ the value, the rule and the remedy; where two keys disagree, both numbers.
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.errors import InputError, nearest
 
 Values = Mapping[str, Any]
+
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 _AT_LEAST_ONE = (
     "model.tensor_parallel",
@@ -40,6 +42,7 @@ _AT_LEAST_ONE = (
 )
 _AT_LEAST_ZERO = (
     "model.mask_token_id",
+    "lora.rank",
     "rollout.entropy_bound",
     "rollout.temperature",
     "rollout.top_k",
@@ -53,7 +56,7 @@ _AT_LEAST_ZERO = (
     "evaluation.every",
     "logging.samples",
 )
-_ABOVE_ZERO = ("optimizer.lr", "optimizer.eps", "teacher.temperature")
+_ABOVE_ZERO = ("lora.alpha", "optimizer.lr", "optimizer.eps", "teacher.temperature")
 _ZERO_TO_ONE = (
     "rollout.threshold",
     "threshold_schedule.start",
@@ -83,6 +86,7 @@ def check(values: Values) -> None:
     _check_ranges(values)
     _check_built(values)
     _check_layout(values)
+    _check_lora(values)
     _check_decoding(values)
     _check_loss(values)
     _check_schedules(values)
@@ -130,6 +134,21 @@ def _check_layout(values: Values) -> None:
         raise InputError(
             "model.sequence_parallel=true shards over the tensor-parallel ranks, but "
             "model.tensor_parallel=1; use more ranks or model.sequence_parallel=false"
+        )
+
+
+def _check_lora(values: Values) -> None:
+    targets = values["lora.targets"]
+    for target in targets:
+        if target not in LORA_TARGETS:
+            raise InputError(
+                f"lora.targets holds {target!r}; use some of {', '.join(LORA_TARGETS)}"
+                + nearest(target, LORA_TARGETS)
+            )
+    if values["lora.rank"] and (not targets or len(set(targets)) < len(targets)):
+        raise InputError(
+            f"lora.targets={targets} must name each linear once, and at least one, with "
+            f"lora.rank={values['lora.rank']}; use lora.rank=0 to train all weights"
         )
 
 

@@ -11,6 +11,7 @@ def describe(config: Config, world_size: int) -> str:
     from checkpoint_tools.qwen3_shape import padded_vocab
     from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
+    from megatron_opdlm.model.flops import low_rank_parameters
     from megatron_opdlm.run_directory import check_run_directory
 
     check_run_directory(config)
@@ -27,6 +28,11 @@ def describe(config: Config, world_size: int) -> str:
     # float32.
     optimizer_bytes = (12 if student_bytes == 2 else 8) / replicas
     gib = 1 / share / 2**30
+    low_rank = build.low_rank_of(config)
+    trained = low_rank_parameters(shape, low_rank) if low_rank else shape.parameters
+    student, teachers = shape.parameters + (trained if low_rank else 0), teacher.shape.parameters
+    if build.shares_base(config, source, hardware):
+        teachers = 0
     lines = [
         f"hardware     {hardware.reason}",
         f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data "
@@ -42,9 +48,9 @@ def describe(config: Config, world_size: int) -> str:
         f"{config.rollout.responses_per_prompt} responses",
         "memory of a rank, GiB (weights split evenly over tensor and pipeline ranks; "
         "activations and KV cache not counted):",
-        f"  student weights    {shape.parameters * student_bytes * gib:.3f}",
-        f"  gradients          {shape.parameters * 4 * gib:.3f}",
-        f"  optimizer          {shape.parameters * optimizer_bytes * gib:.3f}",
-        f"  teacher weights    {teacher.shape.parameters * teacher_bytes * gib:.3f}",
+        f"  student weights    {student * student_bytes * gib:.3f}",
+        f"  gradients          {trained * 4 * gib:.3f}",
+        f"  optimizer          {trained * optimizer_bytes * gib:.3f}",
+        f"  teacher weights    {teachers * teacher_bytes * gib:.3f}",
     ]
     return "\n".join(lines)

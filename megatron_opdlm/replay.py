@@ -68,7 +68,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     rows = read_states(trajectories, shape.vocab_size, shape.max_positions)
     hardware = parallel.init(build.model_layout(config), seed=config.train.seed)
     student = build.build_student(student_source, config, hardware)
-    teacher = build.build_teacher(teacher_source, config, hardware)
+    teacher = build.choose_teacher(student, student_source, teacher_source, config, hardware)
     states = [
         make_state(
             number,

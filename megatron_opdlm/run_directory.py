@@ -18,6 +18,7 @@ _FREE_KEYS = {
     "model.sequence_parallel",
     "model.recompute",
     "teacher.offload_targets",
+    "lora.share_teacher",
     "rollout.slots",
     "rollout.kv_cache_tokens",
     "loss.chunk_rows",

@@ -16,7 +16,8 @@ from megatron_opdlm.build import (
     build_objective,
     build_plan,
     build_student,
-    build_teacher,
+    choose_teacher,
+    low_rank_of,
     model_layout,
     open_pair,
 )
@@ -48,7 +49,7 @@ class Session:
     source: ModelSource
     plan: StepPlan
     student: Student
-    teacher: Qwen3 | None  # None: the loss needs none
+    teacher: Qwen3 | None  # None: the loss needs none; may be the student, whose base is asked
     teacher_source: ModelSource
     objective: Objective
     checkpoints: Checkpoints
@@ -177,7 +178,11 @@ class Session:
         flops = 0.0
         for batch in (batch for batches in batches.updates for batch in batches):
             flops += epochs * accounting.student_flops(
-                student, batch, recompute=model.recompute, sequence_parallel=shared
+                student,
+                batch,
+                recompute=model.recompute,
+                sequence_parallel=shared,
+                low_rank=low_rank_of(self.config),
             )
             if self.teacher:
                 flops += epochs * accounting.projection_flops(teacher, len(batch.labels))
@@ -231,7 +236,9 @@ def open_session(config: Config) -> Session:
     latest = checkpoints.latest()
     student = build_student(source, config, hardware, load=latest is None)
     progress = Progress() if latest is None else checkpoints.restore(student, latest)
-    teacher = None if config.loss.kind == "nll" else build_teacher(teacher_source, config, hardware)
+    teacher = None
+    if config.loss.kind != "nll":
+        teacher = choose_teacher(student, source, teacher_source, config, hardware)
     if parallel.is_writer():
         prepare_run_directory(config)
         _announce(config, hardware, plan, progress)

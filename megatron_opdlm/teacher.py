@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.model.lora import base_only
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import FinishedBatch
@@ -25,8 +26,14 @@ def score(
     """Targets of all batches, one after the other: hidden states [U, H] on the last pipeline stage,
     None on the others. ``offload`` keeps them in host memory.
 
-    Stages work on different batches at the same time: each receives, computes and sends in turn.
+    Stages work on different batches at the same time: each receives, computes and sends in turn. A
+    student that stands in for its base is asked without its low-rank terms.
     """
+    with base_only(teacher):
+        return _score_all(teacher, batches, offload)
+
+
+def _score_all(teacher: Qwen3, batches: Sequence[FinishedBatch], offload: bool) -> Tensor | None:
     targets: Tensor | None = None
     first, sending = 0, []
     for batch in batches:

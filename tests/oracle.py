@@ -6,7 +6,7 @@ Nothing here imports the project's training or rollout code.
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,35 @@ def load(hf_dir: Path) -> PreTrainedModel:
     # transformers keeps gradients from the pad token's row, but the id is also an end token.
     model.get_input_embeddings().padding_idx = None
     return model
+
+
+def add_low_rank(
+    model: PreTrainedModel, terms: Mapping[tuple[int, str, str], Tensor], scale: float
+) -> None:
+    """Add scale * B A x to the linears of a model whose own weights are frozen then. ``terms`` are
+    the factors "a" and "b" of (layer, Megatron's linear): linear_qkv's rows are [queries; key;
+    value] of each group, linear_fc1's are [gate; up].
+    """
+    model.requires_grad_(False)
+    c = model.config
+    for layer, target in sorted({key[:2] for key in terms}):
+        a, b = terms[layer, target, "a"], terms[layer, target, "b"]
+        block = model.model.layers[layer]
+        if target == "linear_qkv":
+            groups = b.unflatten(0, (c.num_key_value_heads, -1, c.head_dim))
+            for name, part in (("q", groups[:, :-2]), ("k", groups[:, -2]), ("v", groups[:, -1])):
+                linear = getattr(block.self_attn, f"{name}_proj")
+                _add_term(linear, a, part.reshape(-1, b.shape[1]), scale)
+        elif target == "linear_fc1":
+            _add_term(block.mlp.gate_proj, a, b[: c.intermediate_size], scale)
+            _add_term(block.mlp.up_proj, a, b[c.intermediate_size :], scale)
+        else:
+            linears = {"linear_proj": block.self_attn.o_proj, "linear_fc2": block.mlp.down_proj}
+            _add_term(linears[target], a, b, scale)
+
+
+def _add_term(linear: torch.nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
+    linear.register_forward_hook(lambda _, x, y: y + scale * (x[0] @ a.t() @ b.t()))
 
 
 def causal_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:

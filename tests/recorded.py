@@ -117,7 +117,8 @@ class Recorded:
         )
         return [*case.overrides, f"model.path={student}", f"teacher.path={teacher}"]
 
-    def _losses(self, case: Case, student: Any, rows: list[dict[str, Any]]) -> list[torch.Tensor]:
+    def losses(self, case: Case, student: Any, rows: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """Loss of each sequence by the oracle, for any student."""
         teacher = oracle.load(self._models.hf("teacher", tied=case.tied))
         return oracle.loss(
             student,
@@ -133,7 +134,7 @@ class Recorded:
     def expected(self, case: Case) -> dict[str, Any]:
         """Losses and gradients by the oracle."""
         student = oracle.load(self._models.hf("student", tied=case.tied))
-        losses = self._losses(case, student, self.rows(case))
+        losses = self.losses(case, student, self.rows(case))
         mean = torch.stack(losses).mean()
         mean.backward()
         norm = oracle.gradient_norm(student)
@@ -156,7 +157,7 @@ class Recorded:
         losses, norms = [], []
         for seed in (1, 2, 3):
             optimizer.zero_grad()
-            mean = torch.stack(self._losses(case, student, self.rows(case, seed))).mean()
+            mean = torch.stack(self.losses(case, student, self.rows(case, seed))).mean()
             mean.backward()
             norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip)))
             losses.append(mean.item())

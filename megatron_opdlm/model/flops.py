@@ -4,6 +4,7 @@ A multiply-add counts as 2 operations: 2 per body parameter and token, 4 * heads
 layer and attended (query, key) pair, 2 * V * H per row that is projected to the vocabulary.
 """
 
+from checkpoint_tools.manifest import LowRank
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm.model.attention import AttentionPlan
 
@@ -22,11 +23,28 @@ def forward_flops(
     """
     embedding = shape.vocab_size * shape.hidden
     body = shape.parameters - embedding * (1 if shape.tied else 2)
-    attention = 4.0 * shape.layers * shape.heads * shape.head_dim * attended_pairs
+    attention = attention_flops(shape, attended_pairs)
     after_attention = shape.heads * shape.head_dim * shape.hidden + 3 * shape.hidden * shape.ffn
     unread = 0 if read_rows is None else tokens - read_rows
     body_operations = 2.0 * (body * tokens - after_attention * unread)
     return body_operations + attention + 2.0 * embedding * projected_rows
+
+
+def attention_flops(shape: Qwen3Shape, attended_pairs: int) -> float:
+    """Operations of all layers' products of queries, keys and values in a forward."""
+    return 4.0 * shape.layers * shape.heads * shape.head_dim * attended_pairs
+
+
+def low_rank_parameters(shape: Qwen3Shape, low_rank: LowRank) -> int:
+    """Numbers in A [rank, in] and B [out, rank] of all layers."""
+    query, groups = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    sizes = {
+        "linear_qkv": shape.hidden + query + 2 * groups,
+        "linear_proj": query + shape.hidden,
+        "linear_fc1": shape.hidden + 2 * shape.ffn,
+        "linear_fc2": shape.ffn + shape.hidden,
+    }
+    return shape.layers * low_rank.rank * sum(sizes[target] for target in low_rank.targets)
 
 
 def attended_pairs(plan: AttentionPlan) -> int:

@@ -24,6 +24,7 @@ from checkpoint_tools import qwen3_names
 from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, padded_vocab
 from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.model import lora
 from megatron_opdlm.model.attention import AttentionPlan, MaskedAttention
 from megatron_opdlm.model.layer import Qwen3Layer
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
@@ -223,9 +224,13 @@ def _mark_tensor_parallel(model: Qwen3) -> None:
 
 
 def named_global_parameters(model: Qwen3) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name with the global layer number, parameter) of this rank's part."""
+    """(name with the global layer number, parameter) of this rank's part; low-rank terms are no
+    part of a Qwen3.
+    """
     offset = get_transformer_layer_offset(model.config)
     for name, parameter in model.named_parameters():
+        if name.startswith(f"{lora.NAME}."):
+            continue
         if name.startswith("decoder.layers."):
             number, attribute = qwen3_names.split_layer(name)
             name = f"decoder.layers.{number + offset}.{attribute}"
