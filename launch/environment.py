@@ -15,10 +15,11 @@ from pathlib import Path
 LAUNCH = Path(__file__).resolve().parent
 INPUTS = ("setup.sh", "environment.py", "constraints.txt", "torch-cpu.txt", "../pyproject.toml")
 
-# Built together in an NGC container; replacing one of them breaks the others.
+# Built together in an NGC container; replacing one of them breaks the others. ModelOpt is Python
+# on top of them, and the project's version may stand before the container's.
 HELD = re.compile(
     r"(torch|torchvision|torchaudio|pytorch-triton|triton|numpy|apex|flash-attn.*"
-    r"|transformer-engine.*|nvidia-.*|cuda-.*)"
+    r"|transformer-engine.*|nvidia-(?!modelopt$).*|cuda-.*)"
 )
 
 

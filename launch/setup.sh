@@ -131,7 +131,7 @@ install() {
     : >"$unfinished"
     : >"$log"
     in_venv "$environment" constraints --mode "$mode" >"$venv/constraints.txt"
-    local extras="evaluation,dev"
+    local extras="evaluation,quantization,dev"
     pip_install "the build tool" --constraint "$venv/constraints.txt" setuptools
     if [[ "$mode" == gpu ]]; then
         extras="gpu,$extras"
