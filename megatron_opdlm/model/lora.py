@@ -144,7 +144,7 @@ class Adapters(torch.nn.Module):
             if not self.enabled:
                 return None
             y, bias = output
-            return y + adapter(inputs[0]), bias
+            return y + adapter(_normed(linear, inputs[0])), bias
 
         return add_term
 
@@ -183,6 +183,16 @@ class Adapters(torch.nn.Module):
 def _linear(layer: Any, target: str) -> Any:
     owner = layer.mlp if "fc" in target else layer.self_attention
     return getattr(owner, target)
+
+
+def _normed(linear: Any, x: Tensor) -> Tensor:
+    """What the linear's weight is multiplied with: Transformer Engine's may hold the norm before
+    it, and does not hand its result out.
+    """
+    weight = getattr(linear, "layer_norm_weight", None)
+    if weight is None:
+        return x
+    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), linear.eps).to(x.dtype)
 
 
 def adapters_of(model: "Qwen3") -> Adapters | None:
