@@ -112,13 +112,40 @@ def is_writer() -> bool:
 
 
 def data_parallel_rank() -> int:
-    """Which share of the sequences this rank works on."""
+    """Which share of the sequences this rank is trained on."""
     return parallel_state.get_data_parallel_rank()
 
 
 def data_parallel_size() -> int:
-    """Number of model replicas."""
+    """Number of model replicas: each trains on whole sequences."""
     return parallel_state.get_data_parallel_world_size()
+
+
+def context_rank() -> int:
+    """Which share of each packed row this rank works on."""
+    return parallel_state.get_context_parallel_rank()
+
+
+def context_size() -> int:
+    """Number of ranks that share the packed rows of one replica."""
+    return parallel_state.get_context_parallel_world_size()
+
+
+def context_group() -> dist.ProcessGroup:
+    """Ranks that hold the same weights and work on the same packed rows."""
+    return _group(parallel_state.get_context_parallel_group())
+
+
+def generator_rank() -> int:
+    """Which share of the sequences this rank generates: every context rank of every replica holds a
+    whole copy of the weights (over its tensor and pipeline ranks) and needs no other to generate.
+    """
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
+
+
+def generators() -> int:
+    """Number of copies of the model that generate: replicas times context ranks."""
+    return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
 
 def is_first_stage() -> bool:
@@ -202,12 +229,9 @@ def least_over_replica(value: int) -> int:
 
 def _last_stage_source(ranks: list[int]) -> int:
     """Global rank of (last pipeline stage, tensor rank 0): pipeline stages are the slowest
-    dimension of a replica's ranks.
+    dimension of the ranks of a copy of the model.
     """
-    return sorted(ranks)[
-        -parallel_state.get_tensor_model_parallel_world_size()
-        * parallel_state.get_context_parallel_world_size()
-    ]
+    return sorted(ranks)[-parallel_state.get_tensor_model_parallel_world_size()]
 
 
 def broadcast_over_pipeline(x: Tensor) -> Tensor:
@@ -221,6 +245,26 @@ def broadcast_over_pipeline(x: Tensor) -> Tensor:
     return x
 
 
+def sum_over_context(x: Tensor) -> Tensor:
+    """Sum over the ranks that share packed rows (in place). Not differentiated."""
+    if context_size() > 1:
+        dist.all_reduce(x, group=context_group())
+    return x
+
+
+def gather_rows_over_context(x: Tensor, rows: int) -> Tensor:
+    """x [at most ``rows``, k] of each context rank -> [context ranks * rows, k], in their order,
+    each rank's part filled up with anything. Not differentiated.
+    """
+    if context_size() == 1:
+        return x
+    own = x.new_zeros(rows, *x.shape[1:])
+    own[: len(x)] = x
+    parts = [torch.empty_like(own) for _ in range(context_size())]
+    dist.all_gather(parts, own, group=context_group())
+    return torch.cat(parts)
+
+
 def sum_over_data_parallel(x: Tensor) -> Tensor:
     """Sum over the model replicas (in place). Not differentiated."""
     if data_parallel_size() > 1:
@@ -228,12 +272,31 @@ def sum_over_data_parallel(x: Tensor) -> Tensor:
     return x
 
 
+def sum_over_generators(x: Tensor) -> Tensor:
+    """Sum over all copies of the model (in place). Not differentiated."""
+    if generators() > 1:
+        dist.all_reduce(x, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return x
+
+
 def gather_objects_over_data_parallel(items: list[Any]) -> list[Any]:
-    """Concatenate the lists of all model replicas, in data parallel order, on every rank."""
-    if data_parallel_size() == 1:
+    """Concatenate the lists of all model replicas, in data parallel order, on every rank. The
+    context ranks of a replica must give the same list.
+    """
+    return _gather_objects(items, parallel_state.get_data_parallel_group_gloo())
+
+
+def gather_objects_over_generators(items: list[Any]) -> list[Any]:
+    """Concatenate the lists of all copies of the model, in their order, on every rank."""
+    group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+    return _gather_objects(items, group)
+
+
+def _gather_objects(items: list[Any], group: Any) -> list[Any]:
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
         return list(items)
-    group = parallel_state.get_data_parallel_group_gloo()
-    shares: list[Any] = [None] * data_parallel_size()
+    shares: list[Any] = [None] * ranks
     dist.all_gather_object(shares, items, group=group)
     return [item for share in shares for item in share]
 
