@@ -117,9 +117,10 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str) -> None:
+def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str, cp: int = 1) -> None:
     """Refuse a parallel layout that does not divide the model, whose ``name`` the message gives."""
-    for size, value in (("tensor_parallel", tp), ("pipeline_parallel", pp)):
+    sizes = (("tensor_parallel", tp), ("pipeline_parallel", pp), ("context_parallel", cp))
+    for size, value in sizes:
         if value < 1:
             raise InputError(f"{size}={value} is not positive; use 1 or more")
     for what, count in (("num_query_groups", shape.groups), ("ffn_hidden_size", shape.ffn)):
@@ -135,6 +136,14 @@ def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str) -> None:
         usable = [n for n in range(1, shape.layers + 1) if shape.layers % n == 0]
         raise InputError(
             f"pipeline_parallel={pp} does not divide num_layers={shape.layers} ({name}); "
+            f"use {_choices(usable)}"
+        )
+    heads = shape.heads // tp
+    if heads % cp:  # context ranks share each tensor rank's heads during attention
+        usable = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise InputError(
+            f"context_parallel={cp} does not divide the {heads} attention heads of a tensor rank "
+            f"(num_attention_heads={shape.heads} / tensor_parallel={tp}, {name}); "
             f"use {_choices(usable)}"
         )
 

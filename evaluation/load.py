@@ -50,7 +50,7 @@ class Generator:
     ) -> list[Trajectory]:
         """One trajectory a prompt, in input order, on every rank.
 
-        The prompts are shared out over the model replicas by length; a replica without work is
+        The prompts are shared out over the copies of the model by length; one without work is
         legal. Raises InputError for a prompt that leaves no room in the model's positions.
         """
         if decoding.mode == "diffusion" and self.contract is None:
@@ -59,8 +59,8 @@ class Generator:
             Request(sample=sample, prompt=prompt, max_new_tokens=self._limit(prompt, decoding))
             for prompt, sample in zip(prompts, samples, strict=True)
         ]
-        shares = split_over_replicas(requests, parallel.data_parallel_size(), decoding)
-        mine = shares[parallel.data_parallel_rank()]
+        shares = split_over_replicas(requests, parallel.generators(), decoding)
+        mine = shares[parallel.generator_rank()]
         made = generate(
             self.model,
             [requests[i] for i in mine],
@@ -70,7 +70,7 @@ class Generator:
             slots=SLOTS,
         )
         pairs = list(zip(mine, made.trajectories, strict=True))
-        done = dict(parallel.gather_objects_over_data_parallel(pairs))
+        done = dict(parallel.gather_objects_over_generators(pairs))
         return [done[i] for i in range(len(requests))]
 
     def _limit(self, prompt: Prompt, decoding: Decoding) -> int:

@@ -13,7 +13,7 @@ def forward_flops(
     shape: Qwen3Shape,
     *,
     tokens: int,
-    attended_pairs: int,
+    attended_pairs: float,
     projected_rows: int,
     read_rows: int | None = None,
 ) -> float:
@@ -30,7 +30,7 @@ def forward_flops(
     return body_operations + attention + 2.0 * embedding * projected_rows
 
 
-def attention_flops(shape: Qwen3Shape, attended_pairs: int) -> float:
+def attention_flops(shape: Qwen3Shape, attended_pairs: float) -> float:
     """Operations of all layers' products of queries, keys and values in a forward."""
     return 4.0 * shape.layers * shape.heads * shape.head_dim * attended_pairs
 
