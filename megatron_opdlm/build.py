@@ -23,8 +23,9 @@ from megatron_opdlm.checkpoint import Checkpoints, dtype_name, huggingface_dir, 
 from megatron_opdlm.config import Config, to_yaml
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model import lora
+from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.parallel import Layout
@@ -98,6 +99,7 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
         open_model(config.teacher.path, "teacher.path", mask) if config.teacher.path else student
     )
     require_same_tokens(student, teacher)
+    kernels_of(config, select_hardware())
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     for source, key in ((student, "model.path"), (teacher, "teacher.path")):
         require_layout(config, source, key, ranks)
@@ -113,6 +115,27 @@ def model_layout(config: Config) -> Layout:
         context=m.context_parallel,
         sequence_parallel=m.sequence_parallel,
     )
+
+
+def kernels_of(config: Config, hardware: Hardware) -> tuple[Kernels, Kernels]:
+    """What computes the student and the teacher. InputError where that cannot run here."""
+    student, teacher = (
+        choose_kernels(
+            config.model.spec,
+            config.attention.backend,
+            resolve_dtype(section.dtype, hardware),
+            hardware,
+            causal=section is config.teacher,
+        )
+        for section in (config.model, config.teacher)
+    )
+    return student, teacher
+
+
+def describe_kernels(config: Config, hardware: Hardware) -> str:
+    """One line for the log: what computes the models, and why."""
+    student, teacher = kernels_of(config, hardware)
+    return f"kernels: student {student}; teacher {teacher}; {reason(hardware)}"
 
 
 def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
@@ -182,7 +205,10 @@ def _recorded(
 def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qwen3:
     """The frozen autoregressive model, on the same layout as the student."""
     dtype = resolve_dtype(config.teacher.dtype, hardware)
-    teacher = build_model(source.shape, model_layout(config), dtype, hardware, name="teacher.path")
+    kernels = kernels_of(config, hardware)[1]
+    teacher = build_model(
+        source.shape, model_layout(config), dtype, hardware, name="teacher.path", kernels=kernels
+    )
     load_model(teacher, source.directory)
     return teacher.requires_grad_(False).eval()
 
@@ -234,6 +260,7 @@ def build_student(
         hardware,
         name="model.path",
         recompute=config.model.recompute,
+        kernels=kernels_of(config, hardware)[0],
     )
     if low_rank:
         lora.attach(model, low_rank, seed=config.train.seed)

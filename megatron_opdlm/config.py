@@ -38,6 +38,9 @@ class ModelConfig:
     sequence_parallel: bool = False
     dtype: Precision = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     max_positions: int | None = None  # tokens; null: the model's own limit
+    # Layers: te = Transformer Engine's (fused norms), local = Megatron's own. auto: te where it is
+    # installed, on GPUs in 16 bits. Checkpoints are the same.
+    spec: Literal["auto", "local", "te"] = "auto"
     recompute: bool = False  # recompute activations in the backward pass: less memory, more time
 
 
@@ -64,7 +67,10 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    backend: Literal["auto", "dense"] = "auto"
+    """Who computes attention of packed rows (docs/attention.md); decoding has its own."""
+
+    # auto: dense on a CPU; on GPUs flex, for the teacher te where it is installed
+    backend: Literal["auto", "dense", "flex", "te"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ def describe(config: Config, world_size: int) -> str:
         teachers = 0
     lines = [
         f"hardware     {hardware.reason}",
+        build.describe_kernels(config, hardware).replace("kernels: ", "kernels      "),
         f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data "
         f"{replicas}" + (", sequence parallel" if layout.sequence_parallel else ""),
         f"student      {shape.parameters:,} parameters: {shape.layers} layers, "

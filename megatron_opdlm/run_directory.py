@@ -17,6 +17,7 @@ _FREE_KEYS = {
     "model.context_parallel",
     "model.sequence_parallel",
     "model.recompute",
+    "model.spec",
     "teacher.offload_targets",
     "lora.share_teacher",
     "rollout.slots",

@@ -17,6 +17,7 @@ from megatron_opdlm.build import (
     build_plan,
     build_student,
     choose_teacher,
+    describe_kernels,
     low_rank_of,
     model_layout,
     open_pair,
@@ -269,6 +270,7 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
     layout = model_layout(config)
     lines = [
         f"hardware: {hardware.reason}",
+        describe_kernels(config, hardware),
         f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data "
         f"{parallel.data_parallel_size()}"
         + (", sequence parallel" if layout.sequence_parallel else ""),

@@ -20,6 +20,18 @@ TRANSFORMER_OPTIONS: dict[str, Any] = {
 }
 
 
+def transformer_engine() -> str | None:
+    """Version of Transformer Engine, None where it is not installed. A broken one raises: it must
+    not be mistaken for none.
+    """
+    try:
+        importlib.import_module("transformer_engine")
+    except ModuleNotFoundError:
+        return None
+    importlib.import_module("transformer_engine.pytorch")
+    return str(importlib.import_module("megatron.core.utils").get_te_version())
+
+
 def peak_memory_bytes() -> int:
     """Largest amount of GPU memory that tensors have occupied on this rank."""
     return torch.cuda.max_memory_allocated()

@@ -24,6 +24,8 @@ class Hardware:
     peak_memory_bytes: Callable[[], int]  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
     decode_attention: str  # "buckets" | "rows", what decode_forward.py does best here
+    transformer_engine: str | None  # its version; None: not here
+    differentiates_flex: bool  # FlexAttention has a backward pass
     # Runs a function once and returns one that repeats its kernels; None: cannot.
     capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None
     reason: str  # why this hardware was chosen, for the log
@@ -52,6 +54,8 @@ def select_hardware() -> Hardware:
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.decode_attention(),
+            transformer_engine=gpu.transformer_engine(),
+            differentiates_flex=True,
             capture=gpu.capture,
             reason="CUDA is available: NCCL, bfloat16",
         )
@@ -65,6 +69,8 @@ def select_hardware() -> Hardware:
         peak_memory_bytes=_peak_resident_bytes,
         free_memory_bytes=_available_bytes,
         decode_attention="buckets",
+        transformer_engine=None,
+        differentiates_flex=False,
         capture=None,
         reason="no CUDA device: gloo, float32, one thread a rank",
     )

@@ -1,42 +1,40 @@
-"""The attention slot: Megatron's ``core_attention`` with our masks. Backend ``dense``: SDPA with a
-materialised mask; decoding has a second form, ``decode_attention.py``.
+"""The attention slot: Megatron's ``core_attention`` with our masks, behind three backends.
 
-A packed row [N tokens] is attended in *buckets*: sequences of similar length gathered to rows [n,
-L], each with its own small mask, so the cost is that of the sequences and not of the N x N square.
-The plan of a forward (buckets, masks, cache) is built once and travels to every layer inside
-``packed_seq_params``.
+The plan of a forward says who sees whom; the model says which kernel computes it. ``dense``
+(dense_attention.py), ``flex`` (flex_attention.py) and ``te`` (te_attention.py) make of a packed row
+what they need, once, and every layer uses it. Decoding against a cache is the same for all of them:
+buckets, or rows of one block (decode_attention.py).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_opdlm.model import dense_attention
 from megatron_opdlm.model.decode_attention import BlockRows, attend_rows
+from megatron_opdlm.model.dense_attention import Bucket, Bucketed, attend_bucketed, bucketed
+from megatron_opdlm.model.flex_attention import attend_flex, flex_mask
 from megatron_opdlm.model.kv_cache import KVCache
+from megatron_opdlm.model.packed_row import PackedRow
+from megatron_opdlm.model.te_attention import TransformerEngineKernel, biased, bounds
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bucket:
-    """Sequences that are attended together."""
-
-    gather: Tensor  # [n, L] into the packed row; beyond a sequence's end its first token repeats
-    mask: Tensor  # [n, 1, L, keys] bool, True = may attend; or what is added to the scores
-    # Cache slots of the n sequences: [n], or a run of neighbours, whose keys are read in place.
-    slots: Tensor | slice | None = None
+Made = TypeVar("Made")
 
 
 @dataclass
 class AttentionPlan(PackedSeqParams):
     """Everything that attention needs to know about one forward. ``qkv_format`` is "sbhd" with one
-    packed row.
+    packed row: ``row`` without a cache, ``rows`` or ``buckets`` with one.
     """
 
+    row: PackedRow | None = None
+    rows: BlockRows | None = None
     buckets: tuple[Bucket, ...] = ()
-    rows: BlockRows | None = None  # decoding without buckets
     scatter: Tensor | None = (
         None  # [N] place of each packed token among the buckets' flattened rows
     )
@@ -46,14 +44,28 @@ class AttentionPlan(PackedSeqParams):
     # [M] packed tokens whose final hidden states are wanted; None: all N of them. The last layer
     # needs no more of the others than their keys and values.
     read: Tensor | None = None
+    _made: dict[Callable[[PackedRow], Any], Any] = field(default_factory=dict)
 
     def rows_after(self, layer_number: int, config: Any) -> Tensor | None:
         """Packed tokens that go on after this layer's attention, None for all of them.
 
-        Under sequence parallelism every rank keeps its equal share of the rows to the end.
+        Under sequence parallelism every rank keeps its equal share of the rows to the end. Nor do
+        we go on with no row at all: not every fused kernel takes that (``Qwen3`` drops them).
         """
         last = layer_number == config.num_layers and not config.sequence_parallel
-        return self.read if last else None
+        return self.read if last and not self.reads_nothing else None
+
+    @property
+    def reads_nothing(self) -> bool:
+        """True for a forward that only takes part in the collectives."""
+        return self.read is not None and not len(self.read)
+
+    def once(self, make: Callable[[PackedRow], Made]) -> Made:
+        """What a kernel makes of the row; the first layer makes it and the others find it."""
+        assert self.row is not None
+        if make not in self._made:
+            self._made[make] = make(self.row)
+        return self._made[make]
 
 
 class MaskedAttention(torch.nn.Module):
@@ -65,12 +77,22 @@ class MaskedAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: Any,
         attention_type: str,
+        backend: str = "dense",
         **kwargs: Any,
     ) -> None:
+        """``backend``: "dense", "flex" or "te". ``kwargs``: what else Megatron gives."""
         super().__init__()
-        self.config, self.layer_number = config, layer_number
+        self.config, self.layer_number, self.backend = config, layer_number, backend
         scale = kwargs.get("softmax_scale")
         self.scale: float = config.kv_channels**-0.5 if scale is None else scale
+        if backend == "te":
+            self.te = TransformerEngineKernel(
+                config=config,
+                layer_number=layer_number,
+                attn_mask_type=attn_mask_type,
+                attention_type=attention_type,
+                **kwargs,
+            )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Nothing to store."""
@@ -94,43 +116,55 @@ class MaskedAttention(torch.nn.Module):
             "our attention is driven by an AttentionPlan in packed_seq_params"
         )
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if plan.cache is not None:
-            assert plan.cache_slot is not None and plan.cache_position is not None
-            plan.cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
         wanted = plan.rows_after(self.layer_number, self.config)
-        if plan.rows is not None:
-            assert plan.cache is not None
-            keys, values = plan.cache.layer(self.layer_number)
-            flat = attend_rows(query, keys, values, plan.rows, self.scale)
-            flat = flat if wanted is None else flat.index_select(0, wanted)
-            return flat.flatten(1).unsqueeze(1)
-        rows = [self._attend(bucket, query, key, value, plan.cache) for bucket in plan.buckets]
-        assert plan.scatter is not None
-        place = plan.scatter if wanted is None else plan.scatter[wanted]
-        flat = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return flat.index_select(0, place).flatten(1).unsqueeze(1)
-
-    def _attend(
-        self, bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, cache: KVCache | None
-    ) -> Tensor:
-        """Attention of one bucket -> [n * L, heads, d]."""
-        q = _gather(query, bucket.gather)
-        if cache is None:
-            k, v = _gather(key, bucket.gather), _gather(value, bucket.gather)
+        if plan.cache is None:
+            flat = self._packed(query, key, value, plan, wanted)
         else:
+            flat = self._cached(query, key, value, plan, plan.cache, wanted)
+        return flat.flatten(1).unsqueeze(1)
+
+    def _packed(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan, read: Tensor | None
+    ) -> Tensor:
+        """[N, heads, d] of the plan's row, or its rows ``read``."""
+        assert plan.row is not None
+        if self.backend == "flex":
+            return _chosen(attend_flex(query, key, value, plan.once(flex_mask), self.scale), read)
+        if self.backend == "te" and plan.row.causal:
+            return _chosen(self.te.causal(query, key, value, plan.once(bounds)), read)
+        if self.backend == "te":
+            made = plan.once(biased)
+            return attend_bucketed(query, key, value, made, self.te.biased, read=read)
+        return attend_bucketed(query, key, value, plan.once(bucketed), self._dense, read=read)
+
+    def _cached(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache,
+        read: Tensor | None,
+    ) -> Tensor:
+        """The same against a cache, which first gets the new keys and values."""
+        assert plan.cache_slot is not None and plan.cache_position is not None
+        cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
+        if plan.rows is not None:
+            keys, values = cache.layer(self.layer_number)
+            return _chosen(attend_rows(query, keys, values, plan.rows, self.scale), read)
+
+        def cached(bucket: Bucket) -> tuple[Tensor, Tensor]:
             assert bucket.slots is not None
-            k, v = cache.read(self.layer_number, bucket.slots, bucket.mask.shape[-1])
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=bucket.mask,
-            scale=self.scale,
-            enable_gqa=True,
-        )
-        return out.transpose(1, 2).flatten(0, 1)
+            return cache.read(self.layer_number, bucket.slots, bucket.mask.shape[-1])
+
+        assert plan.scatter is not None
+        made = Bucketed(buckets=plan.buckets, scatter=plan.scatter)
+        return attend_bucketed(query, key, value, made, self._dense, read=read, cached=cached)
+
+    @property
+    def _dense(self) -> dense_attention.Kernel:
+        return partial(dense_attention.attend, scale=self.scale)
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """x [N, heads, d] at index [n, L] -> [n, L, heads, d]."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+def _chosen(flat: Tensor, rows: Tensor | None) -> Tensor:
+    return flat if rows is None else flat.index_select(0, rows)

@@ -5,69 +5,19 @@ only; no step of it grows a Python loop with the number of sequences.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion.masks import block_causal_visible, two_stream_visible
-from megatron_opdlm.model.attention import AttentionPlan, Bucket
+from megatron_opdlm.diffusion.masks import block_causal_visible
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.dense_attention import Bucket, group_bounds, packed_pairs
 from megatron_opdlm.model.kv_cache import KVCache
+from megatron_opdlm.model.packed_row import PackedRow
 
-WASTE = 0.25  # share of a bucket's row that padding to its longest sequence may take
+__all__ = ["cached_plan", "causal_plan", "packed_pairs", "two_stream_plan"]
+
 IN_PLACE = 0.5  # share of the slots from which on attending to all of them beats copying their keys
-
-
-class _Rows(NamedTuple):
-    """Sequences of similar length."""
-
-    members: Tensor  # [n] which packed sequences
-    gather: Tensor  # [n, L] indices into the packed row; beyond a sequence's end its first token
-    real: Tensor  # bool [n, L]
-
-
-def group_bounds(lengths: Tensor, waste: float = WASTE) -> list[tuple[int, int]]:
-    """(shortest, longest) length of each bucket, longest bucket first.
-
-    The loop runs over buckets: their number grows with the logarithm of the spread of lengths.
-    """
-    bounds: list[tuple[int, int]] = []
-    left = lengths.unique()
-    while len(left):
-        longest = int(left[-1])
-        inside = left >= (1 - waste) * longest
-        bounds.append((int(left[inside][0]), longest))
-        left = left[~inside]
-    return bounds
-
-
-def packed_pairs(lengths: Sequence[int]) -> int:
-    """(query, key) pairs that the plan of a packed row computes, hidden ones included."""
-    each = torch.tensor(lengths)
-    return sum(
-        int(((each >= shortest) & (each <= longest)).sum()) * longest**2
-        for shortest, longest in group_bounds(each)
-    )
-
-
-def _bucket_rows(lengths: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
-    """Buckets of the packed sequences, and each packed token's place among their flattened rows.
-
-    ``tokens`` may exceed the sum of lengths: the alignment tail reads place 0, and nobody reads it.
-    """
-    starts = lengths.cumsum(0) - lengths
-    scatter = torch.zeros(tokens, dtype=torch.int64)
-    rows: list[_Rows] = []
-    base = 0
-    for shortest, longest in group_bounds(lengths):
-        members = torch.nonzero((lengths >= shortest) & (lengths <= longest)).flatten()
-        offset = torch.arange(longest)
-        real = offset < lengths[members, None]
-        gather = starts[members, None] + torch.where(real, offset, 0)
-        scatter[gather[real]] = base + torch.arange(gather.numel())[real.flatten()]
-        base += gather.numel()
-        rows.append(_Rows(members, gather, real))
-    return rows, scatter
 
 
 def causal_plan(
@@ -76,14 +26,7 @@ def causal_plan(
     """Plain causal attention within each packed sequence: the teacher. ``read``: packed tokens
     whose final hidden states are wanted (None: all).
     """
-    rows, scatter = _bucket_rows(torch.tensor(lengths), tokens)
-    buckets = []
-    for members, gather, _ in rows:
-        position = torch.arange(gather.shape[1], device=device)
-        mask = block_causal_visible(position[:, None], position[None, :], 1)
-        expanded = mask.expand(len(members), 1, -1, -1)
-        buckets.append(Bucket(gather=gather.to(device), mask=expanded))
-    return _uncached(buckets, scatter, read, device)
+    return _uncached(PackedRow(lengths=tuple(lengths), tokens=tokens, device=device), read)
 
 
 def two_stream_plan(
@@ -99,28 +42,15 @@ def two_stream_plan(
     ``block_N``: absolute position // B; ``clean_N``: False in the noisy copy; both on the host.
     ``read``: packed tokens whose final hidden states are wanted (None: all).
     """
-    rows, scatter = _bucket_rows(torch.tensor(lengths), len(block_N))
-    buckets = []
-    for _, gather, real in rows:
-        block, clean = block_N[gather].to(device), clean_N[gather].to(device)
-        mask = two_stream_visible(
-            block[:, :, None], clean[:, :, None], block[:, None, :], clean[:, None, :]
-        )
-        # A place beyond the end repeats the first token, which must not be seen twice.
-        mask = (mask & real.to(device)[:, None, :]).unsqueeze(1)
-        buckets.append(Bucket(gather=gather.to(device), mask=mask))
-    return _uncached(buckets, scatter, read, device)
-
-
-def _uncached(
-    buckets: list[Bucket], scatter: Tensor, read: Tensor | None, device: torch.device
-) -> AttentionPlan:
-    return AttentionPlan(
-        qkv_format="sbhd",
-        buckets=tuple(buckets),
-        scatter=scatter.to(device),
-        read=None if read is None else read.to(device),
+    row = PackedRow(
+        lengths=tuple(lengths), tokens=len(block_N), device=device, block=block_N, clean=clean_N
     )
+    return _uncached(row, read)
+
+
+def _uncached(row: PackedRow, read: Tensor | None) -> AttentionPlan:
+    read = None if read is None else read.to(row.device)
+    return AttentionPlan(qkv_format="sbhd", row=row, read=read)
 
 
 def cached_plan(

@@ -11,12 +11,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
@@ -25,32 +20,11 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, padded_vocab
 from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model import lora
-from megatron_opdlm.model.attention import AttentionPlan, MaskedAttention
-from megatron_opdlm.model.layer import Qwen3Layer
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.kernels import Kernels
+from megatron_opdlm.model.layer_spec import block_spec
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
 from megatron_opdlm.parallel import Layout
-
-
-class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm computed in float32 (Zhang and Sennrich, 2019), usable under sequence
-    parallelism.
-    """
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Megatron sums the gradient over tensor ranks where this mark is set.
-        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] -> [..., H]."""
-        h = x.float()
-        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(
-            x.dtype
-        )
 
 
 class ExplicitRope(torch.nn.Module):
@@ -81,6 +55,9 @@ class Qwen3(GPTModel):
     shape: Qwen3Shape
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        plan = kwargs["packed_seq_params"]
+        if self.post_process and plan.reads_nothing and not self.config.sequence_parallel:
+            return hidden_states[:0]
         return hidden_states
 
     def run(self, tokens_N: Tensor, position_N: Tensor, plan: AttentionPlan) -> Tensor:
@@ -155,20 +132,6 @@ def transformer_config(
     )
 
 
-def _layer_spec(config: TransformerConfig) -> Any:
-    spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    spec.module = Qwen3Layer
-    layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
-    attention.core_attention = MaskedAttention
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config),
-        layer_norm=RMSNorm,  # type: ignore[arg-type] -- Megatron also takes a class here
-    )
-
-
 def build_model(
     shape: Qwen3Shape,
     layout: Layout,
@@ -177,6 +140,7 @@ def build_model(
     *,
     name: str = "model",
     recompute: bool = False,
+    kernels: Kernels = Kernels(),  # noqa: B008 -- frozen
 ) -> Qwen3:
     """This rank's part of a Qwen3, its weights not yet filled. ``name`` stands in error messages.
 
@@ -186,7 +150,7 @@ def build_model(
     config = transformer_config(shape, layout, dtype, hardware, recompute=recompute)
     model = Qwen3(
         config=config,
-        transformer_layer_spec=_layer_spec(config),
+        transformer_layer_spec=block_spec(config, kernels),
         vocab_size=padded_vocab(shape.vocab_size, layout.tensor),
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -218,7 +182,9 @@ def _mark_tensor_parallel(model: Qwen3) -> None:
     Megatron does this while it initialises weights, which we skip.
     """
     for name, parameter in model.named_parameters():
-        split = _SPLIT_DIMENSION.get(name.split(".")[-2])
+        module, attribute = name.split(".")[-2:]
+        # A linear of Transformer Engine also holds the norm before it, whole on every rank.
+        split = _SPLIT_DIMENSION.get(module) if attribute == "weight" else None
         if split is not None and not hasattr(parameter, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)
 

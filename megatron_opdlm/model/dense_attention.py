@@ -1,0 +1,164 @@
+"""Backend ``dense``: scaled dot-product attention with a materialised mask.
+
+A packed row [N tokens] is attended in *buckets*: sequences of similar length gathered to rows [n,
+L], each with its own small mask, so the cost is that of the sequences and not of the N x N square.
+Decoding on a CPU uses buckets as well, with keys from the cache.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_opdlm.diffusion.masks import block_causal_visible, two_stream_visible
+from megatron_opdlm.model.packed_row import PackedRow
+
+WASTE = 0.25  # share of a bucket's row that padding to its longest sequence may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucket:
+    """Sequences that are attended together."""
+
+    gather: Tensor  # [n, L] into the packed row; beyond a sequence's end its first token repeats
+    mask: Tensor  # [n, 1, L, keys] bool, True = may attend; or what is added to the scores
+    # Cache slots of the n sequences: [n], or a run of neighbours, whose keys are read in place.
+    slots: Tensor | slice | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucketed:
+    """A packed row as buckets."""
+
+    buckets: tuple[Bucket, ...]
+    scatter: Tensor  # [N] place of each packed token among the buckets' flattened rows
+
+
+# Query [n, L, heads, d], key and value [n, keys, groups, d] and mask -> [n, L, heads, d].
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Grouped-query attention of one bucket by PyTorch's kernel."""
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return out.transpose(1, 2)
+
+
+def attend_bucketed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bucketed: Bucketed,
+    kernel: Kernel,
+    *,
+    read: Tensor | None = None,
+    cached: Callable[[Bucket], tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """query [N, heads, d], key and value [N, groups, d] -> [N, heads, d]; ``read``: only these
+    packed tokens. ``cached`` gives a bucket's keys and values where they come from a cache.
+    """
+    rows = []
+    for bucket in bucketed.buckets:
+        q = _gather(query, bucket.gather)
+        if cached is None:
+            k, v = _gather(key, bucket.gather), _gather(value, bucket.gather)
+        else:
+            k, v = cached(bucket)
+        rows.append(kernel(q, k, v, bucket.mask).flatten(0, 1))
+    place = bucketed.scatter if read is None else bucketed.scatter[read]
+    flat = rows[0] if len(rows) == 1 else torch.cat(rows)
+    return flat.index_select(0, place)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """x [N, heads, d] at index [n, L] -> [n, L, heads, d]."""
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def group_bounds(lengths: Tensor, waste: float = WASTE) -> list[tuple[int, int]]:
+    """(shortest, longest) length of each bucket, longest bucket first.
+
+    The loop runs over buckets: their number grows with the logarithm of the spread of lengths.
+    """
+    bounds: list[tuple[int, int]] = []
+    left = lengths.unique()
+    while len(left):
+        longest = int(left[-1])
+        inside = left >= (1 - waste) * longest
+        bounds.append((int(left[inside][0]), longest))
+        left = left[~inside]
+    return bounds
+
+
+def packed_pairs(lengths: Sequence[int]) -> int:
+    """(query, key) pairs that the buckets of a packed row compute, hidden ones included."""
+    each = torch.tensor(lengths)
+    return sum(
+        int(((each >= shortest) & (each <= longest)).sum()) * longest**2
+        for shortest, longest in group_bounds(each)
+    )
+
+
+class _Rows(NamedTuple):
+    """Sequences of similar length."""
+
+    members: Tensor  # [n] which packed sequences
+    gather: Tensor  # [n, L] indices into the packed row; beyond a sequence's end its first token
+    real: Tensor  # bool [n, L]
+
+
+def _bucket_rows(lengths: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
+    """Buckets of the packed sequences, and each packed token's place among their flattened rows.
+
+    ``tokens`` may exceed the sum of lengths: the alignment tail reads place 0, and nobody reads it.
+    """
+    starts = lengths.cumsum(0) - lengths
+    scatter = torch.zeros(tokens, dtype=torch.int64)
+    rows: list[_Rows] = []
+    base = 0
+    for shortest, longest in group_bounds(lengths):
+        members = torch.nonzero((lengths >= shortest) & (lengths <= longest)).flatten()
+        offset = torch.arange(longest)
+        real = offset < lengths[members, None]
+        gather = starts[members, None] + torch.where(real, offset, 0)
+        scatter[gather[real]] = base + torch.arange(gather.numel())[real.flatten()]
+        base += gather.numel()
+        rows.append(_Rows(members, gather, real))
+    return rows, scatter
+
+
+def bucketed(row: PackedRow) -> Bucketed:
+    """The row's buckets with boolean masks."""
+    rows, scatter = _bucket_rows(torch.tensor(row.lengths), row.tokens)
+    make = _causal_bucket if row.causal else _two_stream_bucket
+    return Bucketed(buckets=tuple(make(row, one) for one in rows), scatter=scatter.to(row.device))
+
+
+def _causal_bucket(row: PackedRow, rows: _Rows) -> Bucket:
+    position = torch.arange(rows.gather.shape[1], device=row.device)
+    mask = block_causal_visible(position[:, None], position[None, :], 1)
+    expanded = mask.expand(len(rows.members), 1, -1, -1)
+    return Bucket(gather=rows.gather.to(row.device), mask=expanded)
+
+
+def _two_stream_bucket(row: PackedRow, rows: _Rows) -> Bucket:
+    assert row.block is not None and row.clean is not None
+    block, clean = row.block[rows.gather].to(row.device), row.clean[rows.gather].to(row.device)
+    mask = two_stream_visible(
+        block[:, :, None], clean[:, :, None], block[:, None, :], clean[:, None, :]
+    )
+    # A place beyond the end repeats the first token, which must not be seen twice.
+    mask = (mask & rows.real.to(row.device)[:, None, :]).unsqueeze(1)
+    return Bucket(gather=rows.gather.to(row.device), mask=mask)

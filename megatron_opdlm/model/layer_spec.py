@@ -1,0 +1,72 @@
+"""What a layer is made of: Megatron's own modules ("local"), or Transformer Engine's with norms
+fused into the linears ("te"). Both have our layer class and our attention in its slot, and store
+their weights under the same names.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor
+
+from megatron_opdlm.model.attention import MaskedAttention
+from megatron_opdlm.model.kernels import Kernels
+from megatron_opdlm.model.layer import Qwen3Layer
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm computed in float32 (Zhang and Sennrich, 2019), usable under sequence
+    parallelism.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Megatron sums the gradient over tensor ranks where this mark is set.
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., H]."""
+        h = x.float()
+        return self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)).to(
+            x.dtype
+        )
+
+
+def block_spec(config: TransformerConfig, kernels: Kernels) -> Any:
+    """Specification of this stage's layers and of the final norm."""
+    spec = _te_layer() if kernels.spec == "te" else _local_layer()
+    spec.module = Qwen3Layer
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(
+        module=MaskedAttention, params={"backend": kernels.attention}
+    )
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config),
+        layer_norm=attention.q_layernorm,
+    )
+
+
+def _local_layer() -> Any:
+    spec: Any = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def _te_layer() -> Any:
+    """Transformer Engine's layer. Its norms take epsilon and the kind of norm from the
+    configuration and compute in float32; their weights are not centred at zero.
+    """
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)

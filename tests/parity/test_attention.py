@@ -1,0 +1,253 @@
+"""Attention backends on packed rows against sums written out from the definition of the masks
+(DESIGN 2), and whole models through both backends that run on a CPU.
+
+FlexAttention runs uncompiled here, but for the one test marked slow.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
+from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed
+from megatron_opdlm.model.flex_attention import (
+    TILE,
+    attend_flex,
+    compiled_kernel,
+    flex_mask,
+    padded_size,
+)
+from megatron_opdlm.model.kernels import Kernels
+from megatron_opdlm.model.packed_row import PackedRow
+from megatron_opdlm.model.te_attention import HIDDEN, biased, bounds
+from megatron_opdlm.parallel import Layout
+from tests.conftest import TinyModels
+from tests.distributed import jobs
+
+CPU = torch.device("cpu")
+BLOCK = 3  # tokens
+
+
+@dataclass
+class Packed:
+    """A row with what each of its tokens is."""
+
+    row: PackedRow
+    sequence: list[int]  # of each token; -1 in the tail
+    block: list[int]
+    noisy: list[bool]
+
+    def expected_mask(self) -> Tensor:
+        """bool [N, N] pair by pair; tail tokens see themselves, so that rows are never empty."""
+        n = self.row.tokens
+        return torch.tensor([[self._sees(q, k) for k in range(n)] for q in range(n)])
+
+    def _sees(self, q: int, k: int) -> bool:
+        if self.sequence[q] == -1 or self.sequence[q] != self.sequence[k]:
+            return q == k
+        if self.row.causal:
+            return k <= q
+        if self.noisy[k]:
+            return self.noisy[q] and self.block[k] == self.block[q]
+        return self.block[k] < self.block[q] or (
+            not self.noisy[q] and self.block[k] == self.block[q]
+        )
+
+
+def two_stream(responses: list[tuple[int, int]], tail: int = 0) -> Packed:
+    """Sequences of (clean, noisy) tokens; the noisy copy holds the last positions and those of
+    their blocks before it."""
+    sequence, position, noisy = [], [], []
+    for number, (clean, copied) in enumerate(responses):
+        start = max(0, clean - copied) // BLOCK * BLOCK
+        stream = [*range(clean), *range(start, start + copied)]
+        sequence += [number] * len(stream)
+        position += stream
+        noisy += [False] * clean + [True] * copied
+    sequence += [-1] * tail
+    position += [0] * tail
+    noisy += [False] * tail
+    block = [p // BLOCK for p in position]
+    row = PackedRow(
+        lengths=tuple(sum(pair) for pair in responses),
+        tokens=len(sequence),
+        device=CPU,
+        block=torch.tensor(block),
+        clean=~torch.tensor(noisy),
+    )
+    return Packed(row, sequence, block, noisy)
+
+
+def causal(lengths: list[int], tail: int = 0) -> Packed:
+    sequence = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * tail
+    row = PackedRow(lengths=tuple(lengths), tokens=len(sequence), device=CPU)
+    return Packed(row, sequence, [0] * len(sequence), [False] * len(sequence))
+
+
+ROWS = {
+    "one-token": causal([1]),
+    "causal-ragged": causal([37, 5, 61, 1], tail=3),
+    "causal-several-tiles": causal([300, 90]),
+    "two-stream-ragged": two_stream([(20, 9), (4, 4), (31, 24), (0, 3)], tail=2),
+    "two-stream-several-tiles": two_stream([(270, 250), (10, 7)], tail=1),
+}
+EVERY_ROW = pytest.mark.parametrize("packed", ROWS.values(), ids=ROWS)
+
+
+def inputs(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query of 6 heads, key and value of 2 groups."""
+    generator = torch.Generator().manual_seed(tokens)
+    query, key, value = (torch.randn(tokens, n, 16, generator=generator) for n in (6, 2, 2))
+    return query, key, value
+
+
+def expected_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """[N, heads, d] in float64: head h reads the keys of group h * groups // heads."""
+    each = query.shape[1] // key.shape[1]
+    key, value = (x.double().repeat_interleave(each, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query.double(), key) / query.shape[2] ** 0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value).float()
+
+
+@EVERY_ROW
+def test_backends_compute_the_definition(packed: Packed):
+    """Claim: dense buckets and FlexAttention give the masked sums of every token of every
+    sequence, 3 query heads a group; Transformer Engine's bias gives them through PyTorch's
+    kernel."""
+    row = packed.row
+    query, key, value = inputs(row.tokens)
+    expected = expected_attention(query, key, value, packed.expected_mask())
+    real = torch.tensor(packed.sequence) >= 0
+    found = {
+        "dense": attend_bucketed(query, key, value, bucketed(row), attend),
+        "flex": attend_flex(query, key, value, flex_mask(row), 16**-0.5),
+    }
+    for name, one in found.items():
+        torch.testing.assert_close(one[real], expected[real], msg=name)
+    bias = [bucket.mask for bucket in biased(row).buckets]
+    assert all(one.dtype is torch.bfloat16 for one in bias)
+    as_mask = [bucket.mask.float() for bucket in biased(row).buckets]
+    assert all(bool(((one == 0) | (one < HIDDEN / 2)).all()) for one in as_mask)
+    biases = iter(as_mask)
+    te = attend_bucketed(
+        query, key, value, bucketed(row), lambda q, k, v, _: attend(q, k, v, next(biases))
+    )
+    torch.testing.assert_close(te[real], expected[real])
+
+
+@EVERY_ROW
+def test_flex_tiles(packed: Packed):
+    """Claim: a tile is left out exactly where nobody sees anybody, and unmasked exactly where all
+    see all; the mask inside the others is the definition's."""
+    mask = flex_mask(packed.row)
+    n, tiles = packed.row.tokens, mask.size // TILE
+    whole = torch.eye(mask.size, dtype=torch.bool)
+    whole[:n, :n] = packed.expected_mask()  # padding sees itself
+    by_tile = whole.view(tiles, TILE, tiles, TILE)
+    block_mask = mask.block_mask
+    assert torch.equal(block_mask.to_dense()[0, 0].bool(), by_tile.any(3).any(1))
+    assert block_mask.full_kv_num_blocks is not None
+    full = by_tile.all(3).all(1)
+    assert torch.equal(block_mask.full_kv_num_blocks[0, 0], full.sum(-1).int())
+    index = torch.arange(mask.size)
+    none = torch.tensor(0)
+    assert torch.equal(block_mask.mask_mod(none, none, index[:, None], index[None]), whole)
+
+
+def test_several_tiles_have_every_kind():
+    """Claim (that the cases above are no empty ones)."""
+    for name in ("causal-several-tiles", "two-stream-several-tiles"):
+        mask = flex_mask(ROWS[name].row).block_mask
+        tiles = mask.to_dense()[0, 0]
+        assert mask.full_kv_num_blocks is not None
+        assert bool((tiles == 0).any()) and 0 < int(mask.full_kv_num_blocks.sum()) < tiles.sum()
+
+
+def test_tiles_do_not_depend_on_how_many_are_computed_at_once(monkeypatch: pytest.MonkeyPatch):
+    """Claim: long rows are sorted into tiles piece by piece, with the same result."""
+    row = two_stream([(700, 240)]).row
+    whole = flex_mask(row).block_mask.to_dense()
+    monkeypatch.setattr("megatron_opdlm.model.flex_attention._PAIRS_AT_ONCE", 1)
+    assert torch.equal(flex_mask(row).block_mask.to_dense(), whole)
+
+
+def test_row_sizes_are_few():
+    """Claim: any length fits, at most half of it is added beyond the first tile, and 20,000
+    lengths share a handful of sizes."""
+    sizes = [padded_size(tokens) for tokens in range(1, 20_001)]
+    assert all(size >= tokens for tokens, size in enumerate(sizes, 1))
+    assert all(2 * size <= 3 * (tokens + TILE) for tokens, size in enumerate(sizes, 1))
+    assert sorted({size // TILE for size in sizes})[:8] == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert len(set(sizes)) < 17
+
+
+def test_transformer_engine_bounds():
+    """Claim: cumulative lengths in int32 to the end of the row: a tail is a sequence of its own."""
+    found = bounds(causal([37, 5, 61], tail=3).row)
+    assert found.cumulative.tolist() == [0, 37, 42, 103, 106] and found.longest == 61
+    assert found.cumulative.dtype is torch.int32
+    assert bounds(causal([4]).row).cumulative.tolist() == [0, 4]
+
+
+def plans(packed: Packed, read: Tensor | None = None) -> AttentionPlan:
+    row = packed.row
+    if row.block is None or row.clean is None:
+        return causal_plan(row.lengths, row.tokens, CPU, read=read)
+    return two_stream_plan(row.lengths, row.block, row.clean, CPU, read=read)
+
+
+@pytest.mark.parametrize("name", ["causal-ragged", "two-stream-ragged"])
+@torch.no_grad()
+def test_models_agree(models: TinyModels, name: str):
+    """Claim: logits of a whole model through FlexAttention are those through dense attention, for
+    the teacher's mask and the student's, all rows and chosen ones."""
+    packed = ROWS[name]
+    real = (torch.tensor(packed.sequence) >= 0).nonzero().flatten()
+    tokens = torch.arange(packed.row.tokens) * 7 % 60
+    positions = torch.arange(packed.row.tokens) % 40
+    found = {}
+    for backend in ("dense", "flex"):
+        model = jobs.load(
+            Layout(),
+            models.hf("student", tied=False, layers=2),
+            kernels=Kernels(attention=backend),
+        )
+        for read in (None, real[::4]):
+            hidden = model.run(tokens, positions, plans(packed, read))
+            rows = hidden.flatten(0, 1) if read is not None else hidden.flatten(0, 1)[real]
+            found[backend, read is None] = torch.from_numpy(jobs.whole_logits(model, rows))
+    for whole in (True, False):
+        torch.testing.assert_close(
+            found["flex", whole], found["dense", whole], atol=1e-4, rtol=1e-4
+        )
+    assert found["dense", True].std() > 1
+    assert torch.equal(found["dense", True][::4], found["dense", False]) or torch.allclose(
+        found["dense", True][::4], found["dense", False], atol=1e-4
+    )
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_kernel_is_shared_by_ragged_rows():
+    """Claim: compiled (here to C++), rows of other lengths and other masks of the same padded size
+    need no new compilation, and the sums stay those of the uncompiled kernel."""
+    counters = torch._dynamo.utils.counters["stats"]
+    before = None
+    for packed in (two_stream([(20, 9), (4, 4)]), two_stream([(31, 24), (0, 3)], tail=2)):
+        row = packed.row
+        query, key, value = inputs(row.tokens)
+        mask = flex_mask(row)
+        padded = [
+            torch.nn.functional.pad(x.transpose(0, 1), (0, 0, 0, mask.size - row.tokens))[None]
+            for x in (query, key, value)
+        ]
+        found = compiled_kernel()(
+            *padded, block_mask=mask.block_mask, scale=16**-0.5, enable_gqa=True
+        )[0, :, : row.tokens].transpose(0, 1)
+        torch.testing.assert_close(found, attend_flex(query, key, value, mask, 16**-0.5))
+        assert before is None or counters["unique_graphs"] == before
+        before = counters["unique_graphs"]
