@@ -32,11 +32,12 @@ def student_flops(
     matrices is half: they need no gradient of their own.
     """
     rows = len(batch.labels)
-    layers = _layers_flops(shape, batch.student_tokens, batch.lengths, rows, sequence_parallel)
+    pairs = _pairs(batch)
+    layers = _layers_flops(shape, batch.student_tokens, pairs, rows, sequence_parallel)
     forwards, head = (2 if recompute else 1), projection_flops(shape, rows)
     if low_rank is None:
         return (forwards + 2) * layers + 3 * head
-    attention = attention_flops(shape, packed_pairs(batch.lengths))
+    attention = attention_flops(shape, pairs)
     terms = low_rank_flops(shape, low_rank, len(batch.student_tokens))
     return (forwards + 1) * layers + attention + (forwards + 2) * terms + 2 * head
 
@@ -49,7 +50,7 @@ def low_rank_flops(shape: Qwen3Shape, low_rank: LowRank, tokens: int) -> float:
 def teacher_flops(shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool) -> float:
     """Operations of the teacher's forward; its targets are projected at each use of them."""
     rows = len(batch.read)
-    return _layers_flops(shape, batch.tokens, batch.lengths, rows, sequence_parallel)
+    return _layers_flops(shape, batch.tokens, _pairs(batch), rows, sequence_parallel)
 
 
 def projection_flops(shape: Qwen3Shape, rows: int) -> float:
@@ -69,14 +70,19 @@ def state_cost(student: Qwen3Shape, teacher: Qwen3Shape, state: State, packed_to
     return asked + 3 * read
 
 
+def _pairs(batch: PackedBatch | FinishedBatch) -> float:
+    """(query, key) pairs attended for a row by one of its context ranks, which share the heads."""
+    return packed_pairs(batch.lengths) / batch.split.ranks
+
+
 def _layers_flops(
-    shape: Qwen3Shape, tokens: Tensor, lengths: Sequence[int], rows: int, sequence_parallel: bool
+    shape: Qwen3Shape, tokens: Tensor, pairs: float, rows: int, sequence_parallel: bool
 ) -> float:
     """Operations of a forward without the output layer."""
     return forward_flops(
         shape,
         tokens=len(tokens),
-        attended_pairs=packed_pairs(lengths),
+        attended_pairs=pairs,
         projected_rows=0,
         read_rows=None if sequence_parallel else rows,
     )

@@ -351,4 +351,4 @@ def require_layout(config: Config, source: ModelSource, key: str, world_size: in
     """
     layout = model_layout(config)
     layout.data_parallel(world_size)
-    check_layout(source.shape, layout.tensor, layout.pipeline, key)
+    check_layout(source.shape, layout.tensor, layout.pipeline, key, layout.context)

@@ -34,7 +34,10 @@ class ModelConfig:
     mask_token_id: int | None = None  # null: the tokenizer's mask token, else 151669 where it fits
     tensor_parallel: int = 1  # ranks
     pipeline_parallel: int = 1  # ranks
-    context_parallel: int = 1  # ranks
+    # Ranks that share every packed row: its tokens, and during attention its heads, so it divides
+    # the heads of a tensor rank. For rows too long for one rank's memory; they generate like
+    # replicas.
+    context_parallel: int = 1
     sequence_parallel: bool = False
     dtype: Precision = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     max_positions: int | None = None  # tokens; null: the model's own limit

@@ -24,9 +24,9 @@ def describe(config: Config, world_size: int) -> str:
     teacher_bytes = build.resolve_dtype(config.teacher.dtype, hardware).itemsize
     shape = source.shape
     share = layout.tensor * layout.pipeline
-    # Main parameters and two Adam moments in float32, split over the replicas; gradients in
-    # float32.
-    optimizer_bytes = (12 if student_bytes == 2 else 8) / replicas
+    # Main parameters and two Adam moments in float32, split over the replicas and their context
+    # ranks; gradients in float32.
+    optimizer_bytes = (12 if student_bytes == 2 else 8) / (replicas * layout.context)
     gib = 1 / share / 2**30
     low_rank = build.low_rank_of(config)
     trained = low_rank_parameters(shape, low_rank) if low_rank else shape.parameters
@@ -36,8 +36,9 @@ def describe(config: Config, world_size: int) -> str:
     lines = [
         f"hardware     {hardware.reason}",
         build.describe_kernels(config, hardware).replace("kernels: ", "kernels      "),
-        f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x data "
-        f"{replicas}" + (", sequence parallel" if layout.sequence_parallel else ""),
+        f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x "
+        f"context {layout.context} x data {replicas}"
+        + (", sequence parallel" if layout.sequence_parallel else ""),
         f"student      {shape.parameters:,} parameters: {shape.layers} layers, "
         f"hidden {shape.hidden}, {shape.heads}/{shape.groups} heads x {shape.head_dim}, "
         f"ffn {shape.ffn}",

@@ -4,10 +4,12 @@ Only what the loss depends on is packed. The student reads [prompt | clean | noi
 of the blocks that have counted positions, the clean copy up to the last of those blocks. The
 teacher reads each finished sequence once, whatever the number of its states, up to the last token
 that a prediction needs. Nothing is padded.
+
+With context parallelism every context rank packs the same rows and keeps its share of their tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from megatron_opdlm.balance import fill_bins
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
+from megatron_opdlm.model.row_split import RowSplit, split_row
 from megatron_opdlm.states import State
 
 
@@ -27,21 +30,26 @@ class Packing:
     mask_id: int
     logit_shift: bool
     tokens_per_microbatch: int  # a longer sequence has a microbatch for itself
-    align: int  # rows are a multiple of this long: tensor ranks, under sequence parallelism
+    align: int  # a rank's rows are a multiple of this long: tensor ranks, for sequence parallelism
     device: torch.device
+    context_ranks: int = 1  # they share every row
+    context_rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """One microbatch of the student, and what is read from it. N tokens, M counted positions."""
+    """One microbatch of the student, and what is read from it: a row of N tokens, of which this
+    rank has n (all of them without context parallelism) with M counted positions.
+    """
 
-    states: list[State]
-    student_tokens: Tensor  # [N]
-    student_positions: Tensor  # [N] the noisy copy repeats the positions of the clean one
-    student_read: Tensor  # [M] packed index whose hidden state predicts the token
+    states: list[State]  # of the whole row
+    student_tokens: Tensor  # [n]
+    student_positions: Tensor  # [n] the noisy copy repeats the positions of the clean one
+    student_read: Tensor  # [M] which of the n tokens' hidden state predicts the token
     lengths: list[int]  # packed tokens of each sequence that has any; their sum may be below N
     block: Tensor  # [N] absolute position // B, on the host
     clean: Tensor  # bool [N], False in the noisy copy, on the host
+    split: RowSplit  # of the N tokens over the context ranks, on the host
     target: Tensor  # [M] row of the teacher's targets
     labels: Tensor  # [M] the tokens of the finished sequence
     row_weight: Tensor  # [M] 1 / counted positions of the sequence
@@ -51,29 +59,36 @@ class PackedBatch:
     @property
     def student_plan(self) -> AttentionPlan:
         """Built anew at each use: the masks of all microbatches of a step would not fit."""
-        device = self.student_tokens.device
-        return two_stream_plan(self.lengths, self.block, self.clean, device, read=self.student_read)
+        device, row = self.student_tokens.device, (self.lengths, self.block, self.clean)
+        return two_stream_plan(*row, device, read=self.student_read, split=self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedBatch:
-    """Finished sequences that the teacher is asked about together. N tokens, U targets."""
+    """Finished sequences that the teacher is asked about together: a row of N tokens, of which
+    this rank has n. It computes U of the targets and keeps the K that its states ask for, which are
+    the same without context parallelism.
+    """
 
-    tokens: Tensor  # [N]
-    positions: Tensor  # [N]
-    read: Tensor  # [U] packed index whose hidden state predicts a counted token
+    tokens: Tensor  # [n]
+    positions: Tensor  # [n]
+    read: Tensor  # [U] which of the n tokens' hidden state predicts a counted token
     lengths: list[int]  # packed tokens of each sequence
+    split: RowSplit  # of the N tokens over the context ranks, on the host
+    most: int  # largest U of a context rank
+    wanted: Tensor  # [K] places among all context ranks' targets, each rank's part ``most`` long
 
     @property
     def plan(self) -> AttentionPlan:
         """Built anew at each use, as the student's."""
-        return causal_plan(self.lengths, len(self.tokens), self.tokens.device, read=self.read)
+        device, tokens = self.tokens.device, len(self.split.shares)
+        return causal_plan(self.lengths, tokens, device, read=self.read, split=self.split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """What one replica works on in a step. All targets of ``finished``, one after the other, are
-    what ``PackedBatch.target`` counts in."""
+    """What one replica works on in a step, or its context rank's share. The wanted targets of
+    ``finished``, one after the other, are what ``PackedBatch.target`` counts in."""
 
     updates: list[list[PackedBatch]]  # microbatches of each update of an inner epoch
     finished: list[FinishedBatch]
@@ -88,7 +103,22 @@ def pack_step(updates: Sequence[Sequence[State]], packing: Packing) -> StepBatch
     questions = _Questions([state for states in updates for state in states])
     finished = questions.pack(packing)
     packed = [_pack_update(states, questions, packing) for states in updates]
-    return StepBatches(updates=packed, finished=finished)
+    return _keep_wanted(packed, finished)
+
+
+def _keep_wanted(updates: list[list[PackedBatch]], finished: list[FinishedBatch]) -> StepBatches:
+    """Leave this rank the targets that its share of the rows asks for, and number them anew."""
+    used = torch.cat([batch.target for batches in updates for batch in batches]).unique()
+    kept, first = [], 0
+    for batch in finished:
+        inside = (used >= first) & (used < first + len(batch.wanted))
+        kept.append(replace(batch, wanted=batch.wanted[used[inside] - first]))
+        first += len(batch.wanted)
+    renumbered = [
+        [replace(batch, target=torch.searchsorted(used, batch.target)) for batch in batches]
+        for batches in updates
+    ]
+    return StepBatches(updates=renumbered, finished=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,27 +187,42 @@ def _pack(
     lengths = [len(piece.tokens) for piece in pieces]
     counts = torch.tensor([len(piece.read) for piece in pieces], dtype=torch.int64)
     sequence = torch.repeat_interleave(torch.arange(len(pieces)), counts)
-    tail = _tail(sum(lengths), packing.align)
+    tail = _tail(sum(lengths), packing)
+    tokens = _row([*(piece.tokens for piece in pieces), tail])
     positions = _row([*(piece.positions for piece in pieces), tail])
     read = _row(_shifted([piece.read for piece in pieces], lengths))
+    split = split_row(len(tokens), read, packing.context_ranks)
+    own, mine, own_read = _own(split, read, packing.context_rank)
     target = _row([questions.rows(s, p.counted) for s, p in zip(states, pieces, strict=True)])
     label = _row([_labels(s, p.counted) for s, p in zip(states, pieces, strict=True)])
     share = [_masked_shares(s, packing.block_size) for s in states]
     device = packing.device
     return PackedBatch(
         states=states,
-        student_tokens=_row([*(piece.tokens for piece in pieces), tail]).to(device),
-        student_positions=positions.to(device),
-        student_read=read.to(device),
+        student_tokens=tokens[own].to(device),
+        student_positions=positions[own].to(device),
+        student_read=own_read.to(device),
         lengths=[length for length in lengths if length] or [len(tail)],
         block=positions // packing.block_size,
         clean=torch.cat([*(piece.clean for piece in pieces), tail == 0]),
-        target=target.to(device),
-        labels=label.to(device),
-        row_weight=(1.0 / counts[sequence]).to(device),
-        sequence=sequence.to(device),
-        masked_share=torch.cat([*share, torch.zeros(0)]).to(device),
+        split=split,
+        target=target[mine].to(device),
+        labels=label[mine].to(device),
+        row_weight=(1.0 / counts[sequence])[mine].to(device),
+        sequence=sequence[mine].to(device),
+        masked_share=torch.cat([*share, torch.zeros(0)])[mine].to(device),
     )
+
+
+def _own(split: RowSplit, read: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A context rank's part of a row: the packed indices [n] of its tokens, which reads [M] are
+    among them, and where.
+    """
+    own = split.of_rank(rank)
+    is_own = torch.zeros(len(split.shares), dtype=torch.bool)
+    is_own[own] = True
+    mine = torch.nonzero(is_own[read]).flatten()
+    return own, mine, torch.searchsorted(own, read[mine])
 
 
 class _Questions:
@@ -212,25 +257,46 @@ class _Questions:
         return self._first[key] + torch.searchsorted(self._read[key], positions - 1)
 
     def _batch(self, keys: list[tuple[int, ...]], packing: Packing) -> FinishedBatch:
-        read = [self._read[key] for key in keys]
-        lengths = [int(positions[-1]) + 1 for positions in read]
-        tail = _tail(sum(lengths), packing.align)
-        device = packing.device
-        tokens = [torch.tensor(key[:n]) for key, n in zip(keys, lengths, strict=True)]
+        asked = [self._read[key] for key in keys]
+        lengths = [int(positions[-1]) + 1 for positions in asked]
+        tail = _tail(sum(lengths), packing)
+        finished = [torch.tensor(key[:n]) for key, n in zip(keys, lengths, strict=True)]
+        tokens = _row([*finished, tail])
+        positions = _row([*map(torch.arange, lengths), tail])
+        read = _row(_shifted(asked, lengths))
+        split = split_row(len(tokens), read, packing.context_ranks)
+        own, _, own_read = _own(split, read, packing.context_rank)
+        most, places = _gathered_places(split, read)
         return FinishedBatch(
-            tokens=_row([*tokens, tail]).to(device),
-            positions=_row([*map(torch.arange, lengths), tail]).to(device),
-            read=_row(_shifted(read, lengths)).to(device),
+            tokens=tokens[own].to(packing.device),
+            positions=positions[own].to(packing.device),
+            read=own_read.to(packing.device),
             lengths=lengths or [len(tail)],
+            split=split,
+            most=most,
+            wanted=places.to(packing.device),
         )
+
+
+def _gathered_places(split: RowSplit, read: Tensor) -> tuple[int, Tensor]:
+    """Most reads of a context rank, and the place of each read when all ranks' are laid end to end,
+    each rank's part that long.
+    """
+    mine = [_own(split, read, rank)[1] for rank in range(split.ranks)]
+    most = max(map(len, mine))
+    places = torch.empty_like(read)
+    for rank, reads in enumerate(mine):
+        places[reads] = rank * most + torch.arange(len(reads))
+    return most, places
 
 
 def _key(state: State) -> tuple[int, ...]:
     return (*state.prompt_ids, *state.response_ids)
 
 
-def _tail(tokens: int, multiple: int) -> Tensor:
-    """Zeros that belong to no sequence; attention needs at least one token."""
+def _tail(tokens: int, packing: Packing) -> Tensor:
+    """Zeros that belong to no sequence; attention needs at least one token on every rank."""
+    multiple = packing.align * packing.context_ranks
     return torch.zeros(-tokens % multiple or (0 if tokens else multiple), dtype=torch.int64)
 
 

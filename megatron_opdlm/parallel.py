@@ -265,13 +265,6 @@ def gather_rows_over_context(x: Tensor, rows: int) -> Tensor:
     return torch.cat(parts)
 
 
-def sum_over_data_parallel(x: Tensor) -> Tensor:
-    """Sum over the model replicas (in place). Not differentiated."""
-    if data_parallel_size() > 1:
-        dist.all_reduce(x, group=parallel_state.get_data_parallel_group())
-    return x
-
-
 def sum_over_generators(x: Tensor) -> Tensor:
     """Sum over all copies of the model (in place). Not differentiated."""
     if generators() > 1:

@@ -68,13 +68,13 @@ class Session:
         }
 
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
-        """Generate this step's responses, shared out over the model replicas; all of them end up on
-        every rank.
+        """Generate this step's responses, shared out over all copies of the model; all of them end
+        up on every rank.
         """
         requests = self.plan.requests(step)
         decoding = self.plan.decoding(step)
-        shares = split_over_replicas(requests, parallel.data_parallel_size(), decoding)
-        mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
+        shares = split_over_replicas(requests, parallel.generators(), decoding)
+        mine = [requests[i] for i in shares[parallel.generator_rank()]]
         made = generate(
             self.student.model,
             mine,
@@ -87,8 +87,8 @@ class Session:
             attention=self.config.rollout.attention,
             graphs=self.config.rollout.cuda_graphs,
         )
-        trajectories = parallel.gather_objects_over_data_parallel(made.trajectories)
-        flops = parallel.sum_over_data_parallel(
+        trajectories = parallel.gather_objects_over_generators(made.trajectories)
+        flops = parallel.sum_over_generators(
             torch.tensor(made.flops, dtype=torch.float64, device=self.hardware.device)
         )
         return Rollout(
@@ -172,7 +172,9 @@ class Session:
             self.checkpoints.save(self.student, self.progress)
 
     def _flops(self, batches: StepBatches) -> float:
-        """Operations of the teacher's and the update's phase, over all replicas."""
+        """Operations of the teacher's and the update's phase, over all replicas and their context
+        ranks.
+        """
         model, epochs = self.config.model, self.config.train.inner_epochs
         student, teacher = self.source.shape, self.teacher_source.shape
         shared = model.sequence_parallel
@@ -193,7 +195,7 @@ class Session:
                 for batch in batches.finished
             )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
-        return float(parallel.sum_over_data_parallel(total))
+        return float(parallel.sum_over_generators(total))
 
     def close(self) -> None:
         """End of the run."""
@@ -210,6 +212,8 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
         tokens_per_microbatch=config.update.tokens_per_microbatch,
         align=config.model.tensor_parallel,
         device=hardware.device,
+        context_ranks=parallel.context_size(),
+        context_rank=parallel.context_rank(),
     )
 
 
@@ -271,8 +275,8 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
     lines = [
         f"hardware: {hardware.reason}",
         describe_kernels(config, hardware),
-        f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x data "
-        f"{parallel.data_parallel_size()}"
+        f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
+        f"{layout.context} x data {parallel.data_parallel_size()}"
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"prompts: {plan.prompts.summary}",
         f"steps: {plan.total_steps}"

@@ -23,8 +23,8 @@ from megatron_opdlm.parallel import Sending
 def score(
     teacher: Qwen3, batches: Sequence[FinishedBatch], *, offload: bool = False
 ) -> Tensor | None:
-    """Targets of all batches, one after the other: hidden states [U, H] on the last pipeline stage,
-    None on the others. ``offload`` keeps them in host memory.
+    """Wanted targets of all batches, one after the other: hidden states [K, H] on the last pipeline
+    stage, None on the others. ``offload`` keeps them in host memory.
 
     Stages work on different batches at the same time: each receives, computes and sends in turn. A
     student that stands in for its base is asked without its low-rank terms.
@@ -42,7 +42,7 @@ def _score_all(teacher: Qwen3, batches: Sequence[FinishedBatch], offload: bool) 
             sending.append(output)
             continue
         if targets is None:  # filled piece by piece: no second copy of all of them
-            rows = sum(len(one.read) for one in batches)
+            rows = sum(len(one.wanted) for one in batches)
             device = "cpu" if offload else output.device
             targets = torch.empty((rows, output.shape[1]), dtype=output.dtype, device=device)
         targets[first : first + len(output)] = output
@@ -70,5 +70,6 @@ def _score(teacher: Qwen3, batch: FinishedBatch) -> Tensor | Sending:
         )
     output = teacher.run(batch.tokens, batch.positions, batch.plan)
     if parallel.is_last_stage():
-        return select_positions(output, batch.read, sequence_parallel=config.sequence_parallel)
+        own = select_positions(output, batch.read, sequence_parallel=config.sequence_parallel)
+        return parallel.gather_rows_over_context(own, batch.most).index_select(0, batch.wanted)
     return parallel.send_to_next_stage(output)

@@ -55,7 +55,9 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
-    """One update, the same on every rank of a replica; sums are over its sequences only."""
+    """One update, the same on every rank of a replica, its context ranks included; sums are over
+    its sequences only.
+    """
 
     sequence_loss: list[float]  # in the order of the microbatches' states
     share_sum: dict[float, float]  # masked share of the block -> sum of the positions' values, nats
@@ -72,7 +74,7 @@ def update(
 ) -> UpdateReport:
     """Forward, backward and one optimizer step over this replica's microbatches.
 
-    ``targets`` [U, H] are the teacher's of the whole step, on the last stage; None elsewhere. The
+    ``targets`` [K, H] are the teacher's of the whole step, on the last stage; None elsewhere. The
     loss is the mean over all sequences of the update, on all replicas. Raises RunError, before
     anything is changed, when a sequence's loss is not finite.
     """
@@ -162,8 +164,9 @@ def _loss(
     student: Student,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum over the microbatch's sequences, number of sequences, log); Megatron divides by the
-    number summed over replicas.
+    """(sum over this rank's positions of the microbatch's sequences, number of sequences, log);
+    Megatron divides by the number summed over replicas and their context ranks, of which the first
+    counts.
     """
     model = student.model
     hidden = select_positions(
@@ -190,7 +193,8 @@ def _loss(
             objective.divergence,
             **common,
         )
-    sequences = torch.tensor(len(batch.states), dtype=torch.int, device=output.device)
+    counted = len(batch.states) if parallel.context_rank() == 0 else 0
+    sequences = torch.tensor(counted, dtype=torch.int, device=output.device)
     return loss.total, sequences, {"positions": torch.stack([loss.value_M, loss.fault_M]).double()}
 
 
@@ -207,24 +211,26 @@ def _over_pipeline(batches: Sequence[PackedBatch], losses: list[Tensor]) -> tupl
 def _collect(
     batches: Sequence[PackedBatch], values: Tensor
 ) -> tuple[Tensor, dict[float, float], dict[float, int]]:
-    """Per-sequence losses [sequences] and per-share sums of the positions' values."""
+    """Per-sequence losses [sequences] and sums of the positions' values by masked share, to whole
+    percents; over all context ranks.
+    """
     weight = torch.cat([batch.row_weight for batch in batches]).double()
     share = torch.cat([batch.masked_share for batch in batches])
     sequence = _sequence_numbers(batches)
     count = sum(len(batch.states) for batch in batches)
-    per_sequence = torch.zeros(count, dtype=torch.float64, device=values.device).index_add(
-        0, sequence, values * weight
+    percent = (share * 100).round().long()
+    parts = (
+        values.new_zeros(count).index_add(0, sequence, values * weight),
+        values.new_zeros(101).index_add(0, percent, values),
+        values.new_zeros(101).index_add(0, percent, torch.ones_like(values)),
     )
-    levels, level = torch.unique((share * 100).round() / 100, return_inverse=True)
-    sums = torch.zeros(len(levels), dtype=torch.float64, device=values.device).index_add(
-        0, level, values
-    )
-    counts = torch.bincount(level, minlength=len(levels))
-    keys = [round(x, 2) for x in levels.tolist()]
+    summed = parallel.sum_over_context(torch.cat(parts))
+    per_sequence, sums, counts = summed.split([count, 101, 101])
+    levels = [level for level, number in enumerate(counts.tolist()) if number]
     return (
         per_sequence,
-        dict(zip(keys, sums.tolist(), strict=True)),
-        dict(zip(keys, counts.tolist(), strict=True)),
+        {level / 100: float(sums[level]) for level in levels},
+        {level / 100: int(counts[level]) for level in levels},
     )
 
 
@@ -269,5 +275,7 @@ def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor, fault_
     for number in torch.nonzero(bad).flatten().tolist():
         faults = fault_M[sequence == number].unique().tolist()
         found.append((states[number].sample, reduce(or_, faults, 0)))
-    sample, fault = min(parallel.gather_objects_over_data_parallel(found))
-    raise RunError(_FAULTS[fault].format(sample))
+    everywhere = parallel.gather_objects_over_generators(found)
+    first = min(sample for sample, _ in everywhere)
+    fault = reduce(or_, (fault for sample, fault in everywhere if sample == first))
+    raise RunError(_FAULTS[fault].format(first))

@@ -21,6 +21,7 @@ from megatron_opdlm.model.dense_attention import Bucket, Bucketed, attend_bucket
 from megatron_opdlm.model.flex_attention import attend_flex, flex_mask
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.packed_row import PackedRow
+from megatron_opdlm.model.row_split import RowSplit, by_heads, by_tokens, config_by_heads
 from megatron_opdlm.model.te_attention import TransformerEngineKernel, biased, bounds
 
 Made = TypeVar("Made")
@@ -33,6 +34,8 @@ class AttentionPlan(PackedSeqParams):
     """
 
     row: PackedRow | None = None
+    # Which of the row's tokens each context rank has; None: this rank has all of them.
+    split: RowSplit | None = None
     rows: BlockRows | None = None
     buckets: tuple[Bucket, ...] = ()
     scatter: Tensor | None = (
@@ -87,7 +90,7 @@ class MaskedAttention(torch.nn.Module):
         self.scale: float = config.kv_channels**-0.5 if scale is None else scale
         if backend == "te":
             self.te = TransformerEngineKernel(
-                config=config,
+                config=config_by_heads(config),
                 layer_number=layer_number,
                 attn_mask_type=attn_mask_type,
                 attention_type=attention_type,
@@ -110,6 +113,7 @@ class MaskedAttention(torch.nn.Module):
     ) -> Tensor:
         """query [N, 1, heads, d], key and value [N, 1, groups, d] -> [N, 1, heads * d], in the last
         layer [M, 1, heads * d] where the plan reads M rows only; keys arrive with RoPE applied.
+        Under context parallelism N are this rank's tokens.
         """
         plan = packed_seq_params
         assert isinstance(plan, AttentionPlan), (
@@ -117,7 +121,11 @@ class MaskedAttention(torch.nn.Module):
         )
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         wanted = plan.rows_after(self.layer_number, self.config)
-        if plan.cache is None:
+        if plan.split is not None:
+            own_heads = by_heads(query, key, value, plan.split)
+            attended = self._packed(*own_heads, plan, None)
+            flat = _chosen(by_tokens(attended, plan.split), wanted)
+        elif plan.cache is None:
             flat = self._packed(query, key, value, plan, wanted)
         else:
             flat = self._cached(query, key, value, plan, plan.cache, wanted)

@@ -14,6 +14,7 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.dense_attention import Bucket, group_bounds, packed_pairs
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.packed_row import PackedRow
+from megatron_opdlm.model.row_split import RowSplit
 
 __all__ = ["cached_plan", "causal_plan", "packed_pairs", "two_stream_plan"]
 
@@ -21,12 +22,17 @@ IN_PLACE = 0.5  # share of the slots from which on attending to all of them beat
 
 
 def causal_plan(
-    lengths: Sequence[int], tokens: int, device: torch.device, *, read: Tensor | None = None
+    lengths: Sequence[int],
+    tokens: int,
+    device: torch.device,
+    *,
+    read: Tensor | None = None,
+    split: RowSplit | None = None,
 ) -> AttentionPlan:
     """Plain causal attention within each packed sequence: the teacher. ``read``: packed tokens
-    whose final hidden states are wanted (None: all).
+    whose final hidden states are wanted (None: all); with ``split``, places among a rank's own.
     """
-    return _uncached(PackedRow(lengths=tuple(lengths), tokens=tokens, device=device), read)
+    return _uncached(PackedRow(lengths=tuple(lengths), tokens=tokens, device=device), read, split)
 
 
 def two_stream_plan(
@@ -36,21 +42,25 @@ def two_stream_plan(
     device: torch.device,
     *,
     read: Tensor | None = None,
+    split: RowSplit | None = None,
 ) -> AttentionPlan:
     """Block-diffusion training attention within each packed [prompt | clean | noisy] sequence.
 
     ``block_N``: absolute position // B; ``clean_N``: False in the noisy copy; both on the host.
-    ``read``: packed tokens whose final hidden states are wanted (None: all).
+    ``read``: packed tokens whose final hidden states are wanted (None: all); with ``split``, places
+    among a rank's own.
     """
     row = PackedRow(
         lengths=tuple(lengths), tokens=len(block_N), device=device, block=block_N, clean=clean_N
     )
-    return _uncached(row, read)
+    return _uncached(row, read, split)
 
 
-def _uncached(row: PackedRow, read: Tensor | None) -> AttentionPlan:
+def _uncached(row: PackedRow, read: Tensor | None, split: RowSplit | None) -> AttentionPlan:
     read = None if read is None else read.to(row.device)
-    return AttentionPlan(qkv_format="sbhd", row=row, read=read)
+    if split is not None:
+        split = split.to(row.device) if split.ranks > 1 else None
+    return AttentionPlan(qkv_format="sbhd", row=row, read=read, split=split)
 
 
 def cached_plan(

@@ -146,7 +146,7 @@ def build_model(
 
     Raises InputError where the layout does not divide the shape.
     """
-    check_layout(shape, layout.tensor, layout.pipeline, name)
+    check_layout(shape, layout.tensor, layout.pipeline, name, layout.context)
     config = transformer_config(shape, layout, dtype, hardware, recompute=recompute)
     model = Qwen3(
         config=config,

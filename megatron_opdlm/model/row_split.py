@@ -9,8 +9,10 @@ with any kernel, and the work is the same on all ranks; no tensor of a layer is 
 A row has N tokens, C ranks, n = N / C tokens a rank; d is the size of a head.
 """
 
+import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import all_to_all
@@ -63,7 +65,7 @@ def by_heads(
     Where C does not divide the groups, a group goes to every rank whose heads use it. Gradient: the
     exchange backwards, summed over those ranks.
     """
-    copies = split.ranks // math.gcd(split.ranks, key.shape[1])
+    copies = _copies(key.shape[1], split.ranks)
     key, value = (x.repeat_interleave(copies, dim=1) for x in (key, value))
     parts = [x.unflatten(1, (split.ranks, -1)) for x in (query, key, value)]
     sent = torch.cat(parts, dim=2).transpose(0, 1)  # [C receivers, n, heads and groups, d]
@@ -71,6 +73,24 @@ def by_heads(
     whole = received.index_select(0, split.order)
     own_query, own_key, own_value = whole.split([part.shape[2] for part in parts], dim=1)
     return own_query, own_key, own_value
+
+
+def _copies(groups: int, ranks: int) -> int:
+    """How often each group is repeated so that the ranks get the same number."""
+    return ranks // math.gcd(ranks, groups)
+
+
+def config_by_heads(config: Any) -> Any:
+    """Megatron's description of the attention between ``by_heads`` and ``by_tokens``: that of a
+    model with a context rank's heads and without context parallelism.
+    """
+    ranks, tensor = config.context_parallel_size, config.tensor_model_parallel_size
+    own = copy.copy(config)
+    own.context_parallel_size = 1
+    own.num_attention_heads = config.num_attention_heads // ranks
+    copies = _copies(config.num_query_groups // tensor, ranks)
+    own.num_query_groups = config.num_query_groups * copies // ranks
+    return own
 
 
 def by_tokens(out: Tensor, split: RowSplit) -> Tensor:

@@ -121,13 +121,13 @@ def roll_out(
     attention: str = "auto",
     graphs: bool = False,
 ) -> list[Trajectory]:
-    """Trajectories of all requests by rising sample, shared out over the replicas as training
+    """Trajectories of all requests by rising sample, shared out over the models' copies as training
     does. With ``graphs``, forwards of fixed size are recorded and repeated: by calling them again,
     where the hardware has no graphs.
     """
     model = load(layout, model_dir)
-    shares = split_over_replicas(requests, parallel.data_parallel_size(), decoding)
-    mine = [requests[i] for i in shares[parallel.data_parallel_rank()]]
+    shares = split_over_replicas(requests, parallel.generators(), decoding)
+    mine = [requests[i] for i in shares[parallel.generator_rank()]]
     with _fixed_size_forwards(graphs):
         made = generate(
             model,
@@ -139,7 +139,7 @@ def roll_out(
             attention=attention,
             graphs=graphs,
         ).trajectories
-    return sorted(parallel.gather_objects_over_data_parallel(made), key=lambda t: t.sample)
+    return sorted(parallel.gather_objects_over_generators(made), key=lambda t: t.sample)
 
 
 @contextmanager

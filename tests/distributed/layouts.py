@@ -8,6 +8,11 @@ DP2 = Layout()
 TP2_SP = Layout(tensor=2, sequence_parallel=True)
 TP2_PP2 = Layout(tensor=2, pipeline=2)
 TP2_PP2_SP = Layout(tensor=2, pipeline=2, sequence_parallel=True)
+CP2 = Layout(context=2)
+CP4 = Layout(context=4)  # more ranks than groups of heads
+TP2_CP2 = Layout(tensor=2, context=2)
+PP2_CP2 = Layout(pipeline=2, context=2)
+TP2_CP2_SP = Layout(tensor=2, context=2, sequence_parallel=True)
 
 # name -> (ranks, layout); data parallelism takes the ranks that the layout leaves over
 LAYOUTS = {
@@ -19,6 +24,12 @@ LAYOUTS = {
     "tp2-pp2-sp": (4, TP2_PP2_SP),
     "tp2-dp2-sp": (4, TP2_SP),
     "pp2-dp2": (4, PP2),
+    "cp2": (2, CP2),
+    "cp4": (4, CP4),
+    "cp2-dp2": (4, CP2),
+    "tp2-cp2": (4, TP2_CP2),
+    "pp2-cp2": (4, PP2_CP2),
+    "tp2-cp2-sp": (4, TP2_CP2_SP),
 }
 
 
@@ -27,5 +38,6 @@ def overrides(layout: Layout) -> list[str]:
     return [
         f"model.tensor_parallel={layout.tensor}",
         f"model.pipeline_parallel={layout.pipeline}",
+        f"model.context_parallel={layout.context}",
         f"model.sequence_parallel={str(layout.sequence_parallel).lower()}",
     ]

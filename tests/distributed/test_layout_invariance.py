@@ -220,7 +220,9 @@ DECODINGS = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", DECODINGS)
-@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2", "tp2-dp2-sp"])
+@pytest.mark.parametrize(
+    "name", ["tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2", "tp2-dp2-sp", "cp2", "pp2-cp2"]
+)
 def test_rollouts(models: TinyModels, ranks: WorkerGroups, name: str, kind: str):
     """Claim: trajectories (tokens, passes, counts) are identical on every layout and on each of
     its ranks, in any batch order and number of slots."""
@@ -262,7 +264,7 @@ def test_rollouts_by_block_rows(models: TinyModels, ranks: WorkerGroups, name: s
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["dp2", "pp2-dp2"])
+@pytest.mark.parametrize("name", ["dp2", "pp2-dp2", "cp2"])
 def test_one_request_for_two_replicas(models: TinyModels, ranks: WorkerGroups, name: str):
     """Claim: a replica without a prompt is legal, and every rank gets the one trajectory."""
     number, layout = LAYOUTS[name]
@@ -308,7 +310,7 @@ def test_replica_without_work(recorded: Recorded, ranks: WorkerGroups, tmp_path:
     path.write_text(json.dumps(recorded.rows(PLAIN)[0]) + "\n")
     keys = recorded.overrides(PLAIN)
     alone = jobs.replay_with_gradients(keys, path)
-    for name in ("dp2", "tp2-dp2-sp"):
+    for name in ("dp2", "tp2-dp2-sp", "cp2-dp2"):
         number, layout = LAYOUTS[name]
         results = ranks(number).run(
             jobs.replay_with_gradients, overrides=[*keys, *overrides(layout)], trajectories=path

@@ -64,6 +64,32 @@ def test_targets_on_one_rank(models: TinyModels, rows: list[dict[str, Any]]):
     assert_targets(found, expected_targets(models.hf("teacher", tied=True), rows))
 
 
+def joined(parts: list[list[tuple[int, np.ndarray]]]) -> list[tuple[int, np.ndarray]]:
+    """What the context ranks have of every row, in their order."""
+    return [
+        (same[0][0], np.concatenate([log_p for _, log_p in same]))
+        for same in zip(*parts, strict=True)
+    ]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["cp2", "pp2-cp2", "tp2-cp2-sp"])
+def test_targets_of_context_ranks(
+    models: TinyModels, ranks: WorkerGroups, rows: list[dict[str, Any]], name: str
+):
+    """Claim: each context rank keeps the targets of its own part of the student's rows and no
+    others; together they are all targets."""
+    number, layout = LAYOUTS[name]
+    results = ranks(number).run(
+        jobs.teacher_targets, overrides=[*keys(models), *overrides(layout)], rows=rows
+    )
+    expected = expected_targets(models.hf("teacher", tied=True), rows)
+    on_last_stage = [found for found in results if found is not None]
+    assert len(on_last_stage) == layout.tensor * layout.context
+    for i in range(layout.tensor):  # tensor ranks are neighbours
+        assert_targets(joined(on_last_stage[i :: layout.tensor]), expected)
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2-sp"])
 def test_targets_on_layouts(

@@ -135,7 +135,7 @@ def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
                 assert ours[key] == value, (ours["step"], key)
 
 
-@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "tp2-pp2-sp"])
+@pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "tp2-pp2-sp", "cp2", "tp2-cp2-sp"])
 def test_resumed_at_another_layout(
     ranks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path, name: str
 ):

@@ -127,6 +127,16 @@ def test_layouts_that_do_not_divide(tp: int, pp: int, reason: str) -> None:
         names.check_layout(SHAPE, tp, pp, "toy")
 
 
+def test_context_ranks_that_do_not_divide_the_heads() -> None:
+    """Claim: they share the heads of a tensor rank, whatever the number of groups."""
+    names.check_layout(SHAPE, 1, 1, "toy", cp=SHAPE.heads)
+    reason = (
+        "context_parallel=2 does not divide the 3 attention heads of a tensor rank .* use 1 or 3"
+    )
+    with pytest.raises(InputError, match=reason):
+        names.check_layout(SHAPE, 2, 1, "toy", cp=2)
+
+
 @pytest.mark.parametrize(
     ("layers", "hidden", "ffn", "heads", "tied", "parameters"),
     [(28, 1024, 3072, 16, True, 596_049_920), (36, 4096, 12288, 32, False, 8_190_735_360)],
