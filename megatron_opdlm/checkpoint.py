@@ -46,6 +46,7 @@ WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = (
     "config.yaml",
     "latest",
 )
+_EXTRA_STATE = "_extra_state"
 _PREFIX = "model."  # of the weights' keys, in imported and in training checkpoints alike
 
 
@@ -100,22 +101,37 @@ def load_model(model: Qwen3, model_dir: Path) -> None:
 
 def save_weights(model: Qwen3, directory: Path) -> None:
     """Write the weights as a torch_dist checkpoint into a new directory, all ranks together."""
-    _save({"model": model.sharded_state_dict(prefix=_PREFIX)}, directory)
+    _save({"model": _weights(model)}, directory)
 
 
 def load_weights(model: Qwen3, directory: Path, *, low_rank: bool = True) -> None:
     """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it. ``low_rank``
     False: the checkpoint has no low-rank terms, and those of the model stay.
     """
-    state = model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
+    state = _weights(model)
     kept = {}
     if not low_rank:
         kept = {k: v for k, v in model.state_dict().items() if k.startswith(f"{lora.NAME}.")}
         state = {k: v for k, v in state.items() if k.removeprefix(_PREFIX) not in kept}
     loaded = _load({"model": state}, directory, strict_prefix=_PREFIX)
-    model.load_state_dict(
-        kept | {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
-    )
+    _fill(model, loaded["model"], kept)
+
+
+def _weights(model: Qwen3) -> dict[str, Any]:
+    """The weights as Megatron stores them. Layers of either spec have the same: Megatron's own are
+    stored under the names of Transformer Engine's, whose "extra state" (scales of FP8 products,
+    which we do not compute) is left out.
+    """
+    state = model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
+    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def _fill(model: Qwen3, loaded: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Give a model what ``_weights`` asked for, and the values in ``kept``."""
+    values = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
+    problems = model.load_state_dict(kept | values, strict=False)
+    missing = [name for name in problems.missing_keys if not name.endswith(_EXTRA_STATE)]
+    assert not missing and not problems.unexpected_keys, problems
 
 
 def _save(state: dict[str, Any], directory: Path) -> None:
@@ -199,9 +215,7 @@ class Checkpoints:
         """Fill weights and optimizer from a training checkpoint and return what had been done."""
         wanted = _training_state(student, is_loading=True)
         loaded = _load(wanted, checkpoint / WEIGHTS, strict_prefix=_PREFIX)
-        student.model.load_state_dict(
-            {name.removeprefix(_PREFIX): value for name, value in loaded["model"].items()}
-        )
+        _fill(student.model, loaded["model"], {})
         student.optimizer.load_state_dict(loaded["optimizer"])
         return Progress(**json.loads((checkpoint / STATE).read_text()))
 
@@ -255,7 +269,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def _training_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
-    model = student.model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
+    model = _weights(student.model)
     with _positions_without_padding(student):
         optimizer = student.optimizer.sharded_state_dict(
             model, is_loading=is_loading, metadata=_metadata()
