@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm import build
+from megatron_opdlm import build, parallel
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer_spec import RMSNorm
 from tests.distributed import jobs
@@ -61,7 +61,7 @@ class NormedColumns(_ExtraState, ColumnParallelLinear):
             prefix,
             {"weight": 0},
             sharded_offsets,
-            tp_group=self.tp_group,
+            tp_group=parallel.tensor_group(),
             dp_cp_group=metadata["dp_cp_group"],
         )
 
