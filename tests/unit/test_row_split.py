@@ -8,10 +8,12 @@ from functools import cache
 import pytest
 import torch
 
+from megatron_opdlm import accounting
 from megatron_opdlm.model.row_split import split_row
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.states import State, make_state
 from tests.unit.test_packing import PACKING
+from tests.unit.test_qwen3_names import SHAPE
 from tests.unit.test_states import IDS
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -128,6 +130,29 @@ def _next_tokens(
         head = tuple(whole[start:end].tolist())
         after[end - 1] = next(s[len(head)] for s in finished if s[: len(head)] == head)
     return after[place]
+
+
+def operations(step: StepBatches) -> tuple[float, float]:
+    """Of the student's microbatches and of the teacher's rows."""
+    student = [
+        accounting.student_flops(SHAPE, batch, recompute=True, sequence_parallel=False)
+        for batch in rows(step)
+    ]
+    teacher = [
+        accounting.teacher_flops(SHAPE, asked, sequence_parallel=False) for asked in step.finished
+    ]
+    return sum(student), sum(teacher)
+
+
+@RANKS
+def test_operations_of_the_ranks_are_those_of_the_row(ranks: int):
+    """Claim: summed over the context ranks nothing is counted twice, and each has its share."""
+    packing = replace(PACKING, tokens_per_microbatch=4096)
+    whole = operations(of_rank(0, 1, replace(packing, align=ranks)))
+    parts = [operations(of_rank(rank, ranks, packing)) for rank in range(ranks)]
+    for expected, *found in zip(whole, *parts, strict=True):
+        assert sum(found) == pytest.approx(expected, rel=1e-12)
+        assert max(found) < 1.01 * expected / ranks
 
 
 def test_one_rank_exchanges_nothing():
