@@ -25,11 +25,13 @@ from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model import lora
+from megatron_opdlm.model.flops import layer_linear_parameters
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
+from megatron_opdlm.quantization import require_modelopt
 from megatron_opdlm.records import Vocabulary
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.update import Objective, Student
@@ -93,6 +95,8 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
 
     ``world_size`` None: the number of ranks that were started.
     """
+    if config.teacher.quantization == "fp8":
+        require_modelopt()
     mask = config.model.mask_token_id
     student = open_model(config.model.path, "model.path", mask)
     teacher = (
@@ -118,10 +122,14 @@ def model_layout(config: Config) -> Layout:
 
 
 def kernels_of(config: Config, hardware: Hardware) -> tuple[Kernels, Kernels]:
-    """What computes the student and the teacher. InputError where that cannot run here."""
+    """What computes the student and the teacher. InputError where that cannot run here.
+
+    An FP8 teacher has Megatron's own layers, whose linears ModelOpt can multiply in FP8.
+    """
+    fp8 = config.teacher.quantization == "fp8"
     student, teacher = (
         choose_kernels(
-            config.model.spec,
+            "local" if fp8 and section is config.teacher else config.model.spec,
             config.attention.backend,
             resolve_dtype(section.dtype, hardware),
             hardware,
@@ -213,6 +221,15 @@ def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qw
     return teacher.requires_grad_(False).eval()
 
 
+def teacher_bytes(config: Config, teacher: ModelSource, hardware: Hardware) -> int:
+    """Memory of all of a second model's weights."""
+    size = resolve_dtype(config.teacher.dtype, hardware).itemsize
+    linears = layer_linear_parameters(teacher.shape)
+    if config.teacher.quantization == "none":
+        return teacher.shape.parameters * size
+    return (teacher.shape.parameters - linears) * size + linears
+
+
 def shares_base(config: Config, student: ModelSource, hardware: Hardware) -> bool:
     """Whether the student's frozen base is the teacher: the same weights in the same type."""
     same_path = config.teacher.path in ("", config.model.path)
@@ -222,6 +239,7 @@ def shares_base(config: Config, student: ModelSource, hardware: Hardware) -> boo
         and config.lora.share_teacher
         and same_path
         and len(types) == 1
+        and config.teacher.quantization == "none"
         and student.low_rank is None  # else the teacher is the base with those terms merged
     )
 

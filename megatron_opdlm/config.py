@@ -51,6 +51,10 @@ class ModelConfig:
 class TeacherConfig:
     path: str = ""  # empty: the same weights as the student's start
     dtype: Precision = "auto"
+    # fp8: the layers' linears get E4M3 weights and activations (docs/teacher.md), with scales taken
+    # on this many first prompts of data.path
+    quantization: Literal["none", "fp8"] = "none"
+    calibration_prompts: int = 64
     temperature: float = 1.0  # divides the teacher's logits: above 1 a flatter target
     top_p: float = 1.0  # below 1: the target is the nucleus of this probability, renormalised
     offload_targets: bool = False  # keep them in host memory between the phases

@@ -31,6 +31,7 @@ _AT_LEAST_ONE = (
     "curriculum.start",
     "curriculum.end",
     "curriculum.steps",
+    "teacher.calibration_prompts",
     "mixing.steps",
     "loss.chunk_rows",
     "update.tokens_per_microbatch",
@@ -173,7 +174,12 @@ def _check_loss(values: Values) -> None:
             "0 and 1, or loss.kind=forward_kl or reverse_kl for its limits"
         )
     if kind == "nll":
-        for key, plain in (("loss.top_k", 0), ("teacher.temperature", 1), ("teacher.top_p", 1)):
+        for key, plain in (
+            ("loss.top_k", 0),
+            ("teacher.temperature", 1),
+            ("teacher.top_p", 1),
+            ("teacher.quantization", "none"),
+        ):
             if values[key] != plain:
                 raise InputError(
                     f"{key}={values[key]} has no effect with loss.kind=nll, which asks no teacher; "

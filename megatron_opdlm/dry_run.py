@@ -21,7 +21,6 @@ def describe(config: Config, world_size: int) -> str:
     replicas = layout.data_parallel(world_size)
     hardware = select_hardware()
     student_bytes = build.resolve_dtype(config.model.dtype, hardware).itemsize
-    teacher_bytes = build.resolve_dtype(config.teacher.dtype, hardware).itemsize
     shape = source.shape
     share = layout.tensor * layout.pipeline
     # Main parameters and two Adam moments in float32, split over the replicas and their context
@@ -30,9 +29,10 @@ def describe(config: Config, world_size: int) -> str:
     gib = 1 / share / 2**30
     low_rank = build.low_rank_of(config)
     trained = low_rank_parameters(shape, low_rank) if low_rank else shape.parameters
-    student, teachers = shape.parameters + (trained if low_rank else 0), teacher.shape.parameters
+    student = shape.parameters + (trained if low_rank else 0)
+    teacher_bytes = build.teacher_bytes(config, teacher, hardware)
     if build.shares_base(config, source, hardware):
-        teachers = 0
+        teacher_bytes = 0
     lines = [
         f"hardware     {hardware.reason}",
         build.describe_kernels(config, hardware).replace("kernels: ", "kernels      "),
@@ -53,6 +53,6 @@ def describe(config: Config, world_size: int) -> str:
         f"  student weights    {student * student_bytes * gib:.3f}",
         f"  gradients          {trained * 4 * gib:.3f}",
         f"  optimizer          {trained * optimizer_bytes * gib:.3f}",
-        f"  teacher weights    {teachers * teacher_bytes * gib:.3f}",
+        f"  teacher weights    {teacher_bytes * gib:.3f}",
     ]
     return "\n".join(lines)

@@ -58,6 +58,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     """Loss of fixed states under ``config``'s loss and layout; the same on every rank."""
     from megatron_opdlm import accounting, build, parallel
     from megatron_opdlm.packing import pack_step
+    from megatron_opdlm.quantization import quantize_fp8
     from megatron_opdlm.session import my_share, packing_of
     from megatron_opdlm.states import make_state
     from megatron_opdlm.teacher import score
@@ -81,6 +82,10 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
         for number, row in enumerate(rows)
     ]
     packing = packing_of(config, student_source, hardware)
+    if config.teacher.quantization == "fp8":  # the rows are all the data that there is
+        some = rows[: config.teacher.calibration_prompts]
+        sequences = [row["prompt_ids"] + row["response_ids"] for row in some]
+        quantize_fp8(teacher, sequences, packing)
     step = pack_step([my_share(states, student_source, teacher_source, packing)], packing)
     (batches,) = step.updates
     report = measure(

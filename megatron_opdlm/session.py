@@ -28,6 +28,7 @@ from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.packing import Packing, StepBatches, pack_step, student_tokens
+from megatron_opdlm.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.rollout import Rollout, generate
 from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
@@ -244,6 +245,10 @@ def open_session(config: Config) -> Session:
     teacher = None
     if config.loss.kind != "nll":
         teacher = choose_teacher(student, source, teacher_source, config, hardware)
+        if config.teacher.quantization == "fp8":
+            count = config.teacher.calibration_prompts
+            sequences = calibration_sequences(plan.prompts.prompts, count, plan.max_positions)
+            quantize_fp8(teacher, sequences, packing_of(config, source, hardware))
     if parallel.is_writer():
         prepare_run_directory(config)
         _announce(config, hardware, plan, progress)

@@ -47,6 +47,12 @@ def low_rank_parameters(shape: Qwen3Shape, low_rank: LowRank) -> int:
     return shape.layers * low_rank.rank * sum(sizes[target] for target in low_rank.targets)
 
 
+def layer_linear_parameters(shape: Qwen3Shape) -> int:
+    """Numbers in the weights of all layers' linears."""
+    attention = (2 * shape.heads + 2 * shape.groups) * shape.head_dim
+    return shape.layers * shape.hidden * (attention + 3 * shape.ffn)
+
+
 def attended_pairs(plan: AttentionPlan) -> int:
     """(query, key) pairs that dense kernels compute, hidden ones included: they cost as much."""
     return sum(bucket.mask.numel() for bucket in plan.buckets)

@@ -28,6 +28,7 @@ from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_paramete
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.packing import Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
+from megatron_opdlm.quantization import quantize_fp8
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
 from megatron_opdlm.session import my_share, packing_of
@@ -402,6 +403,9 @@ def teacher_targets(overrides: list[str], rows: Rows) -> list[tuple[int, np.ndar
     source, teacher_source = build.open_pair(config)
     hardware = join(build.model_layout(config))
     teacher = build.build_teacher(teacher_source, config, hardware)
+    if config.teacher.quantization == "fp8":
+        sequences = [[*row["prompt_ids"], *row["response_ids"]] for row in rows]
+        quantize_fp8(teacher, sequences, packing_of(config, source, hardware))
     step = _step([rows], config, (source, teacher_source), hardware)
     targets = score(teacher, step.finished)
     if targets is None:

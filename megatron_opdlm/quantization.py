@@ -1,0 +1,124 @@
+"""FP8 linears of the frozen teacher, through NVIDIA ModelOpt: E4M3, one scale a tensor, weights and
+activations (docs/teacher.md).
+
+A tensor x with the scale s = amax / 448 becomes s * fp8(x / s), where fp8 rounds to the nearest
+E4M3 number and 448 is the largest of them. A weight's amax is its largest absolute value, an
+activation's the largest that the linear saw on the calibration sequences. ModelOpt takes both over
+tensor, data and context ranks, so every layout rounds with the same scales.
+"""
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.packing import FinishedBatch, Packing, pack_step
+from megatron_opdlm.records import Prompt
+from megatron_opdlm.states import State
+from megatron_opdlm.teacher import score
+
+_PACKAGE = "modelopt"
+_LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def require_modelopt() -> None:
+    """InputError if ModelOpt is missing; imports nothing."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise InputError(
+            "teacher.quantization=fp8 needs the package nvidia-modelopt, which is not installed; "
+            "run launch/setup.sh, or use teacher.quantization=none"
+        )
+
+
+def calibration_sequences(
+    prompts: Sequence[Prompt], count: int, max_positions: int
+) -> list[list[int]]:
+    """The first ``count`` prompts of the file, with their recorded responses where they have one,
+    of at most ``max_positions`` tokens: a pure function of the file, so that a resumed run gets the
+    same scales.
+    """
+    return [[*p.ids, *(p.response_ids or [])][:max_positions] for p in prompts[:count]]
+
+
+def quantize_fp8(teacher: Qwen3, sequences: Sequence[Sequence[int]], packing: Packing) -> None:
+    """Replace the layers' linears by FP8 ones, in place; embedding, norms and output head stay.
+    ``sequences``: token ids, the same on every rank.
+
+    The weights are kept as FP8 numbers. GPUs that multiply FP8 (compute capability 8.9 or more) do
+    so; elsewhere the rounded operands are multiplied in the model's own type. RunError where a
+    linear saw nothing to take a scale from.
+    """
+    batches = _calibration_batches(sequences, packing)
+
+    def run_all(_: torch.nn.Module) -> None:
+        for batch in batches:  # one at a time: the hidden states are not kept
+            score(teacher, [batch])
+
+    with _quietly(), torch.no_grad():
+        mtq = importlib.import_module(f"{_PACKAGE}.torch.quantization")
+        # Its preset quantises every linear below the module that it is given: the layers.
+        mtq.quantize(teacher.decoder, copy.deepcopy(mtq.FP8_DEFAULT_CFG), run_all)
+        _require_scales(teacher)
+        on_gpu = packing.device.type != "cpu"
+        options = importlib.import_module(f"{_PACKAGE}.torch.quantization.config")
+        mtq.compress(teacher.decoder, options.CompressConfig(quant_gemm=on_gpu))
+    teacher.requires_grad_(False)
+
+
+def _calibration_batches(
+    sequences: Sequence[Sequence[int]], packing: Packing
+) -> list[FinishedBatch]:
+    """Questions that make the teacher compute every layer at every token.
+
+    A token is computed where the next one is asked for, so the last token is repeated.
+    """
+    states = [
+        State(
+            sample=number,
+            prompt_ids=[*ids[:1]],
+            response_ids=[*ids[1:], ids[-1]],
+            masked=[True] * len(ids),
+            counted=[True] * len(ids),
+            trained_tokens=0,
+        )
+        for number, ids in enumerate(sequences)
+    ]
+    return pack_step([states], packing).finished
+
+
+def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, linear) of every linear that ModelOpt has replaced."""
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_quantizer"):
+            yield name, module
+
+
+def _require_scales(teacher: Qwen3) -> None:
+    found = dict(quantized_linears(teacher.decoder))
+    names = sorted(name.rpartition(".")[2] for name in found)
+    assert names == sorted(_LINEARS * len(teacher.decoder.layers)), names
+    for name, linear in found.items():
+        for quantizer in (linear.input_quantizer, linear.weight_quantizer):
+            amax = None if quantizer.amax is None else float(quantizer.amax)
+            if amax is None or not 0 < amax < float("inf"):
+                raise RunError(
+                    f"the teacher's {name} has the largest absolute value {amax} on the "
+                    "calibration sequences, which makes no FP8 scale; check teacher.path, or use "
+                    "teacher.quantization=none"
+                )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """ModelOpt counts its quantizers on stdout, and warns of features that we do not use."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", module=_PACKAGE)
+        yield
