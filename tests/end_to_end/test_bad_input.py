@@ -95,8 +95,10 @@ def test_train(run: Any, model: Path, prompts: Path, tmp_path: Path, case: str):
         (["pipeline_parallel=3"], 3, ["pipeline_parallel=3", "num_layers=2", "use 1 or 2"]),
         (["tensor_parallel=2"], 3, ["3 ranks", "tensor_parallel=2", "multiple of 2"]),
         (["sequence_parallel=true"], 1, ["sequence_parallel=true", "tensor_parallel=1"]),
+        (["context_parallel=3"], 3, ["context_parallel=3", "4 attention heads", "use 1, 2 or 4"]),
+        (["context_parallel=2"], 3, ["3 ranks", "context_parallel=2", "multiple of 2"]),
     ],
-    ids=["heads", "layers", "ranks", "sequence"],
+    ids=["heads", "layers", "ranks", "sequence", "context heads", "context ranks"],
 )
 def test_layouts_that_do_not_divide(
     run: Any,
