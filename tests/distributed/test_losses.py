@@ -139,7 +139,7 @@ def poisoned(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "cp2"])
 def test_a_poisoned_model_is_named_on_every_rank(
     recorded: Recorded, ranks: WorkerGroups, poisoned: tuple[str, int, list[str]], layout: str
 ):
