@@ -12,7 +12,7 @@ import megatron_opdlm.hardware  # noqa: F401 -- before megatron-core
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
 from checkpoint_tools.manifest import BlockContract, LowRank, is_checkpoint, read_manifest
@@ -29,6 +29,7 @@ from megatron_opdlm.model.flops import layer_linear_parameters
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.off_policy import Recorded, require_responses
+from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_opdlm.quantization import require_modelopt
@@ -291,20 +292,9 @@ def build_student(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True
     )
     ddp = DistributedDataParallel(model.config, reduction, wrapped)
-    o = config.optimizer
-    optimizer_config = OptimizerConfig(
-        optimizer="adam",
-        lr=o.lr,
-        weight_decay=o.weight_decay,
-        adam_beta1=o.beta1,
-        adam_beta2=o.beta2,
-        adam_eps=o.eps,
-        clip_grad=o.clip_grad,
-        bf16=dtype is torch.bfloat16,
-        params_dtype=dtype,
-        use_distributed_optimizer=True,
-    )
-    return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(optimizer_config, [ddp]))
+    fuse_gradients(model)
+    adam = optimizer_config(config, dtype, hardware)
+    return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(adam, [ddp]))
 
 
 def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:

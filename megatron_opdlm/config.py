@@ -187,6 +187,11 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
+    # What Transformer Engine's Adam can keep in 16 bits, beside 16-bit weights on a GPU.
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    cpu_offload: bool = False  # keep and step the optimizer in host memory
 
 
 @dataclass(frozen=True, kw_only=True)

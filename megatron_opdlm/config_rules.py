@@ -76,6 +76,7 @@ _COUNT_OR_ALL = {
 # key, the values that work now, what to use instead of the others
 _NOT_BUILT = (
     ("states.block_alignment", ("absolute",), "states.block_alignment=absolute"),
+    ("optimizer.cpu_offload", (False,), "optimizer.cpu_offload=false and more data-parallel ranks"),
     ("checkpoint.async_save", (False,), "checkpoint.async_save=false"),
     ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
 )

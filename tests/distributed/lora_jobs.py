@@ -77,15 +77,20 @@ def initial_terms(overrides: list[str]) -> Terms | None:
     return whole_terms(open_student(overrides).model, lambda p: p.data)
 
 
+def fill_b(model: Qwen3) -> None:
+    """Terms that matter, as after training."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
 def save_adapted(overrides: list[str], out: Path) -> tuple[Path, Terms]:
     """A checkpoint whose B are not zero, and its terms; on one rank."""
     config = load_config(None, overrides)
     source, _ = build.open_pair(config)
     student = build.build_student(source, config, jobs.join(Layout()))
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in student.model.named_parameters():
-        if name.endswith(".b"):
-            parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    fill_b(student.model)
     save_weights(student.model, out / "weights")
     carry_over(source.files, out / "huggingface")
     contract, low_rank = BlockContract(mask_token_id=MASK), build.low_rank_of(config)
@@ -134,6 +139,7 @@ def both_teachers(overrides: list[str], rows: jobs.Rows) -> tuple[bool, bool] | 
     sources = build.open_pair(config)
     hardware = jobs.join(build.model_layout(config))
     student = build.build_student(sources[0], config, hardware)
+    fill_b(student.model)
     chosen = build.choose_teacher(student, *sources, config, hardware)
     step = jobs._step([rows], config, sources, hardware)
     found = score(chosen, step.finished)

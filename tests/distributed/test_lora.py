@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checkpoint_tools.manifest import LowRank
+from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model import lora
@@ -156,6 +157,17 @@ def test_merged_weights(adapted: Adapted, ranks: WorkerGroups, name: str):
     found, *_ = ranks(number).run(lora_jobs.merged_weights, layout=layout, checkpoint=checkpoint)
     assert expected is not None and expected.keys() == found.keys()
     assert all(np.array_equal(found[key], value) for key, value in expected.items())
+    terms, ffn = adapted._saved(SHIFTED)[1], 96
+    with open_weights(adapted._models.hf("student", tied=True)) as start:
+        for name, target, rows in (
+            ("self_attn.o_proj", "linear_proj", slice(None)),
+            ("mlp.down_proj", "linear_fc2", slice(None)),
+            ("mlp.up_proj", "linear_fc1", slice(ffn, None)),
+        ):
+            key = f"model.layers.2.{name}.weight"
+            a, b = (terms[2, target, factor].astype(np.float64) for factor in "ab")
+            whole = start.get(key).double().numpy() + ALPHA / RANK * (b[rows] @ a)
+            assert np.array_equal(expected[key], whole.astype(np.float32)), name
 
 
 @pytest.mark.distributed
