@@ -58,6 +58,7 @@ class TeacherConfig:
     temperature: float = 1.0  # divides the teacher's logits: above 1 a flatter target
     top_p: float = 1.0  # below 1: the target is the nucleus of this probability, renormalised
     offload_targets: bool = False  # keep them in host memory between the phases
+    offload_weights: bool = False  # the layers wait in host memory while the teacher is not asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ class RolloutConfig:
     prefill_tokens: int = 8192  # of prompts that join one forward; a longer prompt joins alone
     # auto: rows on GPUs that have flash-attn, else buckets (megatron_opdlm/decode_forward.py)
     attention: Literal["auto", "buckets", "rows"] = "auto"
-    cuda_graphs: bool = True  # replay captured forwards, with rows on GPUs
+    graphs: bool = True  # replay forwards captured in CUDA graphs, with rows on GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +192,7 @@ class OptimizerConfig:
     main_params_dtype: Literal["fp32", "fp16"] = "fp32"
     exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    cpu_offload: bool = False  # keep and step the optimizer in host memory
+    cpu_offload: bool = False  # the state waits in host memory during rollout and teacher phase
 
 
 @dataclass(frozen=True, kw_only=True)

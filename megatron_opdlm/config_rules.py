@@ -76,7 +76,6 @@ _COUNT_OR_ALL = {
 # key, the values that work now, what to use instead of the others
 _NOT_BUILT = (
     ("states.block_alignment", ("absolute",), "states.block_alignment=absolute"),
-    ("optimizer.cpu_offload", (False,), "optimizer.cpu_offload=false and more data-parallel ranks"),
     ("checkpoint.async_save", (False,), "checkpoint.async_save=false"),
     ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
 )
@@ -88,6 +87,7 @@ def check(values: Values) -> None:
     _check_built(values)
     _check_layout(values)
     _check_lora(values)
+    _check_offload(values)
     _check_decoding(values)
     _check_loss(values)
     _check_schedules(values)
@@ -135,6 +135,14 @@ def _check_layout(values: Values) -> None:
         raise InputError(
             "model.sequence_parallel=true shards over the tensor-parallel ranks, but "
             "model.tensor_parallel=1; use more ranks or model.sequence_parallel=false"
+        )
+
+
+def _check_offload(values: Values) -> None:
+    if values["teacher.offload_weights"] and values["teacher.quantization"] != "none":
+        raise InputError(
+            f"teacher.offload_weights=true cannot move the packed weights of "
+            f"teacher.quantization={values['teacher.quantization']}; use one of the two"
         )
 
 

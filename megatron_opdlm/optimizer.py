@@ -14,6 +14,7 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.config import OptimizerConfig as Options
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.offload import check_optimizer_offload
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NARROW_KEYS = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
@@ -28,6 +29,8 @@ def optimizer_config(config: Config, dtype: torch.dtype, hardware: Hardware) -> 
     o = config.optimizer
     narrow = narrow_states(o)
     _check(narrow, dtype, hardware)
+    if o.cpu_offload:
+        check_optimizer_offload(dtype, hardware)
     return OptimizerConfig(
         optimizer="adam",
         lr=o.lr,

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.offload import HOST, layers_here, move_layers, optimizer_away
 from megatron_opdlm.packing import Packing, StepBatches, pack_step, student_tokens
 from megatron_opdlm.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.records import Trajectory
@@ -86,7 +88,7 @@ class Session:
             kv_cache_tokens=self.config.rollout.kv_cache_tokens,
             prefill_tokens=self.config.rollout.prefill_tokens,
             attention=self.config.rollout.attention,
-            graphs=self.config.rollout.cuda_graphs,
+            graphs=self.config.rollout.graphs,
         )
         trajectories = parallel.gather_objects_over_generators(made.trajectories)
         flops = parallel.sum_over_generators(
@@ -117,7 +119,21 @@ class Session:
         """The step's targets; None where the loss needs no teacher."""
         if self.teacher is None:
             return None
-        return score(self.teacher, batches.finished, offload=self.config.teacher.offload_targets)
+        options = self.config.teacher
+        with layers_here(self.teacher, self.hardware.device, on=self.teacher_waits):
+            return score(self.teacher, batches.finished, offload=options.offload_targets)
+
+    @property
+    def teacher_waits(self) -> bool:
+        """Whether the teacher's layers are in host memory while it is not asked: not where it is
+        the student.
+        """
+        own = self.teacher is not self.student.model
+        return own and self.config.teacher.offload_weights
+
+    def optimizer_away(self) -> AbstractContextManager[None]:
+        """For the phases that do not need the optimizer."""
+        return optimizer_away(self.student.optimizer, on=self.config.optimizer.cpu_offload)
 
     def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:
         """(prepared update, learning rate) of each optimizer step: all prepared updates once per
@@ -253,7 +269,7 @@ def open_session(config: Config) -> Session:
         prepare_run_directory(config)
         _announce(config, hardware, plan, progress)
     parallel.barrier()
-    return Session(
+    session = Session(
         config=config,
         hardware=hardware,
         source=source,
@@ -272,6 +288,9 @@ def open_session(config: Config) -> Session:
         ),
         progress=progress,
     )
+    if teacher is not None and session.teacher_waits:
+        move_layers(teacher, HOST)
+    return session
 
 
 def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Progress) -> None:

@@ -19,6 +19,8 @@ MODES = {
         "states.mode=all",
         "train.inner_epochs=2",
         "teacher.offload_targets=true",
+        "teacher.offload_weights=true",
+        "optimizer.cpu_offload=true",
     ],
     "random masks, likelihood": ["states.mode=random_mask", "loss.kind=nll"],
     "shifted logits, mixed": [

@@ -11,10 +11,11 @@ from megatron_opdlm.config import load_config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model import decode_attention
+from megatron_opdlm.offload import HOST, move_layers
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.replay import replay
-from tests import oracle
+from tests import oracle, training_run
 from tests.conftest import END_IDS, MASK, TinyModels
 from tests.distributed import jobs
 from tests.tiny_requests import IDS, request
@@ -128,3 +129,29 @@ def test_loss_and_gradient_norm(models: TinyModels, tmp_path: Path, tied: bool):
     expected.backward()
     assert found["loss"] == pytest.approx(expected.item(), rel=1e-4)
     assert found["grad_norm"] == pytest.approx(oracle.gradient_norm(reference), rel=1e-3)
+
+
+def test_what_waits_in_host_memory_changes_nothing(models: TinyModels, tmp_path: Path):
+    """Claim: with optimizer and teacher in host memory between the phases a run reports the same
+    losses, and its weights end up the same bit for bit."""
+    keys = ["train.steps=3", "checkpoint.every=3", "model.dtype=bf16", "teacher.dtype=bf16"]
+    keys += [f"teacher.path={models.hf('teacher', tied=False, layers=2)}"]
+    prompts = training_run.write_prompts(tmp_path / "prompts.jsonl")
+    found = []
+    for name, offload in (("plain", "false"), ("offload", "true")):
+        out = tmp_path / name
+        options = [f"optimizer.cpu_offload={offload}", f"teacher.offload_weights={offload}"]
+        student = models.hf("student", tied=True, layers=2)
+        jobs.train_run(training_run.overrides(student, prompts, out, *keys, *options))
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        found.append([(row["loss"], row["grad_norm"]) for row in rows])
+    assert found[0] == found[1]
+
+
+def test_layers_leave_the_gpu(models: TinyModels):
+    """Claim: of a teacher that waits, only the layers are in host memory."""
+    model = jobs.load(Layout(), models.hf("teacher", tied=False, layers=2))
+    move_layers(model, HOST)
+    where = {name: p.device.type for name, p in model.named_parameters()}
+    assert {kind for name, kind in where.items() if "layers." in name} == {"cpu"}
+    assert {kind for name, kind in where.items() if "layers." not in name} == {"cuda"}

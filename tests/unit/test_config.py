@@ -146,12 +146,17 @@ BAD_OVERRIDES = [
     ("states.block_alignment=response", "states.block_alignment=response is not built yet; use"),
     ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
     ("checkpoint.async_save=true", "checkpoint.async_save=true is not built yet; use"),
-    ("optimizer.cpu_offload=true", "optimizer.cpu_offload=true is not built yet; use"),
     ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
     ("lora.alpha=0", "lora.alpha=0.0 must be greater than 0"),
     ("lora.dropout=0.1", "'lora.dropout' does not exist"),
     ("lora.targets=[linear_qkw]", "lora.targets holds 'linear_qkw'; use some of linear_qkv"),
 ]
+
+
+def test_packed_weights_stay_where_they_are():
+    keys = ["teacher.quantization=fp8", "teacher.offload_weights=true"]
+    with pytest.raises(InputError, match=r"teacher\.quantization=fp8; use one of the two"):
+        load_config(None, keys)
 
 
 def test_low_rank_terms_stand_somewhere():
