@@ -76,7 +76,7 @@ def final_hidden(
     output = model.run(tokens_N, positions_N, plan)
     if parallel.is_last_stage():
         return select_positions(output, read_M, sequence_parallel=config.sequence_parallel)
-    parallel.send_to_next_stage(output)
+    parallel.send_to_next_stage(output).wait()  # dropped before it has left, it may never arrive
     return None
 
 

@@ -280,7 +280,9 @@ def test_one_request_for_two_replicas(models: TinyModels, ranks: WorkerGroups, n
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("logit_shift", [False, True], ids=["", "shift"])
-@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-sp", "tp2-pp2-sp"])
+@pytest.mark.parametrize(
+    "name", ["tp2", "pp2", "tp2-sp", pytest.param("tp2-pp2-sp", marks=pytest.mark.slow)]
+)
 def test_on_policy(models: TinyModels, ranks: WorkerGroups, name: str, logit_shift: bool):
     """Claim (law 2 on layouts): training sees what the rollout saw, also where the rollout runs
     without sequence parallelism and training with it."""
