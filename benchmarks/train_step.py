@@ -100,7 +100,9 @@ def _recorded(
 def our_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Update:
     """What training does with the states of one update."""
     hardware = parallel.init(parallel.Layout())
-    source = build.ModelSource(directory=Path(), shape=shape, vocabulary=vocabulary, contract=None)
+    source = build.ModelSource(
+        directory=Path(), shape=shape, vocabulary=vocabulary, contract=None, low_rank=None
+    )
     student = build.build_student(source, config, hardware, load=False)
     fill(student.model, random_weights(shape, seed=0).__getitem__)
     teacher = build_model(shape, parallel.Layout(), torch.float32, hardware)
