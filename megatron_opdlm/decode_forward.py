@@ -31,6 +31,7 @@ class Prepared:
     """A forward that only lacks the activations of the stage before."""
 
     tokens: int  # N that run, padding included
+    read_rows: int  # those that the last layer carries on after its attention
     attended_pairs: int
     # Activations [N, 1, H] (None on the first stage) -> final hidden states [M, 1, H] of the tokens
     # that are read on the last stage, activations [N, 1, H] on the others.
@@ -69,6 +70,7 @@ class BucketForward:
         tokens, position = windows.tokens_N.to(device), windows.position_N.to(device)
         return Prepared(
             tokens=len(tokens),
+            read_rows=len(read_M),
             attended_pairs=attended_pairs(plan),
             run=partial(_run, self.model, tokens, position, plan),
         )
@@ -112,6 +114,7 @@ class RowForward:
         read = read_M.to(self.cache.device) if self.model.post_process else None
         return Prepared(
             tokens=size * self.block_size,
+            read_rows=size * self.block_size,  # how many are wanted differs from pass to pass
             attended_pairs=pairs + (size - len(slot_R)) * self.block_size**2,
             run=partial(graph.run, read),
         )
@@ -136,7 +139,7 @@ class RowForward:
         )
         tokens = windows.tokens_N.to(device)
         run = partial(_run, self.model, tokens, position, plan)
-        return Prepared(tokens=len(tokens), attended_pairs=pairs, run=run)
+        return Prepared(tokens=len(tokens), read_rows=len(read_M), attended_pairs=pairs, run=run)
 
     def _graph(self, size: int) -> "_RowGraph":
         if size not in self.graphs:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
-from megatron_opdlm.decode_forward import BucketForward, DecodeForward, RowForward
+from megatron_opdlm.decode_forward import BucketForward, Capture, DecodeForward, RowForward
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, RunError
@@ -77,37 +77,39 @@ def generate(
     rules = decoding if decoding.mode == "diffusion" else decoding.autoregressive()
     _check_prompts(requests, rules)
     positions = max(request.positions(rules.block_size) for request in requests)
+    kind, capture = _way_to_decode(attention, graphs)
+    scratch = 1 if capture else 0  # a slot where rows that pad a captured forward work
     fitting = _fitting_slots(model, positions, kv_cache_tokens)
-    count = min(slots, len(requests), fitting)
+    count = min(slots, len(requests), max(1, fitting - scratch))
     table = SlotTable(requests, rules, vocabulary, count, positions, prefill_tokens)
     was_training = model.training
     model.eval()
     try:
         with without_sequence_parallel(model):
-            forward = _decode_forward(model, count, positions, rules.block_size, attention, graphs)
+            cache = KVCache(
+                layer_numbers=model.layer_numbers,
+                slots=count + scratch,
+                positions=positions,
+                groups=_local_groups(model),
+                head_dim=model.shape.head_dim,
+                dtype=model.config.params_dtype,
+                device=select_hardware().device,
+            )
+            forward: DecodeForward = (
+                BucketForward(model, cache, rules.block_size)
+                if kind == "buckets"
+                else RowForward(model, cache, rules.block_size, capture)
+            )
             return _Engine(model, table, key, forward).run()
     finally:
         model.train(was_training)
 
 
-def _decode_forward(
-    model: Qwen3, slots: int, positions: int, block_size: int, attention: str, graphs: bool
-) -> DecodeForward:
+def _way_to_decode(attention: str, graphs: bool) -> tuple[str, Capture | None]:
+    """Which form of forward runs here, and what captures the forwards of rows."""
     hardware = select_hardware()
     kind = hardware.decode_attention if attention == "auto" else attention
-    capture = hardware.capture if graphs and kind == "rows" else None
-    cache = KVCache(
-        layer_numbers=model.layer_numbers,
-        slots=slots + (1 if capture else 0),  # rows that pad a captured forward need a place
-        positions=positions,
-        groups=_local_groups(model),
-        head_dim=model.shape.head_dim,
-        dtype=model.config.params_dtype,
-        device=hardware.device,
-    )
-    if kind == "buckets":
-        return BucketForward(model, cache, block_size)
-    return RowForward(model, cache, block_size, capture)
+    return kind, hardware.capture if graphs and kind == "rows" else None
 
 
 def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
@@ -278,7 +280,7 @@ class _Engine:
         self.flops += forward_flops(
             model.shape,
             tokens=prepared.tokens,
-            read_rows=rows,
+            read_rows=prepared.read_rows,
             attended_pairs=prepared.attended_pairs,
             projected_rows=rows,
         )

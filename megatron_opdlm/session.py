@@ -132,7 +132,7 @@ class Session:
         return own and self.config.teacher.offload_weights
 
     def optimizer_away(self) -> AbstractContextManager[None]:
-        """For the phases that do not need the optimizer."""
+        """For the phases before the update, which do not need the optimizer."""
         return optimizer_away(self.student.optimizer, on=self.config.optimizer.cpu_offload)
 
     def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:

@@ -22,14 +22,15 @@ def run(config: Config) -> None:
     session = open_session(config)
     for step in range(session.progress.step + 1, session.plan.total_steps + 1):
         watch, key = Stopwatch(), (config.train.seed, step)
-        with watch.phase("rollout"), session.optimizer_away():
-            rollout = session.rollout(step, key)
-        with watch.phase("states"):
-            sequences = session.sequences(step, rollout)
-            states = choose_states(sequences, key=key, **session.state_options)
-            batches = session.pack(states)
-        with watch.phase("teacher"), session.optimizer_away():
-            targets = session.ask_teacher(batches)
+        with session.optimizer_away():
+            with watch.phase("rollout"):
+                rollout = session.rollout(step, key)
+            with watch.phase("states"):
+                sequences = session.sequences(step, rollout)
+                states = choose_states(sequences, key=key, **session.state_options)
+                batches = session.pack(states)
+            with watch.phase("teacher"):
+                targets = session.ask_teacher(batches)
         with watch.phase("update"):
             reports = [
                 update(session.student, batches.updates[i], targets, session.objective, rate)

@@ -129,7 +129,7 @@ def roll_out(
     model = load(layout, model_dir)
     shares = split_over_replicas(requests, parallel.generators(), decoding)
     mine = [requests[i] for i in shares[parallel.generator_rank()]]
-    with _fixed_size_forwards(graphs):
+    with fixed_size_forwards(graphs):
         made = generate(
             model,
             mine,
@@ -144,7 +144,7 @@ def roll_out(
 
 
 @contextmanager
-def _fixed_size_forwards(on: bool) -> Iterator[None]:
+def fixed_size_forwards(on: bool) -> Iterator[None]:
     """Give hardware without graphs a ``capture`` that runs the function itself every time."""
     hardware = select_hardware()
     if on and hardware.capture is None:

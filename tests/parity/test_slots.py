@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt
 from megatron_opdlm.rollout import generate
@@ -89,3 +90,19 @@ def test_what_joins_together_changes_no_token(models: TinyModels):
     together = generate(model, asked, decoding, IDS, key=(1, 1), slots=4)
     alone = generate(model, asked, decoding, IDS, key=(1, 1), slots=4, prefill_tokens=1)
     assert alone.trajectories == together.trajectories
+
+
+def test_operations_of_padded_forwards_are_counted(models: TinyModels):
+    """Claim: a forward of fixed size counts all that it runs: padding rows too, and in the last
+    layer every row. One request of two blocks in one pass runs in the size of four rows."""
+    model_dir = models.hf("student", tied=True, layers=2)
+    model = jobs.load(Layout(), model_dir)
+    rules = Decoding(block_size=4, denoising_steps=1)
+    with jobs.fixed_size_forwards(True):
+        made = generate(model, [request(0, 4, limit=4)], rules, IDS, key=(1, 1), attention="rows")
+    pairs = 4 * (4 + 8) + 2 * 4 * 4
+    expected = forward_flops(
+        model.shape, tokens=16, attended_pairs=pairs, projected_rows=4, read_rows=16
+    )
+    assert made.trajectories[0].forwards == 1
+    assert made.flops == expected
