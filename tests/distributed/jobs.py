@@ -26,7 +26,7 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
-from megatron_opdlm.packing import Packing, StepBatches, pack_step
+from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.quantization import quantize_fp8
 from megatron_opdlm.records import Trajectory, Vocabulary
@@ -213,6 +213,8 @@ def on_policy_gap(
         tokens_per_microbatch=10**9,
         align=layout.tensor,
         device=torch.device("cpu"),
+        context_ranks=parallel.context_size(),
+        context_rank=parallel.context_rank(),
     )
     ((batch,),) = pack_step([states], packing).updates
     row = batch.student_tokens, batch.student_positions, batch.student_plan
@@ -226,15 +228,26 @@ def on_policy_gap(
         for state in states
         for place in _places(state, by_sample[state.sample], decoding.block_size)
     ]
-    assert len(set(places)) == len(places) == len(log_q)
+    assert len(set(places)) == len(places)
     assert set(places) == set(seen), "states and passes are not the same set"
-    expected = torch.stack([seen[place] for place in places])
+    own = _own_places(states, batch, packing)
+    assert len(own) == len(log_q)
+    expected = torch.stack([seen[places[i]] for i in own])
     return {
         "gap": float((log_q - expected).abs().max()),
         "spread": float(expected.std()),
         "places": len(places),
+        "own": own,
         "trajectories": made,
     }
+
+
+def _own_places(states: Sequence[State], batch: PackedBatch, packing: Packing) -> list[int]:
+    """Which of all masked positions this context rank reads, in its order."""
+    alone = replace(packing, context_ranks=1, context_rank=0)
+    ((whole,),) = pack_step([states], alone).updates
+    tokens = set(batch.split.of_rank(packing.context_rank).tolist())
+    return [i for i, read in enumerate(whole.student_read.tolist()) if read in tokens]
 
 
 def _places(state: State, trajectory: Trajectory, block_size: int) -> Iterator[Place]:

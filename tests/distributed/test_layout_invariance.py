@@ -281,7 +281,7 @@ def test_one_request_for_two_replicas(models: TinyModels, ranks: WorkerGroups, n
 @pytest.mark.distributed
 @pytest.mark.parametrize("logit_shift", [False, True], ids=["", "shift"])
 @pytest.mark.parametrize(
-    "name", ["tp2", "pp2", "tp2-sp", pytest.param("tp2-pp2-sp", marks=pytest.mark.slow)]
+    "name", ["tp2", "pp2", "tp2-sp", "cp2", pytest.param("tp2-pp2-sp", marks=pytest.mark.slow)]
 )
 def test_on_policy(models: TinyModels, ranks: WorkerGroups, name: str, logit_shift: bool):
     """Claim (law 2 on layouts): training sees what the rollout saw, also where the rollout runs
@@ -303,6 +303,9 @@ def test_on_policy(models: TinyModels, ranks: WorkerGroups, name: str, logit_shi
     for found in on_last_stage:
         assert found["spread"] > 1
         assert found["gap"] < 1e-4
+    shares = [set(found["own"]) for found in on_last_stage]
+    assert set.union(*shares) == set(range(on_last_stage[0]["places"]))
+    assert ("cp" in name) == (not set.intersection(*shares)), "context ranks share the positions"
 
 
 @pytest.mark.distributed

@@ -28,7 +28,7 @@ from tests.tiny_requests import IDS, request
 RANK, ALPHA = 3, 5.0
 LORA = [f"lora.rank={RANK}", f"lora.alpha={ALPHA}"]
 CASES = pytest.mark.parametrize("case", [PLAIN, SHIFTED], ids=lambda case: case.name)
-SOME_LAYOUTS = ("tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2-sp")
+SOME_LAYOUTS = ("tp2", "pp2", "dp2", "cp2", "tp2-sp", "tp2-pp2-sp")
 
 
 class Adapted:
