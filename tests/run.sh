@@ -22,4 +22,6 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyright
-exec .venv/bin/python -m pytest -m "not slow and not gpu" --timeout 300 "$@"
+# One worker a core, a file stays with one worker: tests of a file share models and running ranks.
+exec .venv/bin/python -m pytest -m "not slow and not gpu" --timeout 300 \
+    --numprocesses logical --maxprocesses 4 --dist loadfile "$@"
