@@ -2,7 +2,9 @@
 
 Megatron keeps the query, key and value projections in one matrix, per key/value group
 ``[q heads of the group; k; v]``, and the two halves of the gated MLP as ``[gate; up]``, where every
-tensor-parallel rank has its own part of each. Only data moves here: every function keeps the bits.
+tensor-parallel rank has its own part of each. The experts of a layer are named by their number in
+the model, ``decoder.layers.3.mlp.experts.17.linear_fc1.weight``, however Megatron keeps them
+(``split_expert`` takes the number out). Only data moves here: every function keeps the bits.
 Sizes below: H hidden, A query heads, G groups (key/value heads), D head size.
 """
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.qwen3_shape import (
+    Experts,
     Qwen3Shape,
     check_layout,
     hf_names,
@@ -20,6 +23,7 @@ from checkpoint_tools.qwen3_shape import (
 )
 
 __all__ = [
+    "Experts",
     "Qwen3Shape",
     "check_layout",
     "hf_from_megatron",
@@ -29,6 +33,7 @@ __all__ = [
     "padded_vocab",
     "read_shape",
     "sources",
+    "split_expert",
     "split_layer",
 ]
 
@@ -39,28 +44,49 @@ QKV = "self_attention.linear_qkv.weight"
 PROJ = "self_attention.linear_proj.weight"
 FC1 = "mlp.linear_fc1.weight"
 FC2 = "mlp.linear_fc2.weight"
+ROUTER = "mlp.router.weight"
+EXPERT_FC1 = "mlp.experts.linear_fc1.weight"
+EXPERT_FC2 = "mlp.experts.linear_fc2.weight"
 # Attribute of a Megatron layer -> the Hugging Face tensors of that layer that it joins, in order.
-LAYER_SOURCES = {
+_ATTENTION_SOURCES = {
     "input_layernorm.weight": ("input_layernorm.weight",),
     QKV: ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
     "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
     PROJ: ("self_attn.o_proj.weight",),
     "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+}
+_DENSE_SOURCES = {
     FC1: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     FC2: ("mlp.down_proj.weight",),
 }
+_ROUTER_SOURCES = {ROUTER: ("mlp.gate.weight",)}
+# The same of one expert, whose number stands in the braces.
+_EXPERT_SOURCES = {
+    EXPERT_FC1: ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    EXPERT_FC2: ("mlp.experts.{}.down_proj.weight",),
+}
+LAYER_SOURCES = _ATTENTION_SOURCES | _DENSE_SOURCES | _ROUTER_SOURCES | _EXPERT_SOURCES
 # Transformer Engine fuses these norms into the next linear; checkpoints of either spec say so.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
-SPLIT_COLUMNS = (PROJ, FC2)  # row-parallel linears: a rank holds columns of the matrix
+SPLIT_COLUMNS = (PROJ, FC2, EXPERT_FC2)  # row-parallel linears: a rank holds columns of the matrix
 
 
 def megatron_names(shape: Qwen3Shape) -> list[str]:
-    """Every Megatron parameter by global layer number; ``output_layer.weight`` only if untied."""
-    layers = [f"decoder.layers.{i}.{name}" for i in range(shape.layers) for name in LAYER_SOURCES]
+    """Every Megatron parameter by global layer and expert number; ``output_layer.weight`` only if
+    untied.
+    """
+    names = [*_ATTENTION_SOURCES]
+    if shape.experts is None:
+        names += _DENSE_SOURCES
+    else:
+        names += _ROUTER_SOURCES
+        for expert in range(shape.experts.count):
+            names += [_numbered(name, expert) for name in _EXPERT_SOURCES]
+    layers = [f"decoder.layers.{i}.{name}" for i in range(shape.layers) for name in names]
     return [EMBEDDING, *layers, FINAL_NORM] + ([] if shape.tied else [OUTPUT])
 
 
@@ -73,20 +99,38 @@ def sources(name: str, shape: Qwen3Shape) -> tuple[str, ...]:
     if name == FINAL_NORM:
         return ("model.norm.weight",)
     layer, attribute = split_layer(name)
-    return tuple(f"model.layers.{layer}.{source}" for source in LAYER_SOURCES[attribute])
+    expert, plain = split_expert(attribute)
+    return tuple(f"model.layers.{layer}.{source.format(expert)}" for source in LAYER_SOURCES[plain])
 
 
 def split_layer(name: str) -> tuple[int, str]:
     """``decoder.layers.3.mlp.linear_fc1.weight`` -> ``(3, "mlp.linear_fc1.weight")``.
 
-    Fused norms come back under their plain names.
+    Fused norms come back under their plain names; experts keep their number.
     """
     prefix, _, rest = name.partition("decoder.layers.")
     number, _, attribute = rest.partition(".")
     attribute = FUSED_NORMS.get(attribute, attribute)
-    if prefix or not number.isdigit() or attribute not in LAYER_SOURCES:
+    expert, plain = split_expert(attribute)
+    numbered = plain in _EXPERT_SOURCES
+    if prefix or not number.isdigit() or plain not in LAYER_SOURCES or numbered == (expert is None):
         raise KeyError(f"{name} is no parameter of a Qwen3 GPTModel")
     return int(number), attribute
+
+
+def split_expert(attribute: str) -> tuple[int | None, str]:
+    """``mlp.experts.17.linear_fc1.weight`` -> ``(17, "mlp.experts.linear_fc1.weight")``; None for
+    what is no expert's.
+    """
+    prefix, _, rest = attribute.partition("mlp.experts.")
+    number, _, tail = rest.partition(".")
+    if prefix or not number.isdigit():
+        return None, attribute
+    return int(number), f"mlp.experts.{tail}"
+
+
+def _numbered(attribute: str, expert: int) -> str:
+    return attribute.replace("mlp.experts.", f"mlp.experts.{expert}.")
 
 
 def megatron_from_hf(
@@ -99,8 +143,9 @@ def megatron_from_hf(
 ) -> Tensor:
     """This tensor-parallel rank's part of one Megatron parameter.
 
-    ``name`` carries the global layer number; ``get`` reads a whole Hugging Face tensor and is
-    called once for each of ``sources(name, shape)``. Rows of the vocabulary's padding are zero.
+    ``name`` carries the global layer and expert number; ``get`` reads a whole Hugging Face tensor
+    and is called once for each of ``sources(name, shape)``. Rows of the vocabulary's padding are
+    zero.
     """
     tensors = [get(source) for source in sources(name, shape)]
     if name in (EMBEDDING, OUTPUT):
@@ -108,15 +153,15 @@ def megatron_from_hf(
         return _part(torch.cat([tensors[0], padding]), tp_rank, tp_size)
     if name == FINAL_NORM:
         return tensors[0].contiguous()
-    _, attribute = split_layer(name)
+    _, attribute = split_expert(split_layer(name)[1])
     if attribute == QKV:
         query, key, value = tensors
         return _part(_join_groups(query, key, value, shape), tp_rank, tp_size).flatten(0, 1)
-    if attribute == FC1:
+    if attribute in (FC1, EXPERT_FC1):
         return torch.cat([_part(half, tp_rank, tp_size) for half in tensors])
     if attribute in SPLIT_COLUMNS:
         return _part(tensors[0], tp_rank, tp_size, dim=1)
-    return tensors[0].contiguous()  # norms are whole on every rank
+    return tensors[0].contiguous()  # norms and routers are whole on every rank
 
 
 def hf_from_megatron(
@@ -124,7 +169,7 @@ def hf_from_megatron(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor from *global* Megatron tensors (all ranks' parts joined).
 
-    ``get`` returns the tensor of a Megatron name with its global layer number; it is called lazily.
+    ``get`` returns the tensor of a Megatron name with its global numbers; it is called lazily.
     """
     for name in megatron_names(shape):
         tensor = get(name)
@@ -132,7 +177,7 @@ def hf_from_megatron(
             parts: tuple[Tensor, ...] = (tensor[: shape.vocab_size],)
         elif name.endswith(QKV):
             parts = _split_groups(tensor, shape)
-        elif name.endswith(FC1):
+        elif name.endswith("linear_fc1.weight"):
             parts = tensor.chunk(2)
         else:
             parts = (tensor,)

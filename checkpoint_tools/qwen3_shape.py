@@ -9,7 +9,19 @@ from typing import Any
 
 from megatron_opdlm.errors import InputError
 
-MODEL_TYPES = ("qwen3", "a2d-qwen3")
+DENSE_TYPES = ("qwen3", "a2d-qwen3", "sdar")
+EXPERT_TYPES = ("qwen3_moe", "sdar_moe")
+MODEL_TYPES = DENSE_TYPES + EXPERT_TYPES
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts that stands in every layer of a Qwen3-MoE in place of its MLP."""
+
+    count: int
+    per_token: int  # experts that work on a token
+    ffn: int  # width of one expert
+    renormalize: bool  # the chosen experts' probabilities are scaled to sum 1
 
 
 @dataclass(frozen=True)
@@ -21,17 +33,26 @@ class Qwen3Shape:
     heads: int  # query heads
     groups: int  # key/value heads; divides heads
     head_dim: int
-    ffn: int
+    ffn: int  # width of the MLP; of no layer where there are experts
     vocab_size: int  # rows of the embedding: the softmax runs over these
     tied: bool  # the output layer is the embedding
     rope_theta: float
     rms_eps: float
     max_positions: int
+    experts: Experts | None = None  # None: a dense Qwen3
 
     @property
     def parameters(self) -> int:
         """Number of parameters, a tied embedding counted once."""
         return sum(math.prod(size) for size in hf_names(self).values())
+
+    @property
+    def active_parameters(self) -> int:
+        """Number of parameters that work on a token: all but the experts that it is not sent to."""
+        if self.experts is None:
+            return self.parameters
+        idle = self.experts.count - self.experts.per_token
+        return self.parameters - self.layers * idle * 3 * self.hidden * self.experts.ffn
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -75,6 +96,7 @@ def read_shape(hf_dir: Path) -> Qwen3Shape:
         rope_theta=_rope_theta(config, path),
         rms_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
         max_positions=_positive(config, "max_position_embeddings", path, default=32768),
+        experts=_experts(config, path) if config["model_type"] in EXPERT_TYPES else None,
     )
     if shape.heads % shape.groups:
         raise InputError(
@@ -98,10 +120,7 @@ def hf_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
         "self_attn.k_norm.weight": (shape.head_dim,),
         "self_attn.o_proj.weight": (hidden, query),
         "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (shape.ffn, hidden),
-        "mlp.up_proj.weight": (shape.ffn, hidden),
-        "mlp.down_proj.weight": (hidden, shape.ffn),
-    }
+    } | _mlp_names(shape)
     names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
     for layer in range(shape.layers):
         names |= {f"model.layers.{layer}.{name}": size for name, size in of_layer.items()}
@@ -111,23 +130,45 @@ def hf_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def _mlp_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
+    def gated(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
+        return {
+            f"{prefix}.gate_proj.weight": (ffn, shape.hidden),
+            f"{prefix}.up_proj.weight": (ffn, shape.hidden),
+            f"{prefix}.down_proj.weight": (shape.hidden, ffn),
+        }
+
+    if shape.experts is None:
+        return gated("mlp", shape.ffn)
+    names: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (shape.experts.count, shape.hidden)}
+    for expert in range(shape.experts.count):
+        names |= gated(f"mlp.experts.{expert}", shape.experts.ffn)
+    return names
+
+
 def padded_vocab(vocab_size: int, tp: int) -> int:
     """Rows of the embedding at this tensor parallelism: the smallest multiple of ``tp`` that has
     room for the vocabulary."""
     return -(-vocab_size // tp) * tp
 
 
-def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str, cp: int = 1) -> None:
+def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str, cp: int = 1, ep: int = 1) -> None:
     """Refuse a parallel layout that does not divide the model, whose ``name`` the message gives."""
-    sizes = (("tensor_parallel", tp), ("pipeline_parallel", pp), ("context_parallel", cp))
+    sizes = (
+        ("tensor_parallel", tp),
+        ("pipeline_parallel", pp),
+        ("context_parallel", cp),
+        ("expert_parallel", ep),
+    )
     for size, value in sizes:
         if value < 1:
             raise InputError(f"{size}={value} is not positive; use 1 or more")
-    for what, count in (("num_query_groups", shape.groups), ("ffn_hidden_size", shape.ffn)):
+    width, ffn = ("ffn_hidden_size", shape.ffn)
+    if shape.experts is not None:
+        width, ffn = ("moe_intermediate_size", shape.experts.ffn)
+    for what, count in (("num_query_groups", shape.groups), (width, ffn)):
         if count % tp:
-            usable = [
-                n for n in range(1, shape.groups + 1) if not (shape.groups % n or shape.ffn % n)
-            ]
+            usable = [n for n in range(1, shape.groups + 1) if not (shape.groups % n or ffn % n)]
             raise InputError(
                 f"tensor_parallel={tp} does not divide {what}={count} ({name}); "
                 f"use {_choices(usable)}"
@@ -146,6 +187,17 @@ def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str, cp: int = 1) ->
             f"(num_attention_heads={shape.heads} / tensor_parallel={tp}, {name}); "
             f"use {_choices(usable)}"
         )
+    experts = shape.experts.count if shape.experts else 1
+    if ep > 1 and shape.experts is None:
+        raise InputError(
+            f"expert_parallel={ep} shares out experts, and {name} has none; use expert_parallel=1"
+        )
+    if experts % ep:
+        usable = [n for n in range(1, experts + 1) if experts % n == 0]
+        raise InputError(
+            f"expert_parallel={ep} does not divide num_experts={experts} ({name}); "
+            f"use {_choices(usable)}"
+        )
 
 
 def _choices(numbers: list[int]) -> str:
@@ -155,8 +207,6 @@ def _choices(numbers: list[int]) -> str:
 
 def _refuse_other_architectures(config: Mapping[str, Any], path: Path) -> None:
     model_type = config.get("model_type")
-    if model_type == "sdar":
-        raise InputError(f"{path}: model_type='sdar' is not built yet; use qwen3 or a2d-qwen3")
     if model_type not in MODEL_TYPES:
         raise InputError(
             f"{path}: model_type={model_type!r} is no Qwen3; use a directory with model_type "
@@ -176,6 +226,46 @@ def _refuse_other_architectures(config: Mapping[str, Any], path: Path) -> None:
             f"{path}: sliding-window attention is not built; set use_sliding_window to false if "
             "sequences stay inside the window"
         )
+
+
+def _experts(config: Mapping[str, Any], path: Path) -> Experts:
+    """The experts of a Qwen3-MoE, which all published ones have in every layer."""
+    for architecture in config.get("architectures") or ():
+        if architecture != "Qwen3MoeForCausalLM" and config["model_type"] == "qwen3_moe":
+            raise InputError(
+                f"{path}: architectures has {architecture!r}; use a language model, "
+                "'Qwen3MoeForCausalLM'"
+            )
+    if config.get("decoder_sparse_step", 1) != 1:
+        raise InputError(
+            f"{path}: decoder_sparse_step={config['decoder_sparse_step']!r} mixes layers with and "
+            "without experts; only 1 (experts in every layer) is built"
+        )
+    if config.get("mlp_only_layers"):
+        raise InputError(
+            f"{path}: mlp_only_layers={config['mlp_only_layers']!r} mixes layers with and without "
+            "experts; only [] (experts in every layer) is built"
+        )
+    # Transformers 5 writes num_local_experts, published configurations have num_experts.
+    written = [key for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
+    counts = {_positive(config, key, path) for key in written or ["num_experts"]}
+    if len(counts) > 1:
+        raise InputError(
+            f"{path}: num_experts={config['num_experts']} and "
+            f"num_local_experts={config['num_local_experts']} disagree; correct the file"
+        )
+    experts = Experts(
+        count=counts.pop(),
+        per_token=_positive(config, "num_experts_per_tok", path),
+        ffn=_positive(config, "moe_intermediate_size", path),
+        renormalize=_flag(config, "norm_topk_prob", path),
+    )
+    if experts.per_token > experts.count:
+        raise InputError(
+            f"{path}: num_experts_per_tok={experts.per_token} exceeds "
+            f"num_experts={experts.count}; this is no valid Qwen3-MoE configuration"
+        )
+    return experts
 
 
 def _rope_theta(config: Mapping[str, Any], path: Path) -> float:

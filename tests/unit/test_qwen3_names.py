@@ -24,6 +24,12 @@ SHAPE = names.Qwen3Shape(
     max_positions=64,
 )
 TIED = names.Qwen3Shape(**{**SHAPE.__dict__, "tied": True})
+MOE = names.Qwen3Shape(
+    **{
+        **SHAPE.__dict__,
+        "experts": names.Experts(count=6, per_token=2, ffn=18, renormalize=True),
+    }
+)
 
 
 def random_weights(shape: names.Qwen3Shape) -> dict[str, torch.Tensor]:
@@ -35,7 +41,7 @@ def random_weights(shape: names.Qwen3Shape) -> dict[str, torch.Tensor]:
 
 def join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     """What a global checkpoint holds of a parameter, from every rank's part."""
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "router.weight")):
         assert all(torch.equal(parts[0], part) for part in parts)
         return parts[0]
     if name.endswith("linear_fc1.weight"):
@@ -44,7 +50,7 @@ def join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=1 if name.endswith(("linear_proj.weight", "fc2.weight")) else 0)
 
 
-@pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("shape", [SHAPE, TIED, MOE], ids=["untied", "tied", "experts"])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_round_trip_is_bit_for_bit(shape: names.Qwen3Shape, tp: int) -> None:
     weights = random_weights(shape)
@@ -90,12 +96,33 @@ def test_a_rank_has_its_part_of_gate_and_of_up() -> None:
     assert torch.equal(part, torch.cat([gate[7:], up[7:]]))
 
 
+def test_experts_keep_their_number_in_both_names() -> None:
+    """Claim: as published files number them, and as Megatron does in the whole model."""
+    weights = random_weights(MOE)
+    assert weights["model.layers.1.mlp.experts.5.down_proj.weight"].shape == (10, 18)
+    assert weights["model.layers.1.mlp.gate.weight"].shape == (6, 10)
+    assert "model.layers.1.mlp.gate_proj.weight" not in weights
+    name = "decoder.layers.1.mlp.experts.5.linear_fc1.weight"
+    gate, up = (f"model.layers.1.mlp.experts.5.{x}_proj.weight" for x in ("gate", "up"))
+    assert name in names.megatron_names(MOE)
+    assert names.sources(name, MOE) == (gate, up)
+    part = names.megatron_from_hf(name, MOE, weights.__getitem__, 0, 2, 8)
+    assert torch.equal(part, torch.cat([weights[gate][:9], weights[up][:9]]))
+    attribute = names.split_layer(name)[1]
+    assert names.split_expert(attribute) == (5, "mlp.experts.linear_fc1.weight")
+    assert names.split_expert("mlp.linear_fc1.weight") == (None, "mlp.linear_fc1.weight")
+    router = names.megatron_from_hf("decoder.layers.0.mlp.router.weight", MOE, weights.get, 1, 2, 8)  # type: ignore[arg-type]
+    assert torch.equal(router, weights["model.layers.0.mlp.gate.weight"])
+
+
 def test_fused_norm_names_read_the_same_tensors() -> None:
     assert names.sources("decoder.layers.1.mlp.linear_fc1.layer_norm_weight", SHAPE) == (
         "model.layers.1.post_attention_layernorm.weight",
     )
     with pytest.raises(KeyError, match="no parameter"):
-        names.sources("decoder.layers.1.mlp.router.weight", SHAPE)
+        names.sources("decoder.layers.1.mlp.gate.weight", SHAPE)
+    with pytest.raises(KeyError, match="no parameter"):
+        names.sources("decoder.layers.1.mlp.experts.linear_fc1.weight", MOE)
 
 
 def test_a_tied_output_layer_reads_the_embedding() -> None:
@@ -135,6 +162,50 @@ def test_context_ranks_that_do_not_divide_the_heads() -> None:
     )
     with pytest.raises(InputError, match=reason):
         names.check_layout(SHAPE, 2, 1, "toy", cp=2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "tp", "ep", "reason"),
+    [
+        (MOE, 1, 4, r"expert_parallel=4 does not divide num_experts=6 \(toy\); use 1, 2, 3 or 6"),
+        (SHAPE, 1, 2, "expert_parallel=2 shares out experts, and toy has none"),
+        (MOE, 1, 0, "expert_parallel=0 is not positive"),
+    ],
+)
+def test_expert_ranks_that_do_not_divide(
+    shape: names.Qwen3Shape, tp: int, ep: int, reason: str
+) -> None:
+    names.check_layout(MOE, 2, 2, "toy", ep=3)
+    with pytest.raises(InputError, match=reason):
+        names.check_layout(shape, tp, 1, "toy", ep=ep)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "ffn", "heads", "parameters", "active"),
+    [
+        (48, 2048, 768, 32, 30_532_122_624, 3_353_032_704),
+        (94, 4096, 1536, 64, 235_093_634_560, 22_190_763_520),
+    ],
+    ids=["Qwen3-30B-A3B", "Qwen3-235B-A22B"],
+)
+def test_parameters_of_the_published_mixtures(
+    layers: int, hidden: int, ffn: int, heads: int, parameters: int, active: int
+) -> None:
+    shape = names.Qwen3Shape(
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        groups=4,
+        head_dim=128,
+        ffn=3 * hidden,
+        vocab_size=151936,
+        tied=False,
+        rope_theta=1e6,
+        rms_eps=1e-6,
+        max_positions=40960,
+        experts=names.Experts(count=128, per_token=8, ffn=ffn, renormalize=True),
+    )
+    assert (shape.parameters, shape.active_parameters) == (parameters, active)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +259,45 @@ def test_read_shape_takes_flat_and_nested_rope(tmp_path: Path) -> None:
     nested = {"rope_type": "default", "rope_theta": 1e4}
     write_config(tmp_path, rope_theta="absent", rope_parameters=nested)
     assert names.read_shape(tmp_path) == SHAPE
+
+
+MOE_CONFIG = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 18,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def test_read_shape_takes_experts_as_either_transformers_writes_them(tmp_path: Path) -> None:
+    assert names.read_shape(write_config(tmp_path, **MOE_CONFIG)) == MOE
+    renamed = {**MOE_CONFIG, "num_experts": "absent", "num_local_experts": 6}
+    assert names.read_shape(write_config(tmp_path, **renamed)) == MOE
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step=2 mixes layers"),
+        ({"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] mixes layers"),
+        ({"num_experts": "absent"}, "has no num_experts"),
+        ({"num_local_experts": 4}, "num_experts=6 and num_local_experts=4 disagree"),
+        ({"num_experts_per_tok": 7}, "num_experts_per_tok=7 exceeds num_experts=6"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1 is neither true nor false"),
+        ({"moe_intermediate_size": "absent"}, "has no moe_intermediate_size"),
+        ({"architectures": ["Qwen3MoeModel"]}, "'Qwen3MoeModel'; use a language model"),
+    ],
+)
+def test_mixtures_we_would_compute_wrongly(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    write_config(tmp_path, **{**MOE_CONFIG, **changes})
+    with pytest.raises(InputError, match=reason):
+        names.read_shape(tmp_path)
 
 
 @pytest.mark.parametrize(
