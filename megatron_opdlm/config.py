@@ -139,6 +139,8 @@ class ThresholdScheduleConfig:
 @dataclass(frozen=True, kw_only=True)
 class StatesConfig:
     mode: Literal["one_per_block", "all", "random_mask"] = "one_per_block"
+    # Where training counts blocks from. response: as the public reference trains, whose rollout
+    # counts from 0 all the same; for comparisons only (docs/recipes.md).
     block_alignment: Literal["absolute", "response"] = "absolute"
 
 
@@ -218,6 +220,13 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """What a job does about ranks that die or hang (docs/failures.md)."""
+
+    timeout_seconds: int = 600  # without a sign of life, or without progress, until all ranks end
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     samples_every: int = 10  # steps
     samples: int = 2  # sample texts each time
@@ -242,6 +251,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 

@@ -39,6 +39,7 @@ _AT_LEAST_ONE = (
     "train.inner_epochs",
     "checkpoint.every",
     "checkpoint.keep",
+    "distributed.timeout_seconds",
     "logging.samples_every",
 )
 _AT_LEAST_ZERO = (
@@ -75,7 +76,6 @@ _COUNT_OR_ALL = {
 
 # key, the values that work now, what to use instead of the others
 _NOT_BUILT = (
-    ("states.block_alignment", ("absolute",), "states.block_alignment=absolute"),
     ("checkpoint.async_save", (False,), "checkpoint.async_save=false"),
     ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
 )

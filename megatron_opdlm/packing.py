@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.balance import fill_bins
-from megatron_opdlm.diffusion.blocks import block_lengths
+from megatron_opdlm.diffusion.blocks import block_lengths, block_shift
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
 from megatron_opdlm.model.row_split import RowSplit, split_row
@@ -34,6 +34,11 @@ class Packing:
     device: torch.device
     context_ranks: int = 1  # they share every row
     context_rank: int = 0
+    alignment: str = "absolute"  # response: blocks counted from the response's start
+
+    def shift(self, state: State) -> int:
+        """block(i) = (i + shift) // block_size"""
+        return block_shift(len(state.prompt_ids), self.block_size, self.alignment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,7 @@ class PackedBatch:
     student_positions: Tensor  # [n] the noisy copy repeats the positions of the clean one
     student_read: Tensor  # [M] which of the n tokens' hidden state predicts the token
     lengths: list[int]  # packed tokens of each sequence that has any; their sum may be below N
-    block: Tensor  # [N] absolute position // B, on the host
+    block: Tensor  # [N] block of each token, counted within its sequence, on the host
     clean: Tensor  # bool [N], False in the noisy copy, on the host
     split: RowSplit  # of the N tokens over the context ranks, on the host
     target: Tensor  # [M] row of the teacher's targets
@@ -127,6 +132,7 @@ class _Piece:
 
     tokens: Tensor  # [n]
     positions: Tensor  # [n]
+    block: Tensor  # [n]
     clean: Tensor  # bool [n]
     read: Tensor  # [m] index within the piece
     counted: Tensor  # [m] absolute positions
@@ -134,30 +140,33 @@ class _Piece:
 
 def student_tokens(state: State, packing: Packing) -> int:
     """Packed tokens that the student reads for a state, 0 without counted positions."""
-    size, prompt = packing.block_size, len(state.prompt_ids)
-    blocks = {(prompt + i) // size for i, counted in enumerate(state.counted) if counted}
+    size, shift = packing.block_size, packing.shift(state)
+    start, end = len(state.prompt_ids) + shift, len(state.prompt_ids + state.response_ids) + shift
+    blocks = {(start + i) // size for i, counted in enumerate(state.counted) if counted}
     if not blocks:
         return 0
     last = max(blocks) * size
-    return last + (len(blocks) - 1) * size + min(size, prompt + len(state.response_ids) - last)
+    return last - shift + (len(blocks) - 1) * size + min(size, end - last)
 
 
 def _piece(state: State, packing: Packing) -> _Piece:
-    size, prompt = packing.block_size, len(state.prompt_ids)
+    size, prompt, shift = packing.block_size, len(state.prompt_ids), packing.shift(state)
     finished = torch.tensor(state.prompt_ids + state.response_ids)
     masked = torch.tensor([False] * prompt + state.masked, dtype=torch.bool)
     counted = _counted_positions(state)
-    blocks = torch.zeros(len(finished) // size + 1, dtype=torch.bool)
-    blocks[counted // size] = True
-    noisy = torch.nonzero(blocks[torch.arange(len(finished)) // size]).flatten()
-    clean = int(counted[-1]) // size * size if len(counted) else 0
+    block = (torch.arange(len(finished)) + shift) // size
+    used = torch.zeros((len(finished) + shift) // size + 1, dtype=torch.bool)
+    used[block[counted]] = True
+    noisy = torch.nonzero(used[block]).flatten()
+    clean = int(block[counted[-1]]) * size - shift if len(counted) else 0
     at = clean + torch.searchsorted(noisy, counted)
     if packing.logit_shift:  # one before: for a block's first position the clean copy's last token
-        at = torch.where(counted % size == 0, counted, at) - 1
+        at = torch.where((counted + shift) % size == 0, counted, at) - 1
     filled = torch.where(masked, packing.mask_id, finished)
     return _Piece(
         tokens=torch.cat([finished[:clean], filled[noisy]]),
         positions=torch.cat([torch.arange(clean), noisy]),
+        block=block[torch.cat([torch.arange(clean), noisy])],
         clean=torch.arange(clean + len(noisy)) < clean,
         read=at,
         counted=counted,
@@ -195,7 +204,7 @@ def _pack(
     own, mine, own_read = _own(split, read, packing.context_rank)
     target = _row([questions.rows(s, p.counted) for s, p in zip(states, pieces, strict=True)])
     label = _row([_labels(s, p.counted) for s, p in zip(states, pieces, strict=True)])
-    share = [_masked_shares(s, packing.block_size) for s in states]
+    share = [_masked_shares(s, packing) for s in states]
     device = packing.device
     return PackedBatch(
         states=states,
@@ -203,7 +212,7 @@ def _pack(
         student_positions=positions[own].to(device),
         student_read=own_read.to(device),
         lengths=[length for length in lengths if length] or [len(tail)],
-        block=positions // packing.block_size,
+        block=_row([*(piece.block for piece in pieces), tail]),
         clean=torch.cat([*(piece.clean for piece in pieces), tail == 0]),
         split=split,
         target=target[mine].to(device),
@@ -314,11 +323,12 @@ def _labels(state: State, counted: Tensor) -> Tensor:
     return torch.tensor(state.response_ids, dtype=torch.int64)[counted - len(state.prompt_ids)]
 
 
-def _masked_shares(state: State, block_size: int) -> Tensor:
+def _masked_shares(state: State, packing: Packing) -> Tensor:
     """For each counted position the share of its block's response tokens that are masked."""
     shares: list[float] = []
     start = 0
-    for length in block_lengths(len(state.prompt_ids), len(state.response_ids), block_size):
+    sizes = len(state.prompt_ids), len(state.response_ids), packing.block_size
+    for length in block_lengths(*sizes, packing.shift(state)):
         masked = sum(state.masked[start : start + length])
         shares += [masked / length] * length
         start += length

@@ -68,6 +68,7 @@ class Session:
             "block_size": self.config.rollout.block_size,
             "vocabulary": self.source.vocabulary,
             "exclude_eos": self.config.loss.exclude_eos,
+            "alignment": self.config.states.block_alignment,
         }
 
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
@@ -231,6 +232,7 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
         device=hardware.device,
         context_ranks=parallel.context_size(),
         context_rank=parallel.context_rank(),
+        alignment=config.states.block_alignment,
     )
 
 

@@ -4,13 +4,14 @@ A state is one point of a sequence's own denoising trajectory: which response to
 masked. ``packing.py`` makes rows of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from megatron_opdlm.diffusion import randomness
-from megatron_opdlm.diffusion.blocks import block_lengths
+from megatron_opdlm.diffusion.blocks import block_lengths, block_shift
 from megatron_opdlm.records import Trajectory, Vocabulary
 
 
@@ -27,6 +28,15 @@ class State:
     off_policy: bool = False  # the response was recorded, not generated
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Response tokens start to stop, and when each was committed: (rollout's block, pass)."""
+
+    start: int
+    stop: int
+    turns: list[tuple[int, int]]  # empty for off-policy trajectories
+
+
 def choose_states(
     trajectories: Sequence[Trajectory],
     *,
@@ -35,6 +45,7 @@ def choose_states(
     vocabulary: Vocabulary,
     exclude_eos: bool,
     key: tuple[int, int],
+    alignment: str = "absolute",
 ) -> list[State]:
     """Non-terminal states of each trajectory.
 
@@ -42,9 +53,12 @@ def choose_states(
     (the paper). ``all``: state j of every block together, for j = 1..; blocks with fewer states are
     clean in the later ones. ``random_mask``: every position masked with a block's rate t ~ U(0, 1),
     at least one a block. Off-policy trajectories, which no passes made, always get ``random_mask``.
+    ``alignment`` response: blocks that mix two blocks of the rollout, as the public reference has
+    them; the passes of the earlier one come first.
     """
     states = []
     for trajectory in trajectories:
+        blocks = _blocks(trajectory, block_size, alignment)
         choose = _random_mask if trajectory.off_policy else _MODES[mode]
         states += [
             make_state(
@@ -56,7 +70,7 @@ def choose_states(
                 exclude_eos=exclude_eos,
                 off_policy=trajectory.off_policy,
             )
-            for mask in choose(trajectory, block_size, key)
+            for mask in choose(trajectory, blocks, key)
         ]
     return states
 
@@ -90,49 +104,53 @@ def make_state(
     )
 
 
-def _blocks(trajectory: Trajectory, block_size: int) -> list[slice]:
-    """The response's blocks as slices of it."""
-    edges, start = [], 0
-    for length in block_lengths(
-        len(trajectory.prompt.ids), len(trajectory.response_ids), block_size
-    ):
-        edges.append(slice(start, start + length))
-        start += length
-    return edges
-
-
-def _one_per_block(
-    trajectory: Trajectory, block_size: int, key: tuple[int, int]
-) -> list[list[bool]]:
-    mask: list[bool] = []
-    blocks = _blocks(trajectory, block_size)
-    starts = torch.tensor([block.start for block in blocks])
-    draws = randomness.uniform(*key, trajectory.sample, starts, randomness.CHOOSE_STATE).tolist()
-    for block, draw in zip(blocks, draws, strict=True):
-        committed = trajectory.committed_at[block]
-        passes = sorted(set(committed))
-        chosen = passes[int(draw * len(passes))]
-        mask += [at >= chosen for at in committed]
-    return [mask]
-
-
-def _all_rounds(trajectory: Trajectory, block_size: int, key: tuple[int, int]) -> list[list[bool]]:
-    blocks = [trajectory.committed_at[block] for block in _blocks(trajectory, block_size)]
-    passes = [sorted(set(committed)) for committed in blocks]
-    rounds = max(len(p) for p in passes)
+def _blocks(trajectory: Trajectory, block_size: int, alignment: str) -> list[_Block]:
+    """The response's blocks."""
+    prompt, response = len(trajectory.prompt.ids), len(trajectory.response_ids)
+    shift = block_shift(prompt, block_size, alignment)
+    ends = list(accumulate(block_lengths(prompt, response, block_size, shift)))
+    # Passes are numbered within the rollout's blocks, which are finished one after the other.
+    turns = [
+        ((prompt + i) // block_size, passes) for i, passes in enumerate(trajectory.committed_at)
+    ]
     return [
-        [
-            j < len(p) and at >= p[j]
-            for committed, p in zip(blocks, passes, strict=True)
-            for at in committed
-        ]
-        for j in range(rounds)
+        _Block(start=start, stop=stop, turns=turns[start:stop])
+        for start, stop in zip([0, *ends], ends, strict=False)
     ]
 
 
-def _random_mask(trajectory: Trajectory, block_size: int, key: tuple[int, int]) -> list[list[bool]]:
+def _one_per_block(
+    trajectory: Trajectory, blocks: list[_Block], key: tuple[int, int]
+) -> list[list[bool]]:
     mask: list[bool] = []
-    for block in _blocks(trajectory, block_size):
+    starts = torch.tensor([block.start for block in blocks])
+    draws = randomness.uniform(*key, trajectory.sample, starts, randomness.CHOOSE_STATE).tolist()
+    for block, draw in zip(blocks, draws, strict=True):
+        turns = sorted(set(block.turns))
+        chosen = turns[int(draw * len(turns))]
+        mask += [at >= chosen for at in block.turns]
+    return [mask]
+
+
+def _all_rounds(
+    trajectory: Trajectory, blocks: list[_Block], key: tuple[int, int]
+) -> list[list[bool]]:
+    turns = [sorted(set(block.turns)) for block in blocks]
+    return [
+        [
+            j < len(own) and at >= own[j]
+            for block, own in zip(blocks, turns, strict=True)
+            for at in block.turns
+        ]
+        for j in range(max(map(len, turns)))
+    ]
+
+
+def _random_mask(
+    trajectory: Trajectory, blocks: list[_Block], key: tuple[int, int]
+) -> list[list[bool]]:
+    mask: list[bool] = []
+    for block in blocks:
         rate = float(randomness.uniform(*key, trajectory.sample, block.start, randomness.MASK_RATE))
         positions = torch.arange(block.start, block.stop)
         draws = randomness.uniform(*key, trajectory.sample, positions, randomness.MASK_POSITION)
@@ -143,4 +161,9 @@ def _random_mask(trajectory: Trajectory, block_size: int, key: tuple[int, int]) 
     return [mask]
 
 
-_MODES = {"one_per_block": _one_per_block, "all": _all_rounds, "random_mask": _random_mask}
+_Mode = Callable[[Trajectory, list[_Block], tuple[int, int]], list[list[bool]]]
+_MODES: dict[str, _Mode] = {
+    "one_per_block": _one_per_block,
+    "all": _all_rounds,
+    "random_mask": _random_mask,
+}

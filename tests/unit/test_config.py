@@ -143,7 +143,6 @@ BAD_OVERRIDES = [
     ("loss.top_k_tail=none", "must be one of drop, renormalise, bucket"),
     ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
     # not built yet
-    ("states.block_alignment=response", "states.block_alignment=response is not built yet; use"),
     ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
     ("checkpoint.async_save=true", "checkpoint.async_save=true is not built yet; use"),
     ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
