@@ -1,15 +1,19 @@
 """``manifest.json`` of a Megatron checkpoint directory: what it holds, and every file with its
-size.
+size and SHA-256.
 
 It is written last, so a directory without it, or with a file of another size, is a save that was
-cut short.
+cut short; a file with another checksum was damaged later. The manifest carries a checksum of
+itself, ``seal``.
 """
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.checksums import sha256_of
 from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm.errors import InputError
 
@@ -53,6 +57,7 @@ class Manifest:
     step: int | None = None  # training steps done
     low_rank: LowRank | None = None  # None: the weights are all there is
     files: dict[str, int]  # relative name -> bytes
+    sha256: dict[str, str] = field(default_factory=dict)  # empty: made before there were any
 
 
 def is_checkpoint(directory: Path | str) -> bool:
@@ -69,10 +74,14 @@ def write_manifest(
     block_contract: BlockContract,
     step: int | None = None,
     low_rank: LowRank | None = None,
+    sha256: Mapping[str, str] | None = None,
 ) -> None:
-    """Describe a directory whose other files are all written."""
-    files = {
-        path.relative_to(directory).as_posix(): path.stat().st_size
+    """Describe a directory whose other files are all written. ``sha256``: checksums by relative
+    name that are known already; the other files are read for theirs.
+    """
+    known = sha256 or {}
+    paths = {
+        path.relative_to(directory).as_posix(): path
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
@@ -82,14 +91,24 @@ def write_manifest(
         block_contract=block_contract,
         step=step,
         low_rank=low_rank,
-        files=files,
+        files={name: path.stat().st_size for name, path in paths.items()},
+        sha256={name: known.get(name) or sha256_of(path) for name, path in paths.items()},
     )
     content = {"format": FORMAT, **asdict(manifest)}
-    (directory / NAME).write_text(json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content | {"seal": _seal(content)}, indent=2)
+    (directory / NAME).write_text(text + "\n")
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, whatever its layout in the file."""
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(directory: Path | str) -> Manifest:
-    """Read a manifest and check the sizes of all files; InputError when the save was cut short."""
+    """Read a manifest and check the sizes of all files (not their checksums: ``check_contents``);
+    InputError when the save was cut short.
+    """
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; give a Megatron checkpoint directory")
@@ -107,6 +126,11 @@ def read_manifest(directory: Path | str) -> Manifest:
             f"{directory / NAME}: format={content.get('format')!r}, but this version reads "
             f"{FORMAT!r}; import the model again"
         )
+    if ("seal" in content or "sha256" in content) and content.get("seal") != _seal(content):
+        raise InputError(
+            f"{directory / NAME} is damaged (its checksum is another); use an earlier checkpoint "
+            "or copy it again"
+        )
     manifest = _parse(content, directory / NAME)
     for name, size in manifest.files.items():
         path = directory / name
@@ -120,6 +144,20 @@ def read_manifest(directory: Path | str) -> Manifest:
     return manifest
 
 
+def check_contents(
+    directory: Path | str, manifest: Manifest, names: Iterable[str] | None = None
+) -> None:
+    """Read files (all that have a checksum, or those named) and compare; InputError names the
+    first that differs.
+    """
+    for name in manifest.sha256 if names is None else names:
+        if sha256_of(Path(directory) / name) != manifest.sha256[name]:
+            raise InputError(
+                f"{directory}: {name} is damaged (its checksum is another); use an earlier "
+                "checkpoint or copy it again"
+            )
+
+
 def _parse(content: dict[str, Any], path: Path) -> Manifest:
     try:
         manifest = Manifest(
@@ -129,6 +167,7 @@ def _parse(content: dict[str, Any], path: Path) -> Manifest:
             step=content["step"],
             low_rank=_parse_low_rank(content.get("low_rank")),
             files=dict(content["files"]),
+            sha256=dict(content.get("sha256", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}); use an earlier checkpoint") from None
