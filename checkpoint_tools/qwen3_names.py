@@ -28,6 +28,7 @@ __all__ = [
     "check_layout",
     "hf_from_megatron",
     "hf_names",
+    "hf_parts",
     "megatron_from_hf",
     "megatron_names",
     "padded_vocab",
@@ -172,17 +173,21 @@ def hf_from_megatron(
     ``get`` returns the tensor of a Megatron name with its global numbers; it is called lazily.
     """
     for name in megatron_names(shape):
-        tensor = get(name)
-        if name in (EMBEDDING, OUTPUT):
-            parts: tuple[Tensor, ...] = (tensor[: shape.vocab_size],)
-        elif name.endswith(QKV):
-            parts = _split_groups(tensor, shape)
-        elif name.endswith("linear_fc1.weight"):
-            parts = tensor.chunk(2)
-        else:
-            parts = (tensor,)
-        for source, part in zip(sources(name, shape), parts, strict=True):
-            yield source, part.contiguous()
+        yield from hf_parts(name, shape, get(name))
+
+
+def hf_parts(name: str, shape: Qwen3Shape, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that one *global* Megatron tensor is made of, in their order."""
+    if name in (EMBEDDING, OUTPUT):
+        parts: tuple[Tensor, ...] = (tensor[: shape.vocab_size],)
+    elif name.endswith(QKV):
+        parts = _split_groups(tensor, shape)
+    elif name.endswith("linear_fc1.weight"):
+        parts = tensor.chunk(2)
+    else:
+        parts = (tensor,)
+    for source, part in zip(sources(name, shape), parts, strict=True):
+        yield source, part.contiguous()
 
 
 def _join_groups(query: Tensor, key: Tensor, value: Tensor, shape: Qwen3Shape) -> Tensor:
