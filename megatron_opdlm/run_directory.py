@@ -10,7 +10,7 @@ from megatron_opdlm.errors import InputError
 
 # Keys that may change between two starts of one run: they decide where and how fast, never what is
 # computed.
-_FREE_SECTIONS = ("attention", "checkpoint", "logging")
+_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "logging")
 _FREE_KEYS = {
     "model.tensor_parallel",
     "model.pipeline_parallel",
