@@ -16,7 +16,8 @@ ARG USER_ID=1001
 RUN useradd --create-home --shell /bin/bash --uid ${USER_ID} opdlm \
     && install --directory --owner opdlm --group opdlm /opt/megatron-opdlm
 
-USER opdlm
+# By number: a cluster that forbids root can see that it is not.
+USER ${USER_ID}
 WORKDIR /opt/megatron-opdlm
 
 COPY --chown=opdlm:opdlm . .

@@ -142,7 +142,7 @@ install() {
             --requirement "$root/launch/torch-cpu.txt"
     fi
     pip_install "the project [$extras] and its dependencies" --no-build-isolation \
-        --constraint "$venv/constraints.txt" --editable "$root[$extras]"
+        --constraint "$venv/constraints.txt" --editable "${root}[$extras]"
     verify
 }
 
