@@ -1,26 +1,25 @@
-"""Print summary rows as a table: ``python -m evaluation.report SUMMARY.json ...``."""
+"""Results as tables and pictures.
 
-import json
+    python -m evaluation.report [NAME=]PATH ...              one line a result, on the terminal
+    python -m evaluation.report [NAME=]PATH ... --out DIR    the paper's tables and figures
+
+A PATH is a summary.json of evaluation.run, evaluation.score or evaluation.sweep, or a directory
+that holds some. NAME is the model's name in the tables; the name of a published model (OPDLM-4B)
+puts the measured figure beside the published one. With --out: report.md (Tables 1, 2, 3, 5 and 6,
+accuracy against tokens per step, the areas under these curves) and its pictures.
+"""
+
+import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.errors import Arguments, InputError, command
+from evaluation.jsonl import check_new_directory, write_text
+from evaluation.results import decoding_label, read_results, read_summary
+from megatron_opdlm.errors import Arguments, command
+
+__all__ = ["decoding_label", "read_summary", "table"]
 
 _HEADER = ("task", "decoding", "n", "accuracy", "stderr", "tok/step", "tok/forward", "tokens", "s")
-
-
-def decoding_label(settings: dict[str, Any]) -> str:
-    """A short name of the decoding: ``ar``, ``static T=4``, ``dynamic 0.9``; empty if unknown."""
-    if not settings.get("mode"):
-        return ""
-    if settings["mode"] == "ar":
-        return "ar"
-    name = settings["remasking"].removeprefix("low_confidence_")
-    if name == "dynamic":
-        return f"dynamic {settings['threshold']:g}"
-    if name == "entropy_bounded":
-        return f"entropy {settings['entropy_bound']:g}"
-    return f"{name} T={settings['denoising_steps']}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -54,23 +53,34 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def read_summary(path: Path) -> list[dict[str, Any]]:
-    """The rows of a summary.json that ``evaluation.run`` or ``evaluation.score`` wrote."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a summary.json written by evaluation.run")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(rows, list) and all("accuracy" in row for row in rows)
-    except (json.JSONDecodeError, AssertionError, TypeError) as error:
-        raise InputError(f"{path}: not a list of summary rows; give a summary.json") from error
-    return rows
+def write_report(arguments: list[str], out: Path) -> None:
+    """``report.md`` and its pictures, in a new directory."""
+    from evaluation.figures import draw
+    from evaluation.paper_tables import paper_tables, parallelism_tables
+
+    results = read_results(arguments)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = [f"![{file.stem}]({file.name})\n" for file in draw(results, out)]
+    parts = ["# Results", "", paper_tables(results), parallelism_tables(results), *pictures]
+    write_text(out / "report.md", "\n".join(parts))
 
 
 def main() -> None:
-    parser = Arguments(prog="python -m evaluation.report", description=__doc__)
-    parser.add_argument("summaries", nargs="+", type=Path, metavar="SUMMARY.json")
+    parser = Arguments(
+        prog="python -m evaluation.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", nargs="+", metavar="[NAME=]PATH")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new directory for the report")
     args = parser.parse_args()
-    print(table([row for path in args.summaries for row in read_summary(path)]))
+    if args.out is not None:
+        check_new_directory(args.out, "--out")
+    results = read_results(args.results)
+    print(table([result.row for result in results]))
+    if args.out is not None:
+        write_report(args.results, args.out)
+        print(f"report: {args.out / 'report.md'}")
 
 
 if __name__ == "__main__":
