@@ -30,6 +30,29 @@ def read_jsonl(path: Path, what: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
+    """Every row of a data file: a JSON list of objects (``.json``), else JSONL.
+
+    InputError names ``what`` (a flag or a role), file and row.
+    """
+    if path.suffix != ".json":
+        return read_jsonl(path, what)
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path}: not JSON ({error}); give a list of objects") from error
+    if not isinstance(rows, list):
+        raise InputError(f"{what} {path}: a {type(rows).__name__}; give a list of objects")
+    if not rows:
+        raise InputError(f"{what} {path}: holds no rows; give at least one object")
+    wrong = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
+    if wrong is not None:
+        raise InputError(
+            f"{what} {path}: row {wrong}: a {type(rows[wrong]).__name__}, an object is needed"
+        )
+    return rows
+
+
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)

@@ -25,33 +25,27 @@ from evaluation.jsonl import check_new_directory, write_json, write_jsonl
 from evaluation.prompting import prompt_from
 from evaluation.report import table
 from evaluation.sample import open_generator, response_text
-from evaluation.score import counts_of, grade_responses, graded_row
-from evaluation.summary import SummaryRow, summarize
-from evaluation.tasks import Grade, Row, Task, get_task
+from evaluation.score import grade_predictions, graded_row, summary_of
+from evaluation.summary import SummaryRow, skipped
+from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.records import Trajectory
 
 
-def prediction_row(
-    task: Task,
-    trajectories: list[Trajectory],
-    texts: list[str],
-    grades: list[Grade],
-    tokenizer: Any,
-) -> dict[str, Any]:
+def prediction_row(task: Task, trajectories: list[Trajectory], tokenizer: Any) -> dict[str, Any]:
     """Everything that was seen of the responses to one problem. Lists hold one entry a response."""
     prompt = trajectories[0].prompt
     return {
         "task": task.name,
+        "index": prompt.index,
         "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=False),
-        "responses": texts,
+        "responses": [response_text(tokenizer, trajectory) for trajectory in trajectories],
         "response_ids": [t.user_ids for t in trajectories],
         "committed_at": [t.committed_at[: t.response_tokens] for t in trajectories],
         "forwards": [t.forwards for t in trajectories],
         "passes": [t.passes for t in trajectories],
         "finish_reason": [t.finish_reason for t in trajectories],
-        **graded_row(prompt.index, grades),
     }
 
 
@@ -76,18 +70,18 @@ def run_task(
     ]
     repeated = [prompt for prompt in prompts for _ in range(k)]
     trajectories = generator.generate(repeated, decoding, list(range(len(repeated))))
-    grades, predictions = [], []
-    for i, row in enumerate(rows):
-        own = trajectories[i * k : (i + 1) * k]
-        texts = [response_text(tokenizer, trajectory) for trajectory in own]
-        grades.append(grade_responses(task, row, texts))
-        predictions.append(prediction_row(task, own, texts, grades[-1], tokenizer))
-    summary = summarize(
-        task.name,
+    shares = [trajectories[i * k : (i + 1) * k] for i in range(len(rows))]
+    predictions = [prediction_row(task, own, tokenizer) for own in shares]
+    grades = grade_predictions(task, rows, predictions)
+    for own, row_grades in zip(predictions, grades, strict=True):
+        own.update(graded_row(own["index"], row_grades))
+    summary = summary_of(
+        task,
+        rows,
+        predictions,
         grades,
-        counts_of(predictions),
         seconds=time.monotonic() - start,
-        settings=settings,
+        settings={**settings, **task.settings()},
     )
     return summary, predictions
 
@@ -109,11 +103,18 @@ def evaluate(
     responses_per_prompt: int,
     settings: dict[str, Any],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate every task: (summary rows, predictions)."""
+    """Evaluate every task: (summary rows, predictions). One that cannot be graded here is skipped
+    and says so."""
     decoding = replace(decoding, logit_shift=generator.logit_shift)
     settings = {**settings, **asdict(decoding), "responses_per_prompt": responses_per_prompt}
     summaries, predictions = [], []
     for task, rows in tasks:
+        lacks = task.missing(rows)
+        if lacks:
+            if generator.is_writer:
+                print(f"evaluation: task {task.name} is skipped: {lacks}", flush=True)
+            summaries.append(skipped(task.name, lacks, settings).as_dict())
+            continue
         summary, task_predictions = run_task(
             generator, task, rows, decoding, responses_per_prompt, settings
         )

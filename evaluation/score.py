@@ -3,20 +3,22 @@
 Predictions: one object a line, ``{"index": row in the task's data file from 0, "responses": ["...",
 ...]}``. Rows may be missing; the score is over those given. Rows with a ``task`` key of another
 task are passed over, so that the predictions.jsonl of ``evaluation.run`` can be graded again.
-Writes ``summary.json`` and ``graded.jsonl`` into --out.
+A row may hold ``finish_reason``, a list with "stop" or "length" (ran into the limit) for each
+response. Writes ``summary.json`` and ``graded.jsonl`` into --out.
 """
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.grading.text import without_control_tokens
+from evaluation.grading.response import without_control_tokens, without_thinking
 from evaluation.jsonl import check_new_directory, read_jsonl, write_json, write_jsonl
 from evaluation.report import table
 from evaluation.summary import Counts, SummaryRow, summarize
 from evaluation.tasks import Grade, Row, Task, get_task
-from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 
 def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
@@ -25,7 +27,9 @@ def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
     InputError: file, index, rule, remedy.
     """
     rows = [
-        row for row in read_jsonl(path, "--predictions") if row.get("task", task.name) == task.name
+        row
+        for row in read_jsonl(path, "--predictions")
+        if task.is_called(row.get("task", task.name))
     ]
     if not rows:
         raise InputError(f"--predictions {path}: no rows of task {task.name}; check --task")
@@ -43,6 +47,9 @@ def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
             )
         if not _is_texts(responses):
             raise InputError(f"{where}: 'responses' must be a list of texts with at least one")
+        endings = row.get("finish_reason")
+        if endings is not None and not (_is_texts(endings) and len(endings) == len(responses)):
+            raise InputError(f"{where}: 'finish_reason' must hold one text a response; correct it")
         seen.add(index)
     return rows
 
@@ -51,9 +58,48 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def grade_responses(task: Task, row: Row, responses: list[str]) -> list[Grade]:
-    """Grade the responses to one data row; control tokens never reach the task's grader."""
-    return [task.grade(row, without_control_tokens(text)) for text in responses]
+def grade_predictions(task: Task, rows: list[Row], predictions: list[Row]) -> list[list[Grade]]:
+    """Grade ``predictions[i]["responses"]`` to ``rows[i]``, the whole task at once.
+
+    Control tokens and thinking never reach the task's grader. A thinking block that never ends
+    leaves no answer. ``finish_reason``, where given, flags the responses that ran into the limit.
+    """
+    read = [
+        [without_thinking(without_control_tokens(text)) for text in prediction["responses"]]
+        for prediction in predictions
+    ]
+    answers = [[text for text in texts if text is not None] for texts in read]
+    grades = []
+    for prediction, texts, graded in zip(
+        predictions, read, task.grade_all(rows, answers), strict=True
+    ):
+        endings = prediction.get("finish_reason") or [None] * len(texts)
+        left = iter(graded)
+        grades.append(
+            [
+                _with_ending(_UNFINISHED_THINKING if text is None else next(left), ending)
+                for text, ending in zip(texts, endings, strict=True)
+            ]
+        )
+    return grades
+
+
+_UNFINISHED_THINKING = Grade(
+    correct=False, extracted=None, flags=["no_answer", "unfinished_thinking"]
+)
+
+
+def _with_ending(grade: Grade, ending: str | None) -> Grade:
+    return replace(grade, flags=[*grade.flags, "truncated"]) if ending == "length" else grade
+
+
+def truncation_rate(predictions: list[Row]) -> float | None:
+    """Share of the responses that ran into the limit; None when that was not recorded."""
+    endings = [row.get("finish_reason") for row in predictions]
+    if not all(endings):
+        return None
+    flat = [ending == "length" for row in endings for ending in row or []]
+    return sum(flat) / len(flat)
 
 
 def counts_of(predictions: list[Row]) -> Counts | None:
@@ -70,27 +116,64 @@ def counts_of(predictions: list[Row]) -> Counts | None:
 
 
 def graded_row(index: int, grades: list[Grade]) -> dict[str, Any]:
-    return {
+    """The verdicts on one problem; ``strict`` and ``scores`` only where the task has them."""
+    row = {
         "index": index,
         "correct": [grade.correct for grade in grades],
         "extracted": [grade.extracted for grade in grades],
         "flags": [grade.flags for grade in grades],
     }
+    if any(grade.strict is not None for grade in grades):
+        row["strict"] = [grade.strict for grade in grades]
+    if any(grade.scores for grade in grades):
+        row["scores"] = [grade.scores for grade in grades]
+    return row
+
+
+def summary_of(
+    task: Task,
+    rows: list[Row],
+    predictions: list[Row],
+    grades: list[list[Grade]],
+    *,
+    seconds: float,
+    settings: dict[str, Any],
+) -> SummaryRow:
+    """The summary row of graded predictions, with everything that they allow to be counted."""
+    return summarize(
+        task.name,
+        grades,
+        counts_of(predictions),
+        seconds=seconds,
+        settings=settings,
+        truncation_rate=truncation_rate(predictions),
+        divisions=[task.division(row) for row in rows],
+        pass_at_k=task.samples_pass_at_k,
+    )
+
+
+def check_scorer(task: Task, rows: list[Row]) -> None:
+    """RunError when this machine lacks what the task is graded with; the message installs it."""
+    lacks = task.missing(rows)
+    if lacks:
+        raise RunError(f"task {task.name}: {lacks}")
 
 
 def score(task: Task, data: Path, predictions: Path, out: Path) -> SummaryRow:
     """Grade one predictions file and write the results."""
     check_new_directory(out, "--out")
     problems = task.load(data)
-    rows = read_predictions(predictions, task, len(problems))
+    given = read_predictions(predictions, task, len(problems))
+    rows = [problems[row["index"]] for row in given]
+    check_scorer(task, rows)
     start = time.monotonic()
-    grades = [grade_responses(task, problems[row["index"]], row["responses"]) for row in rows]
-    summary = summarize(
-        task.name, grades, counts_of(rows), seconds=time.monotonic() - start, settings={}
+    grades = grade_predictions(task, rows, given)
+    summary = summary_of(
+        task, rows, given, grades, seconds=time.monotonic() - start, settings=task.settings()
     )
     out.mkdir(parents=True, exist_ok=True)
     graded = [
-        graded_row(row["index"], row_grades) for row, row_grades in zip(rows, grades, strict=True)
+        graded_row(row["index"], row_grades) for row, row_grades in zip(given, grades, strict=True)
     ]
     write_jsonl(out / "graded.jsonl", graded)
     write_json(out / "summary.json", [summary.as_dict()])

@@ -1,7 +1,8 @@
-"""One summary row a task: what was measured, in the contract's keys."""
+"""One summary row a task: what was measured, in the contract's keys and those that a task adds."""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from evaluation.tasks import Grade
@@ -21,24 +22,28 @@ class Counts:
 class SummaryRow:
     """Figures of one task.
 
-    ``accuracy`` is the mean over problems of each problem's share of correct responses, ``stderr``
-    its standard error over problems (None for one problem). Token figures are None when the
-    predictions do not carry the counts. ``seconds``: wall time of generation and grading in
-    ``evaluation.run``, of grading alone in ``evaluation.score``.
+    ``accuracy`` is the mean over problems of each problem's share of correct responses (avg@k),
+    ``stderr`` its standard error over problems (None for one problem). Token figures are None when
+    the predictions do not carry the counts. ``seconds``: wall time of generation and grading in
+    ``evaluation.run``, of grading alone in ``evaluation.score``. A task that could not be graded
+    has n = 0, no accuracy and the reason in ``more["skipped"]``.
     """
 
     task: str
     n: int  # problems graded
-    accuracy: float
+    accuracy: float | None
     stderr: float | None
     tokens_per_denoising_step: float | None  # response tokens / denoising passes
     tokens_per_forward: float | None  # response tokens / forwards
     mean_response_tokens: float | None
     seconds: float
     settings: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)  # written beside the keys above
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        row = asdict(self)
+        more = row.pop("more")
+        return {**row, **more}
 
 
 def summarize(
@@ -48,23 +53,110 @@ def summarize(
     *,
     seconds: float,
     settings: dict[str, Any],
+    truncation_rate: float | None = None,
+    divisions: list[str | None] | None = None,
+    pass_at_k: bool = False,
 ) -> SummaryRow:
-    """Reduce the grades of one task, ``grades[problem][response]``, at least one of each."""
-    shares = [sum(grade.correct for grade in row) / len(row) for row in grades]
-    n = len(shares)
-    mean = sum(shares) / n
-    variance = sum((share - mean) ** 2 for share in shares) / (n - 1) if n > 1 else None
+    """Reduce the grades of one task, ``grades[problem][response]``, at least one of each.
+
+    ``divisions``: the language, subject or category of each problem, None where it has none.
+    ``truncation_rate``: share of the responses that ran into the limit, None where nobody counted.
+    """
+    n = len(grades)
+    mean, stderr = _mean_and_error([_share(grade.correct for grade in row) for row in grades])
     return SummaryRow(
         task=task,
         n=n,
         accuracy=mean,
-        stderr=math.sqrt(variance / n) if variance is not None else None,
+        stderr=stderr,
         tokens_per_denoising_step=_ratio(counts, "response_tokens", "passes"),
         tokens_per_forward=_ratio(counts, "response_tokens", "forwards"),
         mean_response_tokens=_ratio(counts, "response_tokens", "responses"),
         seconds=seconds,
         settings=settings,
+        more={
+            "k": max(len(row) for row in grades),
+            "no_answer_rate": _share("no_answer" in grade.flags for row in grades for grade in row),
+            "truncation_rate": truncation_rate,
+            **_other_scores(grades),
+            **({"pass_at_k": pass_at(grades)} if pass_at_k else {}),
+            **_by_division(grades, divisions or []),
+        },
     )
+
+
+def skipped(task: str, reason: str, settings: dict[str, Any]) -> SummaryRow:
+    """The row of a task that cannot be graded here: no figures, never a zero."""
+    return SummaryRow(
+        task=task,
+        n=0,
+        accuracy=None,
+        stderr=None,
+        tokens_per_denoising_step=None,
+        tokens_per_forward=None,
+        mean_response_tokens=None,
+        seconds=0.0,
+        settings=settings,
+        more={"skipped": reason},
+    )
+
+
+def pass_at(grades: list[list[Grade]]) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ... and the number of responses that every problem has.
+
+    The unbiased estimate of Chen et al. 2021 (arXiv 2107.03374, eq. 1): with c of n responses
+    correct, 1 - C(n - c, k) / C(n, k), averaged over the problems.
+    """
+    most = min(len(row) for row in grades)
+    ks = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+    return {str(k): _share(_pass_at(row, k) for row in grades) for k in ks}
+
+
+def _pass_at(row: list[Grade], k: int) -> float:
+    n, correct = len(row), sum(grade.correct for grade in row)
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def _other_scores(grades: list[list[Grade]]) -> dict[str, float]:
+    """Means of the grades' other figures; ``accuracy_strict`` only where it differs anywhere."""
+    means = {}
+    if any(g.strict is not None and g.strict != g.correct for row in grades for g in row):
+        means["accuracy_strict"] = _share(
+            _share(g.correct if g.strict is None else g.strict for g in row) for row in grades
+        )
+    names = {name: None for row in grades for grade in row for name in grade.scores}
+    for name in names:
+        rows = [[g.scores[name] for g in row if name in g.scores] for row in grades]
+        means[f"accuracy_{name}"] = _share(_share(row) for row in rows if row)
+    return means
+
+
+def _by_division(grades: list[list[Grade]], divisions: list[str | None]) -> dict[str, Any]:
+    """``{"divisions": {name: {n, accuracy, stderr}}}`` where the problems have more than one."""
+    places: dict[str, list[float]] = {}
+    for row, name in zip(grades, divisions, strict=False):
+        if name is not None:
+            places.setdefault(name, []).append(_share(grade.correct for grade in row))
+    if len(places) < 2:
+        return {}
+    table = {}
+    for name in sorted(places):
+        mean, stderr = _mean_and_error(places[name])
+        table[name] = {"n": len(places[name]), "accuracy": mean, "stderr": stderr}
+    return {"divisions": table}
+
+
+def _share(values: Iterable[float]) -> float:
+    items = list(values)
+    return sum(items) / len(items)
+
+
+def _mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """Mean and its standard error (sample variance over n); no error for one value."""
+    n, mean = len(values), _share(values)
+    if n < 2:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
 
 
 def _ratio(counts: Counts | None, above: str, below: str) -> float | None:

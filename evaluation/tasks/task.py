@@ -1,31 +1,49 @@
-"""What a task is: where its rows come from, what a model is asked, and how a response is graded."""
+"""What a task is: where its rows come from, what a model is asked, and how responses are graded."""
 
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.jsonl import read_jsonl
+from evaluation.jsonl import read_rows
 from megatron_opdlm.errors import InputError
 
 Row = dict[str, Any]
 
 
+def plain_name(name: str) -> str:
+    """A task's name without case and punctuation: MATH-500, MATH500 and math_500 are one.
+
+    ``exact_match:NAME`` keeps NAME, which is a file's.
+    """
+    kind, colon, rest = name.partition(":")
+    return re.sub(r"[^a-z0-9]", "", kind.lower()) + colon + rest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grade:
-    """The verdict on one response."""
+    """The verdict on one response.
+
+    ``correct`` is by the paper's rule. ``strict`` is by the rule without its known faults, where a
+    task has one; None: it has one rule only. ``scores`` are other figures between 0 and 1 by name,
+    e.g. ``{"plus": 1.0}``; a summary holds their means as ``accuracy_plus``.
+    """
 
     correct: bool
     extracted: str | None  # what was compared; None when the response holds no answer
     flags: list[str] = field(default_factory=list)  # remarks, e.g. "no_answer"
+    strict: bool | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 class Task(ABC):
     """One benchmark. A row's ``index`` is its place in the data file, from 0."""
 
-    name: str
-    file: str  # file name in the data directory
+    name: str  # as the paper and the tables have it
+    file: str  # file name in the data directory: .json holds a list, .jsonl an object a line
     how_to_get: ClassVar[str]  # remedy when the file is missing
+    samples_pass_at_k: ClassVar[bool] = False  # whether pass@k is reported (code)
 
     def path(self, data_dir: Path) -> Path:
         """The data file. InputError when it is missing: the wanted file and how to get it."""
@@ -37,12 +55,34 @@ class Task(ABC):
     def load(self, data_dir: Path) -> list[Row]:
         """Every row of the data file, checked. InputError: file, row and remedy."""
         path = self.path(data_dir)
-        rows = read_jsonl(path, f"task {self.name}:")
+        rows = read_rows(path, f"task {self.name}:")
         for index, row in enumerate(rows):
             problem = self.problem_of(row)
             if problem:
                 raise InputError(f"task {self.name}: {path}: row {index}: {problem}")
         return rows
+
+    def is_called(self, name: object) -> bool:
+        """Whether a user means this task: its name or its file's, however they are punctuated."""
+        own = {plain_name(self.name), plain_name(Path(self.file).stem)}
+        return isinstance(name, str) and plain_name(name) in own
+
+    def missing(self, rows: list[Row]) -> str | None:
+        """What this machine lacks to grade these rows, as ``what; how to install it``; None when
+        nothing is missing.
+        """
+        return None
+
+    def settings(self) -> dict[str, Any]:
+        """How this task is graded here, for the summary's ``settings``: e.g. the sandbox."""
+        return {}
+
+    def division(self, row: Row) -> str | None:
+        """The language, subject or category whose accuracy is reported apart; None: the row has
+        none.
+        """
+        name = row.get("subdivision")
+        return name if isinstance(name, str) else None
 
     @abstractmethod
     def problem_of(self, row: Row) -> str | None:
@@ -50,8 +90,22 @@ class Task(ABC):
 
     @abstractmethod
     def prompt(self, row: Row) -> Row:
-        """What is asked: one of ``{"messages"}``, ``{"prompt"}`` (raw text), ``{"prompt_ids"}``."""
+        """What is asked: one of ``{"messages"}``, ``{"prompt"}`` (raw text), ``{"prompt_ids"}``.
+
+        Messages that end with an assistant turn are continued inside that turn (a prefill).
+        """
 
     @abstractmethod
     def grade(self, row: Row, response: str) -> Grade:
-        """Grade one response text, which holds no special tokens."""
+        """Grade one response text, which holds no special tokens and no thinking."""
+
+    def grade_all(self, rows: list[Row], responses: list[list[str]]) -> list[list[Grade]]:
+        """Grade whole sets: ``responses[i]`` are those to ``rows[i]``, possibly none.
+
+        Returns the grades in the same shape. A task whose grading is expensive overrides this and
+        works on all of them at once.
+        """
+        return [
+            [self.grade(row, response) for response in texts]
+            for row, texts in zip(rows, responses, strict=True)
+        ]

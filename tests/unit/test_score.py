@@ -22,6 +22,9 @@ SUMMARY_KEYS = [
     "mean_response_tokens",
     "seconds",
     "settings",
+    "k",
+    "no_answer_rate",
+    "truncation_rate",
 ]
 
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from evaluation.grading.text import after_last, is_one_of, without_control_tokens
+from evaluation.grading.response import without_control_tokens
+from evaluation.grading.text import after_last, is_one_of
 from evaluation.tasks import get_task
 from megatron_opdlm.errors import InputError
 
