@@ -35,6 +35,7 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     with plt.rc_context(_STYLE):
         for sweep in sweeps():
             figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+            figure.suptitle(f"{sweep.task}, dynamic decoding")
             _over_setting(left, right, sweep, results)
             made.append(_save(figure, out / f"{sweep.setting}.png"))
         for task in _tasks(results):
@@ -67,7 +68,7 @@ def _over_setting(
     for axis, what in ((left, "accuracy, %"), (right, "tokens per denoising step")):
         axis.set_xlabel(name)
         axis.set_ylabel(what)
-        axis.set_title(f"{sweep.task}: {what.partition(',')[0]} over the {name}")
+        axis.set_title(f"{what.partition(',')[0]} over the {name}")
         axis.legend()
 
 
