@@ -1,42 +1,45 @@
-"""Saving and resuming: Megatron distributed checkpoints, published atomically, loadable at any TP,
-PP and DP.
+"""Saving and resuming: Megatron distributed checkpoints, written while the run goes on, published
+atomically, loadable at any TP, PP and DP.
 
 A checkpoint directory holds ``weights/`` (torch_dist), ``huggingface/`` (config, tokenizer,
 generation config), ``state.json`` and ``config.yaml`` (training only) and, written last,
-``manifest.json`` with the size of every file. It gets its final name when it is complete; a save
-that was cut short is a directory that no reader accepts.
+``manifest.json`` with size and checksum of every file. It gets its final name when it is complete;
+a save that was cut short is a directory that no reader accepts.
 """
 
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
-
-from megatron_opdlm import parallel
-
-# isort: split
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from checkpoint_tools.hf_files import carry_over
 from checkpoint_tools.manifest import (
     BlockContract,
     LowRank,
     is_checkpoint,
-    read_manifest,
     write_manifest,
 )
 from checkpoint_tools.publish import publish
+from checkpoint_tools.qwen3_shape import read_json
+from megatron_opdlm import parallel
+from megatron_opdlm.agreement import first_problem
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.qwen3 import Qwen3, load_hf
+from megatron_opdlm.model_state import (
+    PREFIX,
+    fill,
+    layout_metadata,
+    training_state,
+    weights_state,
+)
+from megatron_opdlm.sharded_load import load, verify
+from megatron_opdlm.sharded_save import HostCopies, ShardedSave, Written
 from megatron_opdlm.update import Student
 
 WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = (
@@ -46,16 +49,6 @@ WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = (
     "config.yaml",
     "latest",
 )
-_EXTRA_STATE = "_extra_state"
-_PREFIX = "model."  # of the weights' keys, in imported and in training checkpoints alike
-
-
-def _metadata() -> dict[str, Any]:
-    """How Megatron lays out optimizer state so that any other parallel layout can read it.
-
-    A new dictionary each time: Megatron adds the process group of the moment to it.
-    """
-    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +78,7 @@ def load_model(model: Qwen3, model_dir: Path) -> None:
     if not is_checkpoint(model_dir):
         load_hf(model, model_dir)
         return
-    stored, own = read_manifest(model_dir).low_rank, lora.adapters_of(model)
+    stored, own = verify(model_dir).low_rank, lora.adapters_of(model)
     if stored is not None and own is not None and own.low_rank != stored:
         raise InputError(
             f"{model_dir} holds low-rank terms of {stored}, but lora.* asks for {own.low_rank}; "
@@ -101,86 +94,62 @@ def load_model(model: Qwen3, model_dir: Path) -> None:
 
 def save_weights(model: Qwen3, directory: Path) -> None:
     """Write the weights as a torch_dist checkpoint into a new directory, all ranks together."""
-    _save({"model": _weights(model)}, directory)
+    _on_writer(directory, lambda: directory.mkdir(parents=True))
+    save = ShardedSave({"model": weights_state(model)}, directory, content=layout_metadata())
+    written = save.finish()
+    _on_writer(directory, lambda: save.write_index(written))
 
 
 def load_weights(model: Qwen3, directory: Path, *, low_rank: bool = True) -> None:
     """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it. ``low_rank``
     False: the checkpoint has no low-rank terms, and those of the model stay.
     """
-    state = _weights(model)
+    state = weights_state(model)
     kept = {}
     if not low_rank:
         kept = {k: v for k, v in model.state_dict().items() if k.startswith(f"{lora.NAME}.")}
-        state = {k: v for k, v in state.items() if k.removeprefix(_PREFIX) not in kept}
-    loaded = _load({"model": state}, directory, strict_prefix=_PREFIX)
-    _fill(model, loaded["model"], kept)
+        state = {k: v for k, v in state.items() if k.removeprefix(PREFIX) not in kept}
+    fill(model, load({"model": state}, directory)["model"], kept)
 
 
-def _weights(model: Qwen3) -> dict[str, Any]:
-    """The weights as Megatron stores them. Layers of either spec have the same: Megatron's own are
-    stored under the names of Transformer Engine's, whose "extra state" (scales of FP8 products,
-    which we do not compute) is left out.
+def _on_writer(what: Path, action: Callable[[], None]) -> None:
+    """Run file operations on rank 0; a failure there ends all ranks instead of leaving them in a
+    collective.
     """
-    state = model.sharded_state_dict(prefix=_PREFIX, metadata=_metadata())
-    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
-
-
-def _fill(model: Qwen3, loaded: dict[str, Any], kept: dict[str, Any]) -> None:
-    """Give a model what ``_weights`` asked for, and the values in ``kept``."""
-    values = {name.removeprefix(_PREFIX): value for name, value in loaded.items()}
-    problems = model.load_state_dict(kept | values, strict=False)
-    missing = [name for name in problems.missing_keys if not name.endswith(_EXTRA_STATE)]
-    assert not missing and not problems.unexpected_keys, problems
-
-
-def _save(state: dict[str, Any], directory: Path) -> None:
+    problem: str | None = None
     if parallel.is_writer():
-        directory.mkdir(parents=True)
-    parallel.barrier()
-    dist_checkpointing.save(state, str(directory), content_metadata=_metadata())
-
-
-def _load(wanted: dict[str, Any], directory: Path, *, strict_prefix: str) -> dict[str, Any]:
-    """Load with every wanted key present; keys that we do not ask for are fine only outside
-    ``strict_prefix``.
-
-    Megatron validates on rank 0 alone and would leave the others in a collective, so names are
-    compared on every rank first.
-    """
-    try:
-        stored = set(dist_checkpointing.load_tensors_metadata(str(directory)))
-    except (CheckpointingException, OSError, EOFError) as error:
-        raise InputError(
-            f"{directory} cannot be read ({error}); use an earlier checkpoint or copy it again"
-        ) from None
-    asked = _keys(wanted)
-    missing = sorted(key for key in asked if key not in stored)
-    if not parallel.all_succeeded(not missing):
-        raise InputError(
-            f"{directory} lacks {', '.join(missing[:3]) or 'a tensor'}; it belongs to another model"
-        )
-    try:
-        loaded = dist_checkpointing.load(wanted, str(directory))
-    except (CheckpointingException, EOFError) as error:
-        raise InputError(
-            f"{directory} does not fit this model ({error}); use the directory that belongs to it"
-        ) from None
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-def _keys(state: Any) -> set[str]:
-    if isinstance(state, dict):
-        return set().union(*(_keys(value) for value in state.values())) if state else set()
-    if isinstance(state, list | tuple):
-        return set().union(*(_keys(value) for value in state)) if state else set()
-    return {state.key} if isinstance(state, dist_checkpointing.ShardedTensor) else set()
+        try:
+            action()
+        except OSError as error:
+            problem = str(error) or type(error).__name__
+    problem = first_problem(problem)
+    if problem is not None:
+        raise RunError(f"{what} not written: {problem}")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What a run's data, random numbers and order of prompts are functions of, beside the step: a
+    run that resumes must have the same.
+    """
+
+    seed: int
+    prompts: int  # that the data file gives
+    prompts_sha256: str  # of their tokens, in the file's order
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A save whose files are being written."""
+
+    save: ShardedSave
+    progress: Progress
+    temporary: Path
+
+
+@dataclass(kw_only=True)
 class Checkpoints:
-    """The ``checkpoints/`` of one run directory."""
+    """The ``checkpoints/`` of one run directory. All ranks call its methods together."""
 
     directory: Path
     keep: int
@@ -189,76 +158,173 @@ class Checkpoints:
     dtype: str  # "fp32" | "bf16"
     block_contract: BlockContract
     low_rank: LowRank | None = None  # terms that the student has beside its weights
+    in_background: bool = False  # write while the run goes on, from copies in host memory
+    identity: RunIdentity | None = None
+    tracker_run_id: str | None = None  # of an experiment tracker, which may set it; saved, restored
+    _copies: HostCopies = field(default_factory=HostCopies)
+    _pending: _Pending | None = None
 
-    def save(self, student: Student, progress: Progress) -> Path:
-        """Write and publish ``step_NNNNNNN``; older ones beyond ``keep`` are removed afterwards."""
-        final = self.directory / f"step_{progress.step:07d}"
-        temporary = self.directory / f".{final.name}.tmp"
-        self._on_writer(lambda: self._start(temporary))
-        _save(_training_state(student), temporary / WEIGHTS)
-        parallel.barrier()
-        self._on_writer(lambda: self._finish(temporary, final, progress))
-        return final
+    def save(self, student: Student, progress: Progress) -> None:
+        """Begin to write ``step_NNNNNNN``; it is published by ``poll`` or ``finish``. An earlier
+        save is finished first.
+        """
+        self.finish()
+        temporary = self.directory / f".{_name(progress.step)}.tmp"
+        self._write(progress.step, lambda: self._start(temporary))
+        self._pending = _Pending(
+            save=_save(student, temporary, self._copies if self.in_background else None),
+            progress=progress,
+            temporary=temporary,
+        )
+        if not self.in_background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Publish the save under way if all ranks have written their files."""
+        if self._pending is not None and parallel.all_succeeded(self._pending.save.done):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and publish it; older checkpoints beyond
+        ``keep`` are removed afterwards. RunError where it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        step = pending.progress.step
+        try:
+            written = pending.save.finish()
+        except RunError as error:
+            self._give_up(pending.temporary, step, str(error))
+        self._write(step, lambda: self._publish(pending, written))
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. Raises InputError where ``latest`` names a
-        damaged one.
+        """The newest checkpoint, checked, or None. Raises InputError where ``latest`` names a
+        damaged one; it says which earlier one is whole and how to go on from it.
         """
         pointer = self.directory / LATEST
         if not pointer.is_file():
             return None
-        checkpoint = self.directory / pointer.read_text().strip()
-        read_manifest(checkpoint)
+        name = pointer.read_bytes().decode("utf-8", errors="backslashreplace").strip()
+        checkpoint = self.directory / name
+        try:
+            if Path(name).name != name:
+                raise InputError(f"{pointer} holds {name!r}, which names no checkpoint")
+            verify(checkpoint)
+        except InputError as error:
+            raise InputError(f"{error}; {self._way_out(name)}") from None
         return checkpoint
 
     def restore(self, student: Student, checkpoint: Path) -> Progress:
         """Fill weights and optimizer from a training checkpoint and return what had been done."""
-        wanted = _training_state(student, is_loading=True)
-        loaded = _load(wanted, checkpoint / WEIGHTS, strict_prefix=_PREFIX)
-        _fill(student.model, loaded["model"], {})
+        state = read_json(checkpoint / STATE)
+        self._compare_identity(checkpoint, state.get("identity"))
+        loaded = load(training_state(student, is_loading=True), checkpoint / WEIGHTS)
+        fill(student.model, loaded["model"], {})
         student.optimizer.load_state_dict(loaded["optimizer"])
-        return Progress(**json.loads((checkpoint / STATE).read_text()))
+        self.tracker_run_id = state.get("tracker_run_id")
+        return Progress(**{item.name: state[item.name] for item in fields(Progress)})
+
+    def _compare_identity(self, checkpoint: Path, stored: dict | None) -> None:
+        if stored is None or self.identity is None:
+            return
+        own = asdict(self.identity)
+        differing = [key for key, value in own.items() if stored.get(key) != value]
+        if differing:
+            raise InputError(
+                f"data.path holds other prompts than those that {checkpoint} was trained on "
+                f"({', '.join(differing)} differ); resume with the same data and seed, or start "
+                "another run with that checkpoint as model.path"
+            )
+
+    def _way_out(self, damaged: str) -> str:
+        """The newest other checkpoint that is whole, found by all ranks together."""
+        names = sorted(path.name for path in self.directory.glob("step_*") if path.name != damaged)
+        for name in reversed(names):
+            try:
+                verify(self.directory / name)
+            except InputError:
+                continue
+            return (
+                f"{name} is whole: to go on from it, write its name into {self.directory / LATEST}"
+            )
+        return "no other checkpoint of this run is whole; start again in another train.out"
 
     def _start(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for stale in self.directory.glob(".step_*.tmp"):  # left by a save that was killed
+        for stale in self.directory.glob(".step_*"):  # left by a save or a removal cut short
             shutil.rmtree(stale)
         temporary.mkdir()
         carry_over(self.source, temporary / HUGGINGFACE)
         (temporary / CONFIG).write_text(self.config_yaml)
+        (temporary / WEIGHTS).mkdir()
 
-    def _finish(self, temporary: Path, final: Path, progress: Progress) -> None:
-        (temporary / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
+    def _publish(self, pending: _Pending, written: list[Written]) -> None:
+        temporary, final = pending.temporary, self.directory / _name(pending.progress.step)
+        pending.save.write_index(written)
+        state = asdict(pending.progress) | {
+            "identity": asdict(self.identity) if self.identity else None,
+            "tracker_run_id": self.tracker_run_id,
+        }
+        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        for file in written:
+            found = (temporary / WEIGHTS / file.name).stat().st_size
+            if found != file.bytes:
+                raise OSError(f"{file.name} has {found} bytes, {file.bytes} were written")
         write_manifest(
             temporary,
             kind="training",
             dtype=self.dtype,
             block_contract=self.block_contract,
-            step=progress.step,
+            step=pending.progress.step,
             low_rank=self.low_rank,
+            sha256={f"{WEIGHTS}/{file.name}": file.sha256 for file in written},
         )
         if final.exists():  # a run that went back to an earlier checkpoint comes by again
-            shutil.rmtree(final)
+            self._remove(final)
         publish(temporary, final)
         replace_text(self.directory / LATEST, final.name + "\n")
-        for old in sorted(self.directory.glob("step_*"))[: -self.keep]:
-            shutil.rmtree(old)
+        # Later ones, if any, are what a run left that went back; they are replaced as it comes by.
+        done = [path for path in sorted(self.directory.glob("step_*")) if path.name <= final.name]
+        for old in done[: -self.keep]:
+            self._remove(old)
 
-    def _on_writer(self, action: Callable[[], None]) -> None:
-        """Run file operations on rank 0; a failure there ends all ranks instead of leaving them in
-        a collective.
-        """
-        problem: OSError | None = None
+    def _remove(self, checkpoint: Path) -> None:
+        """Take away the name first: what is half removed must not look like a checkpoint."""
+        condemned = checkpoint.with_name(f".{checkpoint.name}.old")
+        os.rename(checkpoint, condemned)
+        shutil.rmtree(condemned)
+
+    def _write(self, step: int, action: Callable[[], None]) -> None:
+        """File operations of a save, on rank 0."""
+        try:
+            _on_writer(self.directory, action)
+        except RunError as error:
+            self._give_up(self.directory / f".{_name(step)}.tmp", step, str(error))
+
+    def _give_up(self, temporary: Path, step: int, reason: str) -> NoReturn:
+        """A save has failed: make room, name what is left."""
         if parallel.is_writer():
-            try:
-                action()
-            except OSError as error:
-                problem = error
-        if not parallel.all_succeeded(problem is None):
-            raise RunError(
-                f"{self.directory}: checkpoint not written ({problem or 'rank 0 failed'}); "
-                "earlier ones are untouched"
+            shutil.rmtree(temporary, ignore_errors=True)
+        pointer = self.directory / LATEST
+        left = "there is no earlier one"
+        if pointer.is_file():
+            left = (
+                f"{pointer.read_text().strip()} is untouched and the same command goes on from it"
             )
+        raise RunError(
+            f"{self.directory}: checkpoint of step {step} not written ({reason}); {left}"
+        ) from None
+
+
+def _name(step: int) -> str:
+    return f"step_{step:07d}"
+
+
+def _save(student: Student, temporary: Path, copies: HostCopies | None) -> ShardedSave:
+    return ShardedSave(
+        training_state(student), temporary / WEIGHTS, content=layout_metadata(), copies=copies
+    )
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -266,39 +332,6 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def _training_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
-    model = _weights(student.model)
-    with _positions_without_padding(student):
-        optimizer = student.optimizer.sharded_state_dict(
-            model, is_loading=is_loading, metadata=_metadata()
-        )
-    return {"model": model, "optimizer": optimizer}
-
-
-@contextmanager
-def _positions_without_padding(student: Student) -> Iterator[None]:
-    """Correct where Megatron cuts parameters out of the gathered optimizer state.
-
-    Megatron (0.16) gathers it without the padding between gradient buckets, but slices it at the
-    positions with padding, so parameters after a padded bucket get their neighbours' state. It
-    happens where there are several buckets: a tied embedding has its own on a later pipeline stage.
-    """
-    buffers: Any = student.ddp.buffers  # Megatron's list hides PyTorch's method of that name
-    original = [(buffer, buffer.param_index_map) for buffer in buffers]
-    for buffer, positions in original:
-        padding = (bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
-        before = list(itertools.accumulate(padding, initial=0))
-        buffer.param_index_map = {
-            parameter: (start - before[bucket], end - before[bucket], bucket)
-            for parameter, (start, end, bucket) in positions.items()
-        }
-    try:
-        yield
-    finally:
-        for buffer, positions in original:
-            buffer.param_index_map = positions
 
 
 def dtype_name(dtype: torch.dtype) -> str:

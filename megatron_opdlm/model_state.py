@@ -1,0 +1,71 @@
+"""The student as Megatron stores it: its tensors under their keys, and how they come back."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.update import Student
+
+PREFIX = "model."  # of the weights' keys, in imported and in training checkpoints alike
+_EXTRA_STATE = "_extra_state"
+
+
+def layout_metadata() -> dict[str, Any]:
+    """How Megatron lays out optimizer state so that any other parallel layout can read it.
+
+    A new dictionary each time: Megatron adds the process group of the moment to it.
+    """
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def weights_state(model: Qwen3) -> dict[str, Any]:
+    """The weights as Megatron stores them. Layers of either spec have the same: Megatron's own are
+    stored under the names of Transformer Engine's, whose "extra state" (scales of FP8 products,
+    which we do not compute) is left out.
+    """
+    state = model.sharded_state_dict(prefix=PREFIX, metadata=layout_metadata())
+    return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
+
+
+def fill(model: Qwen3, loaded: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Give a model what ``weights_state`` asked for, and the values in ``kept``."""
+    values = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
+    problems = model.load_state_dict(kept | values, strict=False)
+    missing = [name for name in problems.missing_keys if not name.endswith(_EXTRA_STATE)]
+    assert not missing and not problems.unexpected_keys, problems
+
+
+def training_state(student: Student, *, is_loading: bool = False) -> dict[str, Any]:
+    """Weights and optimizer as Megatron stores them, or asks for them when ``is_loading``."""
+    model = weights_state(student.model)
+    with _positions_without_padding(student):
+        optimizer = student.optimizer.sharded_state_dict(
+            model, is_loading=is_loading, metadata=layout_metadata()
+        )
+    return {"model": model, "optimizer": optimizer}
+
+
+@contextmanager
+def _positions_without_padding(student: Student) -> Iterator[None]:
+    """Correct where Megatron cuts parameters out of the gathered optimizer state.
+
+    Megatron (0.16) gathers it without the padding between gradient buckets, but slices it at the
+    positions with padding, so parameters after a padded bucket get their neighbours' state. It
+    happens where there are several buckets: a tied embedding has its own on a later pipeline stage.
+    """
+    buffers: Any = student.ddp.buffers  # Megatron's list hides PyTorch's method of that name
+    original = [(buffer, buffer.param_index_map) for buffer in buffers]
+    for buffer, positions in original:
+        padding = (bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
+        before = list(itertools.accumulate(padding, initial=0))
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in positions.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, positions in original:
+            buffer.param_index_map = positions
