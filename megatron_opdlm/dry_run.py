@@ -1,58 +1,231 @@
-"""What a training command would do, without doing it: layout, shapes and memory of each rank."""
+"""What a training command would do, without doing it: layout, shapes and memory of each rank.
+
+Needs no GPU, and no weights for a model that is named after a published one: its shape is known.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_opdlm.config import Config
+from megatron_opdlm.errors import InputError
+
+if TYPE_CHECKING:
+    from megatron_opdlm.build import ModelSource
+    from megatron_opdlm.rank_memory import Split
+
+GIB = 2**30
 
 
 def describe(config: Config, world_size: int) -> str:
     """Check models, layout and prompts as training would, and say what each rank would hold.
 
-    Raises InputError exactly where training would before it builds anything.
+    Raises InputError exactly where training would before it builds anything; a model that is not
+    there yet is allowed where it is named after a published one, and said.
     """
     from checkpoint_tools.qwen3_shape import padded_vocab
     from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.model.flops import low_rank_parameters
     from megatron_opdlm.run_directory import check_run_directory
 
     check_run_directory(config)
-    source, teacher = build.open_pair(config, world_size)
-    plan = build.build_plan(config, source)
+    source, teacher, notes = _open_pair(config, world_size)
     layout = build.model_layout(config)
-    replicas = layout.data_parallel(world_size)
+    split = _split(config, world_size)
     hardware = select_hardware()
-    student_bytes = build.resolve_dtype(config.model.dtype, hardware).itemsize
     shape = source.shape
-    share = layout.tensor * layout.pipeline
-    # Main parameters and two Adam moments in float32, split over the replicas and their context
-    # ranks; gradients in float32.
-    optimizer_bytes = (12 if student_bytes == 2 else 8) / (replicas * layout.context)
-    gib = 1 / share / 2**30
-    low_rank = build.low_rank_of(config)
-    trained = low_rank_parameters(shape, low_rank) if low_rank else shape.parameters
-    student = shape.parameters + (trained if low_rank else 0)
-    teacher_bytes = build.teacher_bytes(config, teacher, hardware)
-    if build.shares_base(config, source, hardware):
-        teacher_bytes = 0
     lines = [
         f"hardware     {hardware.reason}",
         build.describe_kernels(config, hardware).replace("kernels: ", "kernels      "),
-        f"ranks        {world_size} = tensor {layout.tensor} x pipeline {layout.pipeline} x "
-        f"context {layout.context} x data {replicas}"
+        f"ranks        {world_size} = tensor {split.tensor} x pipeline {split.pipeline} x "
+        f"context {split.context} x data {split.data}"
+        + (f", experts over {split.expert}" if split.expert > 1 else "")
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"student      {shape.parameters:,} parameters: {shape.layers} layers, "
         f"hidden {shape.hidden}, {shape.heads}/{shape.groups} heads x {shape.head_dim}, "
-        f"ffn {shape.ffn}",
+        + _feed_forward(source),
         f"vocabulary   {shape.vocab_size} ids in "
         f"{padded_vocab(shape.vocab_size, layout.tensor)} rows, "
         f"mask token {source.vocabulary.mask_id}, end tokens {list(source.vocabulary.end_ids)}",
-        f"prompts      {plan.prompts.summary}",
-        f"steps        {plan.total_steps} of {config.rollout.prompts_per_step} prompts x "
-        f"{config.rollout.responses_per_prompt} responses",
-        "memory of a rank, GiB (weights split evenly over tensor and pipeline ranks; "
-        "activations and KV cache not counted):",
-        f"  student weights    {student * student_bytes * gib:.3f}",
-        f"  gradients          {trained * 4 * gib:.3f}",
-        f"  optimizer          {trained * optimizer_bytes * gib:.3f}",
-        f"  teacher weights    {teacher_bytes * gib:.3f}",
+        *notes,
+        *_work(config, source, weights_are_there=not notes),
+        *_memory(config, source, teacher, split),
     ]
     return "\n".join(lines)
+
+
+def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSource, list[str]]":
+    """Both models, checked; and a note where a published shape stands in for one."""
+    from megatron_opdlm import build
+    from megatron_opdlm.hardware import select_hardware
+
+    paths = [("model.path", config.model.path), ("teacher.path", config.teacher.path)]
+    missing = [(key, path) for key, path in paths if path and not Path(path).is_dir()]
+    if not missing:
+        return *build.open_pair(config, world_size), []
+    build.kernels_of(config, select_hardware())
+    sources, notes = [], []
+    for key, path in paths:
+        if not path:
+            sources.append(sources[0])
+            continue
+        source, note = _open(key, path, config.model.mask_token_id)
+        build.require_layout(config, source, key, world_size)
+        sources.append(source)
+        notes += note
+    student, teacher = sources
+    if student.vocabulary.size != teacher.vocabulary.size:
+        build.require_same_tokens(student, teacher)
+    return student, teacher, notes
+
+
+def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str]]":
+    from megatron_opdlm import build
+    from megatron_opdlm.public_shapes import (
+        public_name,
+        public_names,
+        public_shape,
+        public_vocabulary,
+    )
+
+    if Path(path).exists():
+        return build.open_model(path, key, mask), []
+    name = public_name(path)
+    if name is None:
+        raise InputError(
+            f"{key}={path} is not a directory: give a Hugging Face Qwen3 directory or a Megatron "
+            f"checkpoint, or for --dry-run a path named after one of {', '.join(public_names())}"
+        )
+    shape = public_shape(name)
+    source = build.ModelSource(
+        directory=Path(path),
+        shape=shape,
+        vocabulary=public_vocabulary(shape, mask),
+        contract=None,
+        low_rank=None,
+    )
+    return source, [f"note         {key}={path} is not there yet: the public shape of {name}"]
+
+
+def _split(config: Config, world_size: int) -> "Split":
+    from megatron_opdlm import build
+    from megatron_opdlm.rank_memory import Split
+
+    layout = build.model_layout(config)
+    return Split(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        data=layout.data_parallel(world_size),
+    )
+
+
+def _feed_forward(source: "ModelSource") -> str:
+    experts = source.shape.experts
+    if experts is None:
+        return f"ffn {source.shape.ffn}"
+    return (
+        f"{experts.per_token} of {experts.count} experts x {experts.ffn}, "
+        f"{source.shape.active_parameters:,} parameters work on a token"
+    )
+
+
+def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> list[str]:
+    """Prompts and steps; without a tokenizer, only what the configuration says of them."""
+    from megatron_opdlm import build
+
+    each = (
+        f"{config.rollout.prompts_per_step} prompts x "
+        f"{config.rollout.responses_per_prompt} responses"
+    )
+    if weights_are_there:
+        plan = build.build_plan(config, source)
+        return [
+            f"prompts      {plan.prompts.summary}",
+            f"steps        {plan.total_steps} of {each}",
+        ]
+    there = "there" if Path(config.data.path).exists() else "not there yet"
+    steps = config.train.steps
+    count = str(steps) if steps > 0 else f"as many as {config.data.epochs} epochs of the data take,"
+    return [
+        f"prompts      data.path={config.data.path} is {there}; not read: that needs the "
+        "model's tokenizer",
+        f"steps        {count} of {each}",
+    ]
+
+
+def _memory(
+    config: Config, source: "ModelSource", teacher: "ModelSource", split: "Split"
+) -> list[str]:
+    """Bytes of the fullest rank, by what they are for and by phase."""
+    from megatron_opdlm import build
+    from megatron_opdlm.hardware import select_hardware
+    from megatron_opdlm.model.flops import low_rank_parameters
+    from megatron_opdlm.rank_memory import (
+        GRADIENT_BYTES,
+        RankNumbers,
+        optimizer_bytes_per_number,
+        rank_numbers,
+    )
+
+    hardware = select_hardware()
+    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    student = rank_numbers(source.shape, split)
+    low_rank = build.low_rank_of(config)
+    trained, added = student, 0.0
+    if low_rank:
+        added = low_rank_parameters(source.shape, low_rank) / split.tensor / split.pipeline
+        trained = RankNumbers(dense=added)
+    o = config.optimizer
+    states = {
+        "main_params": o.main_params_dtype,
+        "exp_avg": o.exp_avg_dtype,
+        "exp_avg_sq": o.exp_avg_sq_dtype,
+    }
+    teacher_share = rank_numbers(teacher.shape, split).total / teacher.shape.parameters
+    sizes = {
+        "student weights": (student.total + added) * item,
+        "gradients": trained.total * GRADIENT_BYTES,
+        "optimizer": trained.optimizer_share(split) * optimizer_bytes_per_number(item, states),
+        "teacher weights": build.teacher_bytes(config, teacher, hardware) * teacher_share,
+    }
+    if config.loss.kind == "nll" or build.shares_base(config, source, hardware):
+        sizes["teacher weights"] = 0.0
+    waits = {
+        "update": {"teacher weights"} if config.teacher.offload_weights else set(),
+        "rollout": {"optimizer"} if config.optimizer.cpu_offload else set(),
+    }
+    waits["rollout"] |= waits["update"]
+    phases = {
+        phase: sum(size for name, size in sizes.items() if name not in away)
+        for phase, away in waits.items()
+    }
+    return [
+        "memory of the fullest rank, GiB, estimated from shapes; activations come on top:",
+        *(f"  {name:<19}{size / GIB:.3f}" for name, size in sizes.items()),
+        f"  in the rollout     {phases['rollout'] / GIB:.3f} and the KV cache",
+        f"  in the update      {phases['update'] / GIB:.3f} and the activations",
+        _kv_cache(config, source, split, item),
+    ]
+
+
+def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes: int) -> str:
+    """What the cache takes when every slot is as long as it can get, beside its budget."""
+    from megatron_opdlm.rank_memory import kv_bytes_per_token
+
+    rollout = config.rollout
+    token = kv_bytes_per_token(source.shape, split, item_bytes)
+    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
+    slots = min(rollout.slots, -(-sequences // (split.data * split.context)))
+    limit = config.model.max_positions or source.shape.max_positions
+    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    budget = (
+        f"rollout.kv_cache_tokens={rollout.kv_cache_tokens}: "
+        f"{rollout.kv_cache_tokens * token / GIB:.3f} GiB"
+        if rollout.kv_cache_tokens
+        else "half of the memory that is free then"
+    )
+    return (
+        f"  KV cache           {token * longest * slots / GIB:.3f} for {slots} sequences of "
+        f"{longest} tokens; budget: {budget}"
+    )

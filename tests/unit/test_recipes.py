@@ -1,0 +1,248 @@
+"""Every file under configs/ is a recipe that works on a machine without GPUs as far as it can.
+
+The published values are written down here a second time, from the published launchers.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from checkpoint_tools.qwen3_shape import read_shape
+from megatron_opdlm import dry_run, train
+from megatron_opdlm.config import Config, flatten, load_config
+from megatron_opdlm.curriculum import generation_budget
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.public_shapes import SHAPES, public_name, public_names
+from megatron_opdlm.rank_memory import Split, optimizer_bytes_per_number, rank_numbers
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny_cpu")
+PUBLISHED = [stem for stem in RECIPES if stem.startswith("opdlm_")]
+RANKS = 8
+
+# What all eight published launchers share.
+COMMON = {
+    "rollout.block_size": 4,
+    "rollout.denoising_steps": 4,
+    "rollout.remasking": "low_confidence_dynamic",
+    "rollout.threshold": 0.9,
+    "rollout.temperature": 1.0,
+    "rollout.top_p": 1.0,
+    "rollout.top_k": 0,
+    "rollout.prompts_per_step": 128,
+    "rollout.responses_per_prompt": 1,
+    "threshold_schedule.enabled": False,
+    "states.mode": "one_per_block",
+    "loss.kind": "forward_kl",
+    "loss.top_k_tail": "drop",
+    "loss.exclude_eos": True,
+    "optimizer.lr": 1e-5,
+    "optimizer.min_lr": 1e-6,
+    "optimizer.warmup_steps": 5,
+    "optimizer.batch_size": 8,
+    "optimizer.clip_grad": 1.0,
+    "optimizer.beta1": 0.9,
+    "optimizer.beta2": 0.999,
+    "optimizer.eps": 1e-8,
+    "optimizer.weight_decay": 0.0,
+    "train.inner_epochs": 1,
+    "train.seed": 10086,
+    "curriculum.kind": "cos",
+    "curriculum.start": 100,
+    "data.max_prompt_tokens": 2000,
+    "checkpoint.every": 10,
+}
+# stem: (top-k, curriculum's end, its steps, thinking, epochs, training steps)
+DIFFERENT = {
+    "opdlm_0.6b": (0, 4000, 100, False, 1, 483),
+    "opdlm_1.7b": (0, 4000, 100, False, 1, 483),
+    "opdlm_4b": (16, 4000, 100, False, 1, 483),
+    "opdlm_8b": (16, 4000, 100, False, 1, 483),
+    "opdlm_math_4b": (0, 2000, 100, False, 10, -1),
+    "opdlm_math_8b": (0, 2000, 100, False, 10, -1),
+    "opdlm_math_thinking_4b": (0, 8000, 200, True, 10, -1),
+    "opdlm_math_thinking_8b": (0, 8000, 200, True, 10, -1),
+}
+CAPS = {"math": 4096, "code": 2048, "chat": 2048, "science": 1024}
+# Response tokens at steps 1, 10, 50 and 100 of the three published curricula.
+BUDGETS = {4000: (100, 148, 1244, 4000), 2000: (100, 124, 656, 2000), 8000: (100, 124, 700, 2412)}
+
+
+def recipe(stem: str, *overrides: str) -> Config:
+    return load_config(CONFIGS / f"{stem}.yaml", list(overrides))
+
+
+def h100_overrides(stem: str) -> list[str]:
+    """What the recipe's own header says for eight GPUs of 80 GB."""
+    lines = (CONFIGS / f"{stem}.yaml").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("#   8xH100-80GB: ")]
+    return shlex.split(line.partition(": ")[2])
+
+
+@pytest.fixture(autouse=True)
+def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither models nor data of this machine are found."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_published_run_has_a_recipe():
+    assert set(PUBLISHED) == set(DIFFERENT)
+    assert {stem for stem in RECIPES if stem not in PUBLISHED} == {
+        "proposal_14b",
+        "proposal_32b",
+        "proposal_30b_a3b",
+    }
+
+
+@pytest.mark.parametrize("stem", PUBLISHED)
+def test_values_are_the_published_ones(stem):
+    values = flatten(recipe(stem))
+    top_k, end, ramp, thinking, epochs, steps = DIFFERENT[stem]
+    expected = COMMON | {
+        "loss.top_k": top_k,
+        "curriculum.end": end,
+        "rollout.max_new_tokens": end,
+        "curriculum.steps": ramp,
+        "data.enable_thinking": thinking,
+        "data.epochs": epochs,
+        "train.steps": steps,
+        "rollout.max_new_tokens_by_domain": CAPS if "math" not in stem else {},
+        "states.block_alignment": "absolute",
+    }
+    assert {key: values[key] for key in expected} == expected
+    size = stem.rpartition("_")[2].upper()
+    assert public_name(values["model.path"]) == f"Qwen3-{size}"
+
+
+@pytest.mark.parametrize("stem", PUBLISHED)
+def test_the_curriculum_is_the_published_one(stem):
+    config = recipe(stem)
+    budgets = [generation_budget(s, config.curriculum, config.rollout) for s in (1, 10, 50, 100)]
+    assert tuple(budgets) == BUDGETS[config.curriculum.end]
+
+
+@pytest.mark.parametrize("stem", RECIPES)
+@pytest.mark.parametrize("machine", ["8xH200", "8xH100-80GB"])
+def test_every_recipe_dry_runs_without_gpu_weights_or_data(stem, machine):
+    """Claim: both layouts divide the model, and what does not depend on the batch fits."""
+    overrides = h100_overrides(stem) if machine == "8xH100-80GB" else []
+    text = dry_run.describe(recipe(stem, *overrides), RANKS)
+    assert "is not there yet: the public shape of Qwen3-" in text
+    assert f"ranks        {RANKS} = tensor" in text
+    held = {
+        line.split()[2]: float(line.split()[3])
+        for line in text.splitlines()
+        if line.startswith(("  in the rollout", "  in the update"))
+    }
+    assert set(held) == {"rollout", "update"}
+    assert max(held.values()) < (62 if machine == "8xH100-80GB" else 95)
+
+
+def test_every_layout_of_slots_covers_a_step():
+    """Claim: all of a step's responses are decoded at once, none waits for a slot."""
+    for stem in RECIPES:
+        for overrides in ([], h100_overrides(stem)):
+            config = recipe(stem, *overrides)
+            replicas = RANKS // (config.model.tensor_parallel * config.model.pipeline_parallel)
+            assert config.rollout.slots * replicas >= config.rollout.prompts_per_step, stem
+
+
+def test_the_dry_run_command(tmp_path):
+    """Claim: the very command, in a process of its own, prints and leaves nothing."""
+    file = CONFIGS / "opdlm_8b.yaml"
+    argv = [sys.executable, "-m", "megatron_opdlm.train", "--config", str(file)]
+    done = subprocess.run(
+        [*argv, "--dry-run", "--world-size", "8"],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "8,190,735,360 parameters" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_model_is_refused_by_the_dry_run():
+    with pytest.raises(InputError, match=r"Qwen3-9B is not a directory.*Qwen3-8B"):
+        dry_run.describe(recipe("opdlm_8b", "model.path=checkpoints/Qwen3-9B"), RANKS)
+
+
+def test_a_published_name_is_no_model_to_train(capsys):
+    arguments = ["--config", str(CONFIGS / "opdlm_8b.yaml"), "model.path=Qwen/Qwen3-8B"]
+    with pytest.raises(InputError, match=r"model\.path=Qwen/Qwen3-8B is not a directory"):
+        train.main(arguments)
+
+
+def test_a_layout_that_does_not_divide_is_refused_without_weights():
+    with pytest.raises(InputError, match="tensor_parallel=16 does not divide num_query_groups=8"):
+        dry_run.describe(recipe("opdlm_8b", "model.tensor_parallel=16"), 16)
+
+
+def test_files_hold_no_key_twice_and_nothing_resolves_away():
+    for file in CONFIGS.glob("*.yaml"):
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+        assert isinstance(tree, dict) and tree, file
+        keys = flatten(load_config(file, []))
+        given = {f"{s}.{k}": v for s, values in tree.items() for k, v in values.items()}
+        assert {key: keys[key] for key in given} == given, file
+
+
+# Parameters as the model cards give them, in billions.
+CARDS = {
+    "Qwen3-0.6B": 0.6,
+    "Qwen3-1.7B": 1.7,
+    "Qwen3-4B": 4.0,
+    "Qwen3-8B": 8.2,
+    "Qwen3-14B": 14.8,
+    "Qwen3-32B": 32.8,
+    "Qwen3-30B-A3B": 30.5,
+}
+
+
+def test_shapes_have_the_published_numbers_of_parameters():
+    assert set(public_names()) == set(CARDS)
+    for name, billions in CARDS.items():
+        assert round(read_shape(SHAPES / name).parameters / 1e9, 1) == billions
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_one_rank_holds_every_parameter(name):
+    """Claim: undivided, the estimate is the number of parameters; divided, the parts add up."""
+    shape = read_shape(SHAPES / name)
+    assert rank_numbers(shape, Split()).total == shape.parameters
+    split = Split(tensor=2, data=4)
+    assert 2 * rank_numbers(shape, split).total == pytest.approx(shape.parameters, rel=1e-3)
+    assert 4 * rank_numbers(shape, split).optimizer_share(split) == pytest.approx(
+        rank_numbers(shape, split).total
+    )
+
+
+def test_pipeline_stages_hold_their_layers_and_one_end():
+    shape = read_shape(SHAPES / "Qwen3-8B")
+    embedding = shape.vocab_size * shape.hidden
+    layers = shape.parameters - 2 * embedding - shape.hidden
+    expected = layers / 4 + embedding + shape.hidden
+    assert rank_numbers(shape, Split(pipeline=4)).total == expected
+
+
+def test_experts_are_divided_over_their_ranks():
+    shape = read_shape(SHAPES / "Qwen3-30B-A3B")
+    split = Split(data=8, expert=8)
+    experts = 48 * 128 * 3 * 2048 * 768
+    numbers = rank_numbers(shape, split)
+    assert numbers.experts == experts / 8
+    assert numbers.dense == shape.parameters - experts
+    # every rank holds other experts, so their state is not divided again
+    assert numbers.optimizer_share(split) == experts / 8 + numbers.dense / 8
+
+
+def test_bytes_of_the_optimizer():
+    fp32 = dict.fromkeys(("main_params", "exp_avg", "exp_avg_sq"), "fp32")
+    assert optimizer_bytes_per_number(2, fp32) == 12
+    assert optimizer_bytes_per_number(4, fp32) == 8
+    assert optimizer_bytes_per_number(2, fp32 | {"exp_avg": "bf16", "exp_avg_sq": "bf16"}) == 8
