@@ -13,7 +13,10 @@ from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 LAUNCH = Path(__file__).resolve().parent
-INPUTS = ("setup.sh", "environment.py", "constraints.txt", "torch-cpu.txt", "../pyproject.toml")
+INPUTS = (
+    *("setup.sh", "environment.py", "constraints.txt", "torch-cpu.txt", "scorers.txt"),
+    "../pyproject.toml",
+)
 
 # Built together in an NGC container; replacing one of them breaks the others. ModelOpt is Python
 # on top of them, and the project's version may stand before the container's.

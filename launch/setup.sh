@@ -131,7 +131,7 @@ install() {
     : >"$unfinished"
     : >"$log"
     in_venv "$environment" constraints --mode "$mode" >"$venv/constraints.txt"
-    local extras="evaluation,quantization,dev"
+    local extras="evaluation,quantization,tracking,dev"
     pip_install "the build tool" --constraint "$venv/constraints.txt" setuptools
     if [[ "$mode" == gpu ]]; then
         extras="gpu,$extras"
@@ -143,6 +143,8 @@ install() {
     fi
     pip_install "the project [$extras] and its dependencies" --no-build-isolation \
         --constraint "$venv/constraints.txt" --editable "${root}[$extras]"
+    pip_install "scorers, alone" --no-deps --constraint "$venv/constraints.txt" \
+        --requirement "$root/launch/scorers.txt"
     verify
 }
 
