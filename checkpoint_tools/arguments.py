@@ -1,22 +1,34 @@
 """What the commands share: the types they offer, and how they start."""
 
+import argparse
 import os
 import warnings
 
+from checkpoint_tools.team import Team, from_environment
 from megatron_opdlm.errors import InputError
 
 DTYPES = ("bf16", "fp32")
 
 
-def start_alone(command: str) -> None:
-    """Refuse torchrun, where every rank would write the same directory, and silence libraries.
+def start(command: str) -> Team:
+    """Silence libraries; the processes that work together, as torchrun describes them.
 
     Megatron and its saving processes warn about every optional kernel that is not installed.
     """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size != "1":
-        raise InputError(
-            f"{command} was started with {world_size} ranks; start it once, without torchrun"
-        )
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.filterwarnings("ignore")
+    return from_environment(command)
+
+
+def start_alone(command: str) -> None:
+    """The same for a command that cannot share its work: refuse torchrun."""
+    team = start(command)
+    if team.size != 1:
+        raise InputError(
+            f"{command} was started with {team.size} ranks; start it once, without torchrun"
+        )
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """The flag of the commands that have a progress bar."""
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -1,43 +1,41 @@
 """Megatron checkpoint directory (imported or from training) -> Hugging Face directory.
 
-``a2d-qwen3`` ships its own code, with ``generate`` for block diffusion; ``qwen3`` is the plain
-autoregressive layout with the block contract noted in config.json. The tokenizer of both knows the
-mask token. An export gets its name after it has been compared with the checkpoint (see verify).
+``sdar`` is what serving engines load (untied, with their settings beside the weights); it and
+``a2d-qwen3`` ship their own code, with ``generate`` for block diffusion; ``qwen3`` is the plain
+autoregressive layout with the block contract noted in config.json. The tokenizer of all knows the
+mask token, and a model card says what the checkpoint records. An export gets its name after it has
+been compared with the checkpoint (see verify).
 """
 
+import math
 from pathlib import Path
 
-from checkpoint_tools.arguments import DTYPES, start_alone
-from checkpoint_tools.hf_files import (
-    DEFAULT_BLOCK_SIZE,
-    carry_over,
-    copy_code,
-    export_config,
-    write_json,
-)
+from checkpoint_tools.arguments import DTYPES, add_quiet, start
+from checkpoint_tools.export_files import CardFacts, write_files
+from checkpoint_tools.formats import FORMATS, check_format, with_explicit_head
+from checkpoint_tools.hf_files import DEFAULT_BLOCK_SIZE
 from checkpoint_tools.manifest import Manifest, read_manifest
-from checkpoint_tools.mask_registration import register_mask, write_for_transformers_4
-from checkpoint_tools.publish import check_free, new_directory
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
-from checkpoint_tools.safetensors_dir import DEFAULT_SHARD_BYTES, write_weights
+from checkpoint_tools.model_card import read_evaluation
+from checkpoint_tools.progress import Progress, progress_bar
+from checkpoint_tools.publish import check_free
+from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_shape
+from checkpoint_tools.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
+from checkpoint_tools.team import Team, shared_directory
 from checkpoint_tools.verify import compare
-from checkpoint_tools.vocabulary import forbidden_ids
-from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.errors import Arguments, command
 
-FORMATS = ("sdar", "a2d-qwen3", "qwen3")
-BYTES_PER_VALUE = {"fp32": 4, "bf16": 2}
+ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def main() -> None:
     """Check arguments and files before torch is imported, then convert."""
     arguments = _parser().parse_args()
-    start_alone("export_hf")
-    if arguments.format == "sdar":
-        raise InputError("--format sdar is not there yet; use a2d-qwen3 or qwen3")
+    team = start("export_hf")
     check_free(arguments.out)
     manifest = read_manifest(arguments.checkpoint)
     shape = read_shape(arguments.checkpoint / "huggingface")
-    check_format(arguments.format, manifest)
+    check_format(arguments.format, manifest.block_contract, shape)
+    evaluation = read_evaluation(arguments.evaluation)
     dtype = arguments.dtype or manifest.dtype
     convert(
         arguments.checkpoint,
@@ -47,35 +45,17 @@ def main() -> None:
         model_format=arguments.format,
         dtype=dtype,
         shard_bytes=arguments.shard_bytes,
+        card=CardFacts(base_model=arguments.base_model, evaluation=evaluation),
+        team=team,
+        quiet=arguments.quiet,
     )
+    if not team.is_first:
+        return
     note = ""
     if manifest.block_contract.block_size is None:
         note = f"; it was never trained, so it notes block size {DEFAULT_BLOCK_SIZE}"
     name = f"{arguments.format} ({dtype})"
     print(f"exported {arguments.checkpoint} as {name} to {arguments.out}{note}")
-
-
-def check_format(model_format: str, manifest: Manifest) -> None:
-    """Refuse what readers of the format would decode otherwise than it was trained."""
-    contract = manifest.block_contract
-    if model_format != "a2d-qwen3":
-        return
-    if contract.mask_token_id is None:
-        raise InputError(
-            "--format a2d-qwen3: the checkpoint has no mask token; train it with "
-            "model.mask_token_id, or import it again with --mask-token-id"
-        )
-    if contract.logit_shift:
-        raise InputError(
-            "--format a2d-qwen3: the model was trained with loss.logit_shift=true, which readers "
-            "of this format do not know; use --format qwen3"
-        )
-    if contract.block_alignment != "absolute":
-        raise InputError(
-            "--format a2d-qwen3: the model was trained with "
-            f"block_alignment={contract.block_alignment}, but readers of this format count blocks "
-            "from position 0; use --format qwen3"
-        )
 
 
 def convert(
@@ -87,39 +67,59 @@ def convert(
     model_format: str,
     dtype: str,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    card: CardFacts = CardFacts(),  # noqa: B008 -- frozen
+    team: Team = Team(),  # noqa: B008 -- frozen
+    quiet: bool = True,
 ) -> None:
-    """Write the Hugging Face directory ``out`` whole or not at all."""
-    from checkpoint_tools.megatron_weights import DTYPES as TORCH_DTYPES
-    from checkpoint_tools.megatron_weights import read_weights
-    from checkpoint_tools.qwen3_names import hf_from_megatron
+    """Write the Hugging Face directory ``out`` whole or not at all, all processes of ``team``
+    together. It returns on the others while the first one compares the export with the checkpoint.
+    """
+    exported = FORMATS[model_format].exported_shape(shape)
+    team.join()
+    with shared_directory(out, team) as directory:
+        team.on_first(
+            lambda: write_files(
+                directory,
+                checkpoint,
+                manifest.block_contract,
+                exported,
+                model_format=FORMATS[model_format],
+                dtype=dtype,
+                card=card,
+            )
+        )
+        writer = ShardWriter(directory, exported, dtype, shard_bytes)
+        team.on_first(writer.create_files)
+        total = exported.parameters * ITEM_BYTES[dtype]
+        with progress_bar(
+            f"export {out.name}", total // team.size, shown=team.is_first and not quiet
+        ) as bar:
+            team.together(lambda: _write(checkpoint, shape, exported, writer, team, bar))
+        team.disband()
+        if team.is_first:  # an export that differs gets no name
+            for result in compare(directory, checkpoint, manifest):
+                print(f"verified {result}", flush=True)
 
-    source = checkpoint / "huggingface"
-    contract = manifest.block_contract
-    with new_directory(out) as directory:
-        carry_over(source, directory)
-        config = export_config(
-            read_json(source / "config.json"),
-            shape,
-            contract,
-            forbidden_ids(source, contract.mask_token_id),
-            model_format=model_format,
-            dtype=dtype,
-        )
-        write_json(directory / "config.json", config)
-        if model_format == "a2d-qwen3":
-            copy_code(directory)
-        write_for_transformers_4(directory)
-        if contract.mask_token_id is not None:
-            register_mask(directory, contract.mask_token_id)
-        get = read_weights(checkpoint, shape)
-        tensors = (
-            (name, tensor.to(TORCH_DTYPES[dtype])) for name, tensor in hf_from_megatron(shape, get)
-        )
-        write_weights(directory, shape, tensors, BYTES_PER_VALUE[dtype], shard_bytes)
-        for result in compare(
-            directory, checkpoint, manifest
-        ):  # an export that differs gets no name
-            print(f"verified {result}", flush=True)
+
+def _write(
+    checkpoint: Path,
+    shape: Qwen3Shape,
+    exported: Qwen3Shape,
+    writer: ShardWriter,
+    team: Team,
+    progress: Progress,
+) -> None:
+    """Write this process's share of the tensors."""
+    from checkpoint_tools.megatron_weights import read_weights
+    from checkpoint_tools.qwen3_names import hf_parts, megatron_names, sources
+
+    get = with_explicit_head(read_weights(checkpoint, shape), shape)
+    names, sizes = megatron_names(exported), hf_names(exported)
+    costs = [sum(math.prod(sizes[s]) for s in sources(name, exported)) for name in names]
+    for number in team.share(costs):
+        for name, tensor in hf_parts(names[number], exported, get(names[number])):
+            progress.update(writer.write(name, tensor))
+    writer.close()
 
 
 def _parser() -> Arguments:
@@ -129,6 +129,15 @@ def _parser() -> Arguments:
     )
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to make")
     parser.add_argument("--format", choices=FORMATS, required=True)
+    parser.add_argument(
+        "--evaluation",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="SUMMARY.json",
+        help="results of evaluation.run for the model card",
+    )
+    parser.add_argument("--base-model", default="", help="its name, for the model card")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
     parser.add_argument(
         "--shard-bytes",
@@ -136,6 +145,7 @@ def _parser() -> Arguments:
         default=DEFAULT_SHARD_BYTES,
         help="largest safetensors file, in bytes (default: %(default)s)",
     )
+    add_quiet(parser)
     return parser
 
 

@@ -6,12 +6,14 @@ parallelism.
 
 from pathlib import Path
 
-from checkpoint_tools.arguments import DTYPES, start_alone
+from checkpoint_tools.arguments import DTYPES, add_quiet, start
 from checkpoint_tools.hf_files import carry_over, plain_qwen3_config, read_contract, write_json
 from checkpoint_tools.manifest import BlockContract, write_manifest
-from checkpoint_tools.publish import check_free, new_directory
+from checkpoint_tools.progress import progress_bar
+from checkpoint_tools.publish import check_free
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.safetensors_dir import HFWeights, open_weights
+from checkpoint_tools.team import Team, shared_directory
 from checkpoint_tools.vocabulary import end_tokens, known_mask_token
 from megatron_opdlm.errors import Arguments, command
 
@@ -19,7 +21,7 @@ from megatron_opdlm.errors import Arguments, command
 def main() -> None:
     """Check everything that can be checked before torch is imported, then convert."""
     arguments = _parser().parse_args()
-    start_alone("import_hf")
+    team = start("import_hf")
     check_free(arguments.out)
     shape = read_shape(arguments.hf)
     with open_weights(arguments.hf, shape) as weights:
@@ -28,7 +30,9 @@ def main() -> None:
         end_tokens(arguments.hf)
         weights.check_tied_head()
         dtype = arguments.dtype or weights.stored_dtype()
-        convert(weights, arguments.out, contract, dtype)
+        convert(weights, arguments.out, contract, dtype, team=team, quiet=arguments.quiet)
+    if not team.is_first:
+        return
     size = f"{shape.parameters:,} parameters, {shape.layers} layers, {dtype}"
     mask = f"mask token {contract.mask_token_id}"
     if contract.mask_token_id is None:
@@ -36,27 +40,43 @@ def main() -> None:
     print(f"imported {arguments.hf} ({size}, {mask}) into {arguments.out}")
 
 
-def convert(weights: HFWeights, out: Path, contract: BlockContract, dtype: str) -> None:
-    """Write the checkpoint directory ``out`` whole or not at all."""
+def convert(
+    weights: HFWeights,
+    out: Path,
+    contract: BlockContract,
+    dtype: str,
+    *,
+    team: Team = Team(),  # noqa: B008 -- frozen
+    quiet: bool = True,
+) -> None:
+    """Write the checkpoint directory ``out`` whole or not at all, all processes of ``team``
+    together.
+    """
     from checkpoint_tools.megatron_weights import DTYPES as TORCH_DTYPES
-    from megatron_opdlm import parallel
-    from megatron_opdlm.checkpoint import save_weights
-    from megatron_opdlm.model.qwen3 import build_model, fill
+    from checkpoint_tools.weight_writer import write_weights
 
-    with new_directory(out) as directory:
-        carry_over(weights.directory, directory / "huggingface")
-        config_path = directory / "huggingface" / "config.json"
-        config = plain_qwen3_config(read_json(config_path))
-        if contract.mask_token_id is not None:
-            config["mask_token_id"] = contract.mask_token_id
-        write_json(config_path, config)
-        hardware = parallel.init(parallel.Layout())
-        model = build_model(
-            weights.model_shape, parallel.Layout(), TORCH_DTYPES[dtype], hardware, name=str(out)
+    torch_dtype = TORCH_DTYPES[dtype]
+    team.join()
+    with shared_directory(out, team) as directory:
+        team.on_first(lambda: _carry_over(weights.directory, directory / "huggingface", contract))
+        total = weights.model_shape.parameters * torch_dtype.itemsize // team.size
+        with progress_bar(f"import {out.name}", total, shown=team.is_first and not quiet) as bar:
+            sha256 = write_weights(directory / "weights", weights, torch_dtype, team, bar)
+        known = {f"weights/{name}": digest for name, digest in sha256.items()}
+        team.on_first(
+            lambda: write_manifest(
+                directory, kind="model", dtype=dtype, block_contract=contract, sha256=known
+            )
         )
-        fill(model, weights.get)
-        save_weights(model, directory / "weights")
-        write_manifest(directory, kind="model", dtype=dtype, block_contract=contract)
+
+
+def _carry_over(source: Path, target: Path, contract: BlockContract) -> None:
+    """Copy what is no weights; the configuration becomes Qwen3's own, with the mask token."""
+    carry_over(source, target)
+    config = plain_qwen3_config(read_json(target / "config.json"))
+    if contract.mask_token_id is not None:
+        config["mask_token_id"] = contract.mask_token_id
+    write_json(target / "config.json", config)
 
 
 def _parser() -> Arguments:
@@ -69,6 +89,7 @@ def _parser() -> Arguments:
         type=int,
         help="id of the mask token, where the tokenizer has none and 151669 does not fit",
     )
+    add_quiet(parser)
     return parser
 
 

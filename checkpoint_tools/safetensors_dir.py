@@ -1,14 +1,15 @@
-"""Weights of a Hugging Face directory: checked before anything is read, read lazily, written
-sharded.
+"""Weights of a Hugging Face directory: checked before anything is read, then read where they lie.
 
 A shard's header says how many bytes must follow it, so a truncated copy is found by its size,
-without reading it. Torch is imported only when a tensor is read or written.
+without reading it. Torch is imported only when a tensor is read.
 """
 
 import json
+import math
+import mmap
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = ("F32", "BF16", "F16")
-DEFAULT_SHARD_BYTES = 5 * 1000**3
+_TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+FLOATS = tuple(ITEM_BYTES)
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ class TensorEntry:
     file: Path
     dtype: str  # safetensors' name: "F32", "BF16", ...
     shape: tuple[int, ...]
+    start: int  # of its bytes in the file
+    stop: int
+
+    def is_consistent(self) -> bool:
+        """True if as many bytes belong to the tensor as its shape and type need."""
+        size = math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return self.start >= 8 and self.stop - self.start == size
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -52,7 +61,13 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         entries = {
-            name: TensorEntry(path, entry["dtype"], tuple(entry["shape"]))
+            name: TensorEntry(
+                path,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
             for name, entry in header.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError, IndexError):
@@ -73,7 +88,7 @@ class HFWeights:
         self.directory = directory
         self.model_shape = shape
         self._entries = entries
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, memoryview] = {}
 
     def names(self) -> list[str]:
         """Hugging Face names, without a tied model's redundant ``lm_head.weight``."""
@@ -94,13 +109,41 @@ class HFWeights:
         return sorted({entry.file for entry in self._entries.values()})
 
     def get(self, name: str) -> "Tensor":
-        """One whole tensor as stored."""
-        from safetensors import safe_open
+        """One whole tensor as stored. It lies in the mapped file, privately: its bytes are read
+        when they are used, and writing to it changes nothing else.
+        """
+        return self._read(self._entries[name])
 
-        file = self._entries[name].file
+    def _read(self, entry: TensorEntry) -> "Tensor":
+        import torch
+
+        data = self._map(entry.file)[entry.start : entry.stop]
+        flat = torch.frombuffer(data, dtype=torch.uint8)
+        dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+        if flat.data_ptr() % dtype.itemsize:
+            flat = flat.clone()  # the format lets a tensor start anywhere
+        return flat.view(dtype).view(entry.shape)
+
+    def rows(self, name: str, first: int, stop: int) -> "Tensor":
+        """Rows ``first`` to ``stop`` of a tensor, as if they were a tensor of their own: what saves
+        it saves no more than these.
+        """
+        entry = self._entries[name]
+        row_bytes = (entry.stop - entry.start) // entry.shape[0]
+        part = replace(
+            entry,
+            shape=(stop - first, *entry.shape[1:]),
+            start=entry.start + first * row_bytes,
+            stop=entry.start + stop * row_bytes,
+        )
+        return self._read(part)
+
+    def _map(self, file: Path) -> memoryview:
         if file not in self._open:
-            self._open[file] = safe_open(file, framework="pt")
-        return self._open[file].get_tensor(name)
+            with file.open("rb") as opened:
+                private = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._open[file] = memoryview(private)
+        return self._open[file]
 
     def check_tied_head(self) -> None:
         """Some tied models also store ``lm_head.weight``. Raises InputError when it differs from
@@ -160,6 +203,11 @@ def open_weights(hf_dir: Path | str, shape: Qwen3Shape | None = None) -> HFWeigh
                 f"{directory}: {name} is stored as {entries[name].dtype}; use unquantised weights "
                 f"({', '.join(FLOATS)})"
             )
+        if name in entries and not entries[name].is_consistent():
+            raise InputError(
+                f"{entries[name].file} is no safetensors file (broken header: the bytes of {name} "
+                "are not those of its shape); copy it again"
+            )
     return HFWeights(directory, shape, entries)
 
 
@@ -191,50 +239,3 @@ def _find_entries(directory: Path) -> dict[str, TensorEntry]:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
-
-
-def write_weights(
-    directory: Path,
-    shape: Qwen3Shape,
-    tensors: Iterable[tuple[str, "Tensor"]],
-    bytes_per_value: int,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
-) -> None:
-    """Write ``tensors`` (all of ``hf_names(shape)``, in that order, of one type) as safetensors.
-
-    One shard is held in memory at a time; a shard exceeds ``shard_bytes`` only for one tensor
-    alone. The caller publishes the directory: until then its name is temporary.
-    """
-    from safetensors.torch import save_file
-
-    shards = _plan_shards(shape, bytes_per_value, shard_bytes)
-    stream = iter(tensors)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        one = len(shards) == 1
-        file = SINGLE if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        content = dict(next(stream) for _ in names)
-        assert list(content) == names, "tensors must come in the order of hf_names"
-        save_file(content, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    assert next(stream, None) is None, "more tensors than hf_names has"
-    if len(shards) > 1:
-        total = shape.parameters * bytes_per_value
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _plan_shards(shape: Qwen3Shape, bytes_per_value: int, shard_bytes: int) -> list[list[str]]:
-    """Names of each shard: filled in order, closed before it would exceed ``shard_bytes``."""
-    shards: list[list[str]] = [[]]
-    used = 0
-    for name, size in hf_names(shape).items():
-        cost = bytes_per_value
-        for extent in size:
-            cost *= extent
-        if shards[-1] and used + cost > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(name)
-        used += cost
-    return shards

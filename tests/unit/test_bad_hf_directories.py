@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools.safetensors_dir import open_weights, write_weights
+from checkpoint_tools.safetensors_dir import open_weights
+from checkpoint_tools.safetensors_writer import write_weights
 from checkpoint_tools.vocabulary import (
     end_tokens,
     forbidden_ids,
@@ -155,7 +156,7 @@ def test_written_shards_are_read_again(sharded: Path, tmp_path: Path) -> None:
     shutil.copy(sharded / "config.json", out)
     with open_weights(sharded) as weights:
         expected = {name: weights.get(name).bfloat16() for name in weights.names()}
-        write_weights(out, weights.model_shape, expected.items(), 2, shard_bytes=60_000)
+        write_weights(out, weights.model_shape, expected.items(), "bf16", shard_bytes=60_000)
     with open_weights(out) as written:
         assert written.stored_dtype() == "bf16"
         assert len(written.files()) > 2
