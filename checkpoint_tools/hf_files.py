@@ -2,12 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.formats import LAYOUTS, Format, Layout
 from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.qwen3_shape import Qwen3Shape
+from checkpoint_tools.qwen3_shape import EXPERT_TYPES, Qwen3Shape, read_json
+from checkpoint_tools.vocabulary import end_tokens, pad_token
+from megatron_opdlm.errors import InputError
 
 EXPORTER_VERSION = "megatron-opdlm 0.1"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
@@ -19,18 +22,15 @@ CONTRACT_KEYS = (
     "logit_shift",
     "clean_context",
     "forbidden_ids",
+    "trained_block_size",
+    "trained_thresholds",
     "exporter_version",
 )
-# The code of an a2d-qwen3 export: the model, and the very files that decide decoding in training.
-_MODEL = Path(__file__).parent / "hf_modeling"
-_DECODING = Path(__file__).parents[1] / "megatron_opdlm" / "diffusion"
-CODE_FILES = (
-    _MODEL / "configuration_a2d_qwen3.py",
-    _MODEL / "modeling_a2d_qwen3.py",
-    _DECODING / "blocks.py",
-    _DECODING / "denoising.py",
-    _DECODING / "randomness.py",
-)
+# What configurations of other layouts hold for their own code; ours and plain Qwen3 have no use
+# for it.
+FOREIGN_KEYS = ("attn_implementation", "debug", "ep_size", "fuse_cross_entropy", "micro_forward")
+FOREIGN_KEYS += ("skip_checkpoint", "use_deepep")
+_PLAIN = ("qwen3", "qwen3_moe")
 
 
 def carry_over(hf_dir: Path, target: Path) -> None:
@@ -43,67 +43,140 @@ def carry_over(hf_dir: Path, target: Path) -> None:
             shutil.copytree(path, target / path.name)
 
 
-def plain_qwen3_config(config: dict[str, Any]) -> dict[str, Any]:
+def plain_qwen3_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what another format added: model type, code, block contract."""
-    plain = {k: v for k, v in config.items() if k not in ("auto_map", *CONTRACT_KEYS)}
-    return {**plain, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    added = ("auto_map", *CONTRACT_KEYS, *FOREIGN_KEYS)
+    plain = {k: v for k, v in config.items() if k not in added}
+    layout = LAYOUTS["qwen3_moe" if config.get("model_type") in EXPERT_TYPES else "qwen3"]
+    return {**plain, "model_type": layout.model_type, "architectures": [layout.architecture]}
 
 
-def read_contract(config: dict[str, Any], mask_token_id: int | None) -> BlockContract:
-    """The block contract that a config records, as our exports do; Qwen3's own records none."""
-    recorded = {
-        key: config[key]
-        for key in ("block_size", "block_alignment", "logit_shift", "clean_context")
-        if key in config
-    }
-    return BlockContract(mask_token_id=mask_token_id, **recorded)
+def read_contract(config: Mapping[str, Any], mask_token_id: int | None) -> BlockContract:
+    """The block contract that a config.json records; what it leaves out is as SDAR, dllm and the
+    paper's models have it.
+
+    Raises InputError for what we cannot honour, whoever wrote it: I-DLM's models, for one, bear the
+    names of SDAR's and are causal.
+    """
+    model_type = config.get("model_type")
+    size, alignment = config.get("block_size"), config.get("block_alignment", "absolute")
+    shift, context = config.get("logit_shift", False), config.get("clean_context", "block_causal")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise InputError(f"config.json: block_size={size!r} is no positive number; correct it")
+    if not isinstance(shift, bool):
+        raise InputError(
+            f"config.json: logit_shift={shift!r} is neither true nor false; correct it"
+        )
+    if context != "block_causal":
+        raise InputError(
+            f"config.json: clean_context={context!r}, but here clean tokens see their whole block "
+            "('block_causal'); use a model that was trained so"
+        )
+    # A plain Qwen3 may record how it was trained; the other layouts promise how they are decoded.
+    if alignment not in (("absolute", "response") if model_type in _PLAIN else ("absolute",)):
+        raise InputError(
+            f"config.json: block_alignment={alignment!r}, but blocks are counted from position 0 "
+            f"('absolute') in every reader of model_type={model_type!r}; use a model that was "
+            "trained so"
+        )
+    return BlockContract(
+        mask_token_id=mask_token_id,
+        block_size=size,
+        block_alignment=alignment,
+        logit_shift=shift,
+        clean_context=context,
+    )
+
+
+_PLAIN = ("qwen3", "qwen3_moe")
 
 
 def export_config(
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     shape: Qwen3Shape,
     contract: BlockContract,
     forbidden_ids: Sequence[int],
     *,
-    model_format: str,
+    model_format: Format,
     dtype: str,
+    trained_thresholds: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """``config.json`` of an export: Qwen3's keys, the block contract, the classes of the format."""
+    """``config.json`` of an export: Qwen3's keys, the block contract, the classes of the format.
+
+    ``shape`` is the export's: untied where the format has it so.
+    """
+    layout = model_format.layout(shape)
     exported = plain_qwen3_config(config) | {
         # transformers 4 and serving engines read this flat key and fall back to 10000 without it
         "rope_theta": shape.rope_theta,
+        "tie_word_embeddings": shape.tied,
         "block_size": contract.block_size or DEFAULT_BLOCK_SIZE,
         "mask_token_id": contract.mask_token_id,
         "block_alignment": contract.block_alignment,
         "logit_shift": contract.logit_shift,
         "clean_context": contract.clean_context,
         "forbidden_ids": as_ranges(forbidden_ids),
+        "trained_block_size": contract.block_size,
+        "trained_thresholds": list(trained_thresholds) or None,
         "exporter_version": EXPORTER_VERSION,
     }
+    if layout.model_type.startswith("sdar"):
+        exported = _as_sdar_writes(exported, shape)
     stored = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    keys = [key for key in ("dtype", "torch_dtype") if key in exported] or ["torch_dtype"]
     exported |= dict.fromkeys(keys, stored)
-    if model_format == "a2d-qwen3":
-        auto_map = {"AutoConfig": "configuration_a2d_qwen3.A2DQwen3Config"}
-        for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"):
-            auto_map[name] = "modeling_a2d_qwen3.A2DQwen3LMHeadModel"
-        exported |= {
-            "model_type": "a2d-qwen3",
-            "architectures": ["A2DQwen3LMHeadModel"],
-            "auto_map": auto_map,
+    if layout.auto_map:
+        exported["auto_map"] = layout.auto_map
+    return exported | {"model_type": layout.model_type, "architectures": [layout.architecture]}
+
+
+def _as_sdar_writes(config: dict[str, Any], shape: Qwen3Shape) -> dict[str, Any]:
+    """Every key that serving engines read, explicit and in the spelling of transformers 4."""
+    newer = ("rope_parameters", "dtype", "num_local_experts")
+    explicit: dict[str, Any] = {
+        "head_dim": shape.head_dim,
+        "num_key_value_heads": shape.groups,
+        "rms_norm_eps": shape.rms_eps,
+        "max_position_embeddings": shape.max_positions,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    }
+    if shape.experts is not None:
+        explicit |= {
+            "num_experts": shape.experts.count,
+            "num_experts_per_tok": shape.experts.per_token,
+            "moe_intermediate_size": shape.experts.ffn,
+            "norm_topk_prob": shape.experts.renormalize,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
         }
-    return exported
+    return {key: value for key, value in config.items() if key not in newer} | explicit
 
 
-def copy_code(target: Path) -> None:
-    """Put the code of an ``a2d-qwen3`` export into ``target``."""
-    for file in CODE_FILES:
+def write_generation_config(directory: Path) -> None:
+    """Name every end token and the pad token where the carried files leave them to be guessed."""
+    path = directory / "generation_config.json"
+    content = read_json(path) if path.is_file() else {}
+    if content.get("eos_token_id") is None or content.get("pad_token_id") is None:
+        found = {"eos_token_id": end_tokens(directory), "pad_token_id": pad_token(directory)}
+        write_json(path, found | {k: v for k, v in content.items() if v is not None})
+
+
+def copy_code(layout: Layout, target: Path) -> None:
+    """Put the code of an export of this layout into ``target``."""
+    for file in layout.code:
         shutil.copyfile(file, target / file.name)
 
 
 def has_our_code(directory: Path) -> bool:
     """True if the Python files of an export are, byte for byte, those that this version writes."""
-    expected = {file.name: file.read_bytes() for file in CODE_FILES}
+    layout = LAYOUTS.get(read_json(directory / "config.json").get("model_type", ""))
+    if layout is None or not layout.code:
+        return False
+    expected = {file.name: file.read_bytes() for file in layout.code}
     return {file.name: file.read_bytes() for file in directory.glob("*.py")} == expected
 
 

@@ -15,16 +15,18 @@ from megatron_opdlm.errors import InputError, RunError
 
 
 def register_mask(directory: Path, mask_id: int) -> None:
-    """Register the mask token in the tokenizer files of ``directory``; nothing to do without a
+    """Register the mask token in every tokenizer file of ``directory``; nothing to do without a
     tokenizer.
 
     Raises InputError when the tokenizer cannot hold it.
     """
     tokenizer = load_tokenizer(directory)
-    if tokenizer is None or tokenizer.mask_token_id == mask_id:
+    if tokenizer is None:
         return
     before = tokenizer.get_vocab()
-    text = _mask_text(before, mask_id, directory)
+    text = str(tokenizer.mask_token)  # a registered one keeps its text, but not every file has it
+    if tokenizer.mask_token_id != mask_id:
+        text = _mask_text(before, mask_id, directory)
     if not (directory / "tokenizer.json").is_file():
         tokenizer.save_pretrained(directory)
     entry = {
@@ -95,9 +97,12 @@ def _add_token(
 
 
 def write_for_transformers_4(directory: Path) -> None:
-    """Spell tokenizer_config.json so that transformers 4 reads it too, not only version 5."""
+    """Spell tokenizer_config.json so that transformers 4 reads it too, not only version 5, and
+    leave out where it points to code, which an export does not carry.
+    """
 
     def respell(content: dict[str, Any]) -> None:
+        content.pop("auto_map", None)
         if content.get("tokenizer_class") == "TokenizersBackend":
             content["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(content.get("extra_special_tokens"), list):

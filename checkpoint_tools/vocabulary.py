@@ -54,8 +54,9 @@ def _load_tokenizer(hf_dir: Path, stamp: tuple[int, ...]) -> "PreTrainedTokenize
 
 
 def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
-    """Id of the mask token: the tokenizer's, else ``override`` (``model.mask_token_id``), else the
-    one that config.json records (our imports and exports do), else Qwen3's 151669.
+    """Id of the mask token: the tokenizer's (registered as such, or added under one of the usual
+    texts), else ``override`` (``model.mask_token_id``), else the one that config.json records (our
+    imports and exports do), else Qwen3's 151669.
 
     Raises InputError when the vocabulary has no room for it, when the id is an ordinary token, and
     when two of these say different things.
@@ -64,11 +65,11 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     vocab_size = read_shape(hf_dir).vocab_size
     tokenizer = load_tokenizer(hf_dir)
     recorded = read_json(hf_dir / "config.json").get("mask_token_id")
-    own = tokenizer.mask_token_id if tokenizer is not None else None
+    own = own_mask_id(tokenizer)
     if tokenizer is not None and own is not None and override not in (None, own):
         raise InputError(
             f"model.mask_token_id={override}, but the tokenizer of {hf_dir} has its mask token "
-            f"{tokenizer.mask_token!r} at {own}; remove the option"
+            f"{tokenizer.convert_ids_to_tokens(own)!r} at {own}; remove the option"
         )
     if own is None and recorded is not None and override not in (None, recorded):
         raise InputError(
@@ -84,6 +85,17 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     return mask
 
 
+def own_mask_id(tokenizer: "PreTrainedTokenizerBase | None") -> int | None:
+    """The tokenizer's mask token; published models have it registered, or only added."""
+    if tokenizer is None:
+        return None
+    typeless: Any = tokenizer  # its ids are typed for multimodal models
+    if typeless.mask_token_id is not None:
+        return typeless.mask_token_id
+    added: dict[str, int] = typeless.get_added_vocab()
+    return next((added[text] for text in MASK_TEXTS if text in added), None)
+
+
 def known_mask_token(hf_dir: Path | str, override: int | None = None) -> int | None:
     """As ``mask_token``, but None where nothing names it yet and the vocabulary has a free id.
 
@@ -94,7 +106,7 @@ def known_mask_token(hf_dir: Path | str, override: int | None = None) -> int | N
     vocab_size = read_shape(hf_dir).vocab_size
     named = (
         override is not None
-        or (tokenizer is not None and tokenizer.mask_token_id is not None)
+        or own_mask_id(tokenizer) is not None
         or read_json(hf_dir / "config.json").get("mask_token_id") is not None
         or vocab_size > QWEN3_MASK_ID
     )

@@ -22,7 +22,7 @@ from checkpoint_tools import export_hf, import_hf, verify
 from checkpoint_tools.manifest import BlockContract, read_manifest
 from checkpoint_tools.qwen3_shape import read_shape
 from checkpoint_tools.safetensors_dir import open_weights
-from megatron_opdlm.errors import RunError
+from megatron_opdlm.errors import InputError, RunError
 from tests.tiny_models import edit_json, make_qwen3
 
 MASK_ID = 64  # the tokenizer ends at 48: an id that leaves a gap
@@ -233,7 +233,7 @@ def test_verify_finds_one_changed_value(exported: Exported, tmp_path: Path) -> N
 
 
 def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
-    exported: Exported, tmp_path: Path
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = read_manifest(exported.checkpoint)
     changed = Path(shutil.copytree(exported.a2d, tmp_path / "changed"))
@@ -242,9 +242,11 @@ def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
     lines = list(verify.compare(changed, exported.checkpoint, manifest))
     assert "was not run" in lines[2]
     edit_json(changed / "config.json", rms_norm_eps=0.1)
-    model = verify._build(exported.checkpoint, read_shape(exported.source), "fp32")
+    with pytest.raises(InputError, match=r"rms_eps=0\.1"):
+        list(verify.compare(changed, exported.checkpoint, manifest))
+    monkeypatch.setattr(verify, "read_shape", lambda directory: read_shape(exported.source))
     with pytest.raises(RunError, match=r"config\.json disagree"):
-        verify.compare_logits(changed, model, "fp32")
+        list(verify.compare(changed, exported.checkpoint, manifest))
 
 
 def test_an_export_that_differs_gets_no_name(

@@ -6,14 +6,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check
+from checkpoint_tools.formats import check_format
 from checkpoint_tools.manifest import BlockContract, Manifest, read_manifest, write_manifest
 from checkpoint_tools.publish import new_directory
-from checkpoint_tools.qwen3_shape import read_shape
+from checkpoint_tools.qwen3_shape import Experts, read_shape
 from megatron_opdlm.errors import InputError
 from tests.tiny_models import edit_json, make_qwen3
 
@@ -113,8 +115,8 @@ def test_commands_refuse_bad_input(
         (import_hf.main, ["--hf", model, "--out", out, "--dtype", "fp8"], "invalid choice"),
         (
             export_hf.main,
-            ["--checkpoint", saved, "--out", out, "--format", "sdar"],
-            "not there yet",
+            ["--checkpoint", saved, "--out", out, "--format", "gguf"],
+            "invalid choice",
         ),
         (
             export_hf.main,
@@ -138,22 +140,29 @@ def test_commands_refuse_bad_input(
         run(monkeypatch, import_hf.main, "--hf", model, "--out", out)
 
 
-def test_formats_whose_readers_would_decode_otherwise(tmp_path: Path) -> None:
-    def manifest(**contract: object) -> Manifest:
-        values = {"mask_token_id": 64, "block_size": 4, **contract}
-        return Manifest(
-            kind="training", dtype="fp32", block_contract=BlockContract(**values), files={}
-        )
+@pytest.mark.parametrize("name", ["a2d-qwen3", "sdar"])
+def test_formats_whose_readers_would_decode_otherwise(model: Path, name: str) -> None:
+    def contract(**changes: object) -> BlockContract:
+        return BlockContract(**{"mask_token_id": 64, "block_size": 4, **changes})
 
-    export_hf.check_format("a2d-qwen3", manifest())
-    export_hf.check_format("qwen3", manifest(logit_shift=True))
-    for contract, reason in (
+    shape = read_shape(model)
+    check_format(name, contract(), shape)
+    check_format("qwen3", contract(logit_shift=True), shape)
+    for changes, reason in (
         ({"logit_shift": True}, "logit_shift=true"),
         ({"block_alignment": "response"}, "block_alignment=response"),
         ({"mask_token_id": None}, "has no mask token"),
     ):
         with pytest.raises(InputError, match=reason):
-            export_hf.check_format("a2d-qwen3", manifest(**contract))
+            check_format(name, contract(**changes), shape)
+
+
+def test_a_mixture_of_experts_has_no_a2d_form(model: Path) -> None:
+    experts = Experts(count=4, per_token=2, ffn=8, renormalize=True)
+    shape = replace(read_shape(model), experts=experts)
+    check_format("sdar", BlockContract(mask_token_id=64), shape)
+    with pytest.raises(InputError, match="4 experts; use --format sdar or qwen3"):
+        check_format("a2d-qwen3", BlockContract(mask_token_id=64), shape)
 
 
 def test_inspect_says_what_is_missing(
