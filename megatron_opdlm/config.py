@@ -231,6 +231,8 @@ class LoggingConfig:
     samples_every: int = 10  # steps
     samples: int = 2  # sample texts each time
     tensorboard: bool = True
+    wandb: Literal["none", "offline", "online"] = "none"  # Weights & Biases
+    wandb_project: str = "megatron-opdlm"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Final numbers of a step -> ``metrics.jsonl``, TensorBoard and a progress bar; rank 0 only.
+"""Final numbers of a step -> ``metrics.jsonl``, TensorBoard, W&B and a progress bar; rank 0 only.
 
 Nothing is reduced here: the numbers come in as they are to be reported. On resume, lines of steps
 after ``start_step`` are removed, so every step appears once.
@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.tracking import Tracker
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -37,6 +38,7 @@ class MetricsWriter:
         tensorboard: bool,
         total_steps: int,
         start_step: int,  # steps already done; 0 for a new run
+        tracker: Tracker | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._enabled = enabled
@@ -45,6 +47,7 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES):
             forget_after(run_dir / name, start_step)
+        self._tracker = tracker
         self._board = _open_tensorboard(run_dir, start_step) if tensorboard else None
         self._bar = tqdm(
             total=total_steps,
@@ -60,9 +63,12 @@ class MetricsWriter:
         if not self._enabled:
             return
         _append(self._run_dir / METRICS, [{"step": step, **metrics}])
+        numbers = dict(scalars(metrics))
         if self._board is not None:
-            for tag, value in scalars(metrics):
+            for tag, value in numbers.items():
                 self._board.add_scalar(tag, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, numbers)
         self._bar.set_postfix(_postfix(metrics), refresh=False)
         self._bar.update(1)
 
@@ -77,6 +83,8 @@ class MetricsWriter:
         self._bar.close()
         if self._board is not None:
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 def forget_after(file: Path, step: int) -> None:

@@ -50,6 +50,11 @@ def free_memory_bytes() -> int:
     return torch.cuda.mem_get_info()[0] + unused
 
 
+def device_names() -> tuple[str, ...]:
+    """Of all GPUs that this process can see."""
+    return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
 def set_device(local_rank: int) -> torch.device:
     """Bind this process to its GPU."""
     torch.cuda.set_device(local_rank)

@@ -132,8 +132,8 @@ class _Stub:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Callable[..., "_Stub"]:
+        return lambda *args, **kwargs: _Stub()  # a stream's record_event() is an event
 
     def __enter__(self) -> "_Stub":
         return self

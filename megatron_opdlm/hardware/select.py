@@ -18,6 +18,7 @@ class Hardware:
     """The machine as the rest of the project sees it."""
 
     device: torch.device
+    devices: tuple[str, ...]  # names of this node's accelerators
     process_group_backend: str  # "gloo" | "nccl"
     dtype: torch.dtype  # default of model.dtype=auto
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
@@ -48,6 +49,7 @@ def select_hardware() -> Hardware:
     if torch.cuda.is_available():
         return Hardware(
             device=gpu.set_device(int(os.environ.get("LOCAL_RANK", "0"))),
+            devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,
             transformer_options=gpu.TRANSFORMER_OPTIONS,
@@ -63,6 +65,7 @@ def select_hardware() -> Hardware:
     torch.set_num_threads(1)
     return Hardware(
         device=torch.device("cpu"),
+        devices=(),
         process_group_backend="gloo",
         dtype=torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,

@@ -66,7 +66,7 @@ def test_pins_resolve_against_the_image(tmp_path: Path):
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
     wanted += [
-        line for extra in ("gpu", "evaluation", "quantization", "dev") for line in optional[extra]
+        line for extra in ("gpu", "evaluation", "quantization", "tracking", "dev") for line in optional[extra]
     ]
     own = {
         k: v

@@ -18,7 +18,7 @@ from launch.environment import constraints_for_container, pins
 REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = pins(REPOSITORY / "launch/constraints.txt") | pins(REPOSITORY / "launch/torch-cpu.txt")
-EXTRAS = ("evaluation", "quantization", "dev")
+EXTRAS = ("evaluation", "quantization", "tracking", "dev")
 
 
 def direct_requirements() -> list[Requirement]:

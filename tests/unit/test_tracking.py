@@ -1,0 +1,113 @@
+"""W&B keeps a run's page over a resume; each start of a run says what it ran with."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm import provenance
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.metrics import MetricsWriter
+from megatron_opdlm.tracking import open_tracker
+
+# One start of a run: W&B serves one run a process well, and takes its service down with it.
+START = """
+import sys
+from pathlib import Path
+from megatron_opdlm.metrics import MetricsWriter
+from megatron_opdlm.tracking import open_tracker
+run_dir, first, last, known = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+tracker = open_tracker(
+    run_dir, mode="offline", project="p", settings={"train.seed": 3}, run_id=(known or [None])[0]
+)
+metrics = MetricsWriter(
+    run_dir, enabled=True, tensorboard=False, total_steps=4, start_step=first - 1, tracker=tracker
+)
+for step in range(first, last + 1):
+    metrics.write(step, {"loss": step / 2, "kl_by_masked_fraction": {"0.25": 7.5 + step}})
+metrics.close()
+print("id", tracker.run_id)
+"""
+
+
+def start(run_dir: Path, first: int, last: int, *known: str) -> str:
+    """Steps ``first`` to ``last`` of a run; W&B's id of it."""
+    command = [sys.executable, "-c", START, str(run_dir), str(first), str(last), *known]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()[-1]
+
+
+def recorded(run_dir: Path) -> list[bytes]:
+    """What W&B wrote, a file for each start."""
+    return [file.read_bytes() for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def test_a_resumed_run_goes_on_in_the_same_page(tmp_path: Path):
+    run_dir = tmp_path / "some-run"
+    first = start(run_dir, 1, 2)
+    assert (run_dir / "wandb/run_id").read_text() == first + "\n"
+    assert start(run_dir, 3, 4) == first
+    (run_dir / "wandb/run_id").unlink()  # moved without it: the checkpoint knows
+    assert start(run_dir, 5, 5, first) == first
+    one, two, three = recorded(run_dir)
+    for file in (one, two, three):
+        assert first.encode() in file and b"some-run" in file and b"train.seed" in file
+    assert b"kl_by_masked_fraction/0.25" in one
+    assert (b"9.5" in one, b"9.5" in two) == (True, False), "step 2 was logged at the first start"
+    assert (b"11.5" in one, b"11.5" in two) == (False, True)
+
+
+def test_no_tracker(tmp_path: Path):
+    assert open_tracker(tmp_path, mode="none", project="p", settings={}) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_online_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(InputError, match=r"logging\.wandb=online: .*; log in with 'wandb login'"):
+        open_tracker(tmp_path, mode="online", project="p", settings={})
+
+
+def test_the_other_ranks_need_no_tracker(tmp_path: Path):
+    metrics = MetricsWriter(
+        tmp_path / "run", enabled=False, tensorboard=False, total_steps=1, start_step=0
+    )
+    metrics.write(1, {"loss": 1.0})
+    metrics.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    how = {"hardware": "no CUDA device", "devices": [], "world_size": 2}
+    provenance.record_start(tmp_path, **how)
+    monkeypatch.setenv(provenance.REVISION_VARIABLE, "abc123")
+    provenance.record_start(tmp_path, **how)
+    first, second = json.loads((tmp_path / provenance.ENVIRONMENT).read_text())
+    assert first["packages"]["megatron-core"].startswith("0.16")
+    assert (first["world_size"], first["hardware"]) == (2, "no CUDA device")
+    assert second["revision"] == {"commit": "abc123", "modified": None}
+    assert first["memory_bytes"] > 2**30 and first["cpu_cores"] >= 1
+
+
+def test_revision_is_the_repository_s(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        pytest.skip("a copy without its repository")
+    commit = (root / ".git/HEAD").read_text().strip()
+    found = provenance.revision()
+    assert found is not None and len(found["commit"]) == 40
+    if not commit.startswith("ref:"):
+        assert found["commit"] == commit
+
+
+def test_no_git_no_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert provenance.revision() is None
