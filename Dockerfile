@@ -1,13 +1,18 @@
 # Megatron-OPDLM on NVIDIA's PyTorch container, whose PyTorch and Transformer Engine stay as they
 # are: launch/setup.sh --gpu holds them and installs everything else at pinned versions.
 #
-#   docker build -t megatron-opdlm .
+#   docker build --build-arg REVISION=$(git rev-parse HEAD) -t megatron-opdlm .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -it megatron-opdlm
 ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
 
+# The image holds no repository: a run's record takes the commit from here.
+ARG REVISION=
+ENV MEGATRON_OPDLM_REVISION=${REVISION}
+
 LABEL org.opencontainers.image.title="Megatron-OPDLM" \
       org.opencontainers.image.description="Autoregressive Qwen3 to block-diffusion language model by on-policy distillation" \
+      org.opencontainers.image.revision=${REVISION} \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.documentation="https://arxiv.org/abs/2606.06712"
 

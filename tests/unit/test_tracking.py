@@ -111,3 +111,8 @@ def test_no_git_no_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert provenance.revision() is None
+
+
+def test_the_image_carries_its_revision():
+    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    assert f"ENV {provenance.REVISION_VARIABLE}=${{REVISION}}" in dockerfile
