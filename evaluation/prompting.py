@@ -25,12 +25,19 @@ def problem_of(row: dict[str, Any]) -> str | None:
     return None
 
 
-def prompt_from(index: int, row: dict[str, Any], tokenizer: Any, *, where: str) -> Prompt:
+def prompt_from(
+    index: int,
+    row: dict[str, Any],
+    tokenizer: Any,
+    *,
+    where: str,
+    enable_thinking: bool = False,
+) -> Prompt:
     """Tokenise one row. InputError: ``where`` (a flag or a task), row and rule."""
     if tokenizer is None and "prompt_ids" not in row:
         raise InputError(f"{where}: row {index}: the model has no tokenizer; give prompt_ids")
     try:
-        ids = render(row, tokenizer, False)
+        ids = render(row, tokenizer, enable_thinking)
     except InputError as error:
         raise InputError(f"{where}: row {index}: {error}") from error
     if not ids:

@@ -56,6 +56,8 @@ def run_task(
     decoding: Decoding,
     responses_per_prompt: int,
     settings: dict[str, Any],
+    *,
+    enable_thinking: bool = False,
 ) -> tuple[SummaryRow, list[dict[str, Any]]]:
     """Evaluate one task: its summary row and its predictions, the same on every rank."""
     if generator.tokenizer is None:
@@ -65,7 +67,13 @@ def run_task(
     start = time.monotonic()
     tokenizer, k = generator.tokenizer, responses_per_prompt
     prompts = [
-        prompt_from(index, task.prompt(row), tokenizer, where=f"task {task.name}")
+        prompt_from(
+            index,
+            task.prompt(row),
+            tokenizer,
+            where=f"task {task.name}",
+            enable_thinking=enable_thinking,
+        )
         for index, row in enumerate(rows)
     ]
     repeated = [prompt for prompt in prompts for _ in range(k)]
@@ -102,11 +110,18 @@ def evaluate(
     decoding: Decoding,
     responses_per_prompt: int,
     settings: dict[str, Any],
+    *,
+    enable_thinking: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Evaluate every task: (summary rows, predictions). One that cannot be graded here is skipped
     and says so."""
     decoding = replace(decoding, logit_shift=generator.logit_shift)
-    settings = {**settings, **asdict(decoding), "responses_per_prompt": responses_per_prompt}
+    settings = {
+        **settings,
+        **asdict(decoding),
+        "responses_per_prompt": responses_per_prompt,
+        "enable_thinking": enable_thinking,
+    }
     summaries, predictions = [], []
     for task, rows in tasks:
         lacks = task.missing(rows)
@@ -116,7 +131,13 @@ def evaluate(
             summaries.append(skipped(task.name, lacks, settings).as_dict())
             continue
         summary, task_predictions = run_task(
-            generator, task, rows, decoding, responses_per_prompt, settings
+            generator,
+            task,
+            rows,
+            decoding,
+            responses_per_prompt,
+            settings,
+            enable_thinking=enable_thinking,
         )
         summaries.append(summary.as_dict())
         predictions.extend(task_predictions)
@@ -144,6 +165,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--limit", type=int, default=None, help="first problems of each task only")
     parser.add_argument("--responses-per-prompt", type=int, default=1)
+    parser.add_argument(
+        "--enable-thinking", action="store_true", help="thinking flag of the chat template"
+    )
     add_decoding_flags(parser)
     args = parser.parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
@@ -157,7 +181,12 @@ def main() -> None:
     generator = open_generator(args.model, loading)
     settings = {"model": str(args.model), **asdict(loading)}
     summaries, predictions = evaluate(
-        generator, tasks, decoding, args.responses_per_prompt, settings
+        generator,
+        tasks,
+        decoding,
+        args.responses_per_prompt,
+        settings,
+        enable_thinking=args.enable_thinking,
     )
     if generator.is_writer:
         write_results(args.out, summaries, predictions)

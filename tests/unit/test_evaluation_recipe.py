@@ -1,0 +1,247 @@
+"""Evaluation recipes say what evaluation.run would be told, run once, and go on after a kill."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evaluation import recipe
+from evaluation.recipe import RecipeRun, describe, read_recipe, run_recipe
+from evaluation.summary import SummaryRow
+from evaluation.tasks import get_task
+from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.errors import InputError
+from tests.conftest import MASK, TinyModels
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
+BENCHMARKS = {
+    *("MMLU", "MMLU-Pro", "GPQA-Diamond", "IFEval", "CEval", "LiveBench", "GSM8K", "MATH-500"),
+    *("AIME-24", "AIME-25", "LMB-Hard", "ZebraLogic", "HumanEval", "MBPP", "LCB-v6", "Codeforces"),
+    *("MMMLU-lite", "INCLUDE-lite", "MT-AIME2024", "MLogiQA"),
+}
+
+
+def write(path: Path, tree: object) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def one(**run: object) -> dict[str, object]:
+    return {"runs": [{"name": "a", "tasks": ["addition"], **run}]}
+
+
+def test_every_training_recipe_has_its_evaluation():
+    training = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert {path.stem for path in FILES} == training
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_recipes_name_benchmarks_and_budgets(file):
+    runs = read_recipe(file)
+    tasks = {task for run in runs for task in run.tasks}
+    if file.stem.startswith(("opdlm_", "proposal_")) and "math" not in file.stem:
+        assert tasks == BENCHMARKS
+    assert tasks <= BENCHMARKS | {"exact_match:held_out"}
+    for run in runs:
+        assert run.decoding.block_size == run.decoding.denoising_steps == 4
+        assert run.enable_thinking == ("thinking" in file.stem)
+        assert (run.samples > 1) == (run.decoding.temperature > 0)
+        assert run.decoding.max_new_tokens <= 16000
+    assert describe(runs).count("\n") == len(runs) - 1
+
+
+def test_common_settings_hold_until_a_run_differs(tmp_path):
+    tree = {
+        "common": {"temperature": 1, "samples": 3, "seed": 5, "enable_thinking": True},
+        "runs": [
+            {"name": "a", "tasks": ["addition"], "max_new_tokens": 9},
+            {"name": "b", "tasks": ["addition"], "temperature": 0.0, "samples": 1},
+        ],
+    }
+    first, second = read_recipe(write(tmp_path / "r.yaml", tree))
+    assert first == RecipeRun(
+        name="a",
+        tasks=("addition",),
+        decoding=Decoding(temperature=1.0, seed=5, max_new_tokens=9),
+        samples=3,
+        enable_thinking=True,
+    )
+    assert (second.decoding.temperature, second.samples, second.decoding.seed) == (0.0, 1, 5)
+
+
+def test_thresholds_become_runs_of_dynamic_decoding(tmp_path):
+    runs = read_recipe(write(tmp_path / "r.yaml", one(thresholds=[0.9, 1])))
+    assert [run.name for run in runs] == ["a-0.9", "a-1"]
+    assert [run.decoding.threshold for run in runs] == [0.9, 1.0]
+    assert {run.decoding.remasking for run in runs} == {"low_confidence_dynamic"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ([], "needs the keys common and runs"),
+        ({"runs": []}, "at least one run"),
+        ({"runs": [{"tasks": ["addition"]}]}, "a mapping with a name"),
+        ({"runs": [{"name": "a"}]}, "run a: tasks must be a list"),
+        (one(temprature=1), "run a: no key 'temprature' \\(did you mean 'temperature'"),
+        (one(temperature="hot"), "run a: temperature='hot' must be like 0.0"),
+        (one(samples=0), "samples=0: use 1 or more"),
+        (one(samples=True), "samples=True must be like 1"),
+        (one(remasking="x"), "run a: remasking=x: not a known name"),
+        (one(thresholds=[2]), "threshold=2.0"),
+        (one(name="a/b"), "the name is a directory's"),
+        ({"runs": one()["runs"] * 2}, "two runs are called a"),  # type: ignore[operator]
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path, tree, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read_recipe(write(tmp_path / "r.yaml", tree))
+    assert "\n" not in str(caught.value) and "r.yaml" in str(caught.value)
+
+
+class FakeEvaluation:
+    """Stands for loading and evaluating; counts both."""
+
+    is_writer = True
+
+    def __init__(self) -> None:
+        self.loaded, self.ran = 0, []
+
+    def open(self, *_: object) -> "FakeEvaluation":
+        self.loaded += 1
+        return self
+
+    def evaluate(self, generator, tasks, decoding, responses, settings, *, enable_thinking):
+        self.ran.append((decoding.threshold, responses, enable_thinking))
+        settings = {
+            **settings,
+            **RecipeRun(
+                name="",
+                tasks=(),
+                decoding=decoding,
+                samples=responses,
+                enable_thinking=enable_thinking,
+            ).settings,
+        }
+        rows = [
+            SummaryRow(
+                task=task.name,
+                n=1,
+                accuracy=decoding.threshold,
+                stderr=None,
+                seconds=0.0,
+                tokens_per_denoising_step=None,
+                tokens_per_forward=None,
+                mean_response_tokens=None,
+                settings=settings,
+            ).as_dict()
+            for task, _ in tasks
+        ]
+        return rows, []
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
+    fake = FakeEvaluation()
+    monkeypatch.setattr(recipe, "open_generator", fake.open)
+    monkeypatch.setattr(recipe, "evaluate", fake.evaluate)
+    return fake
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    directory = tmp_path / "data"
+    directory.mkdir()
+    row = {"question": "1 + 1 =", "answer": "2"}
+    (directory / "exact_match.jsonl").write_text(json.dumps(row) + "\n")
+    return directory
+
+
+def runs_of(tmp_path: Path) -> list[RecipeRun]:
+    tree = {"runs": [{"name": "a", "tasks": ["exact_match"], "thresholds": [0.9, 0.8]}]}
+    return read_recipe(write(tmp_path / "r.yaml", tree))
+
+
+def test_what_is_there_is_not_run_again(tmp_path, data, fake):
+    """Claim: after a kill only the missing run is run, with the same rows in the end; when nothing
+    is missing no model is loaded."""
+    from evaluation.decoding_flags import Loading
+
+    where = (Path("model"), data, tmp_path / "out", Loading())
+    rows = run_recipe(runs_of(tmp_path), *where)
+    assert fake.ran == [(0.9, 1, False), (0.8, 1, False)] and fake.loaded == 1
+    (tmp_path / "out" / "a-0.8" / "summary.json").unlink()
+    assert run_recipe(runs_of(tmp_path), *where) == rows
+    assert fake.ran[2:] == [(0.8, 1, False)] and fake.loaded == 2
+    assert run_recipe(runs_of(tmp_path), *where) == rows
+    assert fake.loaded == 2
+
+
+def test_results_of_other_settings_are_not_taken(tmp_path, data, fake):
+    from evaluation.decoding_flags import Loading
+
+    runs = runs_of(tmp_path)
+    run_recipe(runs, Path("model"), data, tmp_path / "out", Loading())
+    thinking = [replace(run, enable_thinking=True) for run in runs]
+    with pytest.raises(InputError, match="differs in enable_thinking; use another out"):
+        run_recipe(thinking, Path("model"), data, tmp_path / "out", Loading())
+    with pytest.raises(InputError, match="differs in model"):
+        run_recipe(runs, Path("other"), data, tmp_path / "out", Loading())
+
+
+def test_missing_data_is_found_before_the_model_is_loaded(tmp_path, fake):
+    from evaluation.decoding_flags import Loading
+
+    with pytest.raises(InputError, match=r"exact_match\.jsonl, which is missing"):
+        run_recipe(runs_of(tmp_path), Path("model"), tmp_path, tmp_path / "out", Loading())
+    assert fake.loaded == 0
+
+
+def test_the_command_evaluates_a_model(models: TinyModels, data: Path, tmp_path: Path):
+    """Claim: the same predictions as evaluation.run makes with the same settings."""
+    model = models.hf("student", tied=True)
+    runs = {"common": {"max_new_tokens": 8}, "runs": [{"name": "a", "tasks": ["exact_match"]}]}
+    file, out = write(tmp_path / "r.yaml", runs), tmp_path / "out"
+    common = ["--model", str(model), "--data", str(data), "--mask-token-id", str(MASK)]
+    (data / "exact_match.jsonl").write_text('{"prompt": "ab", "answer": "c"}\n')
+
+    def start(*argv: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", *argv],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+
+    start("evaluation.recipe", str(file), *common, "--out", str(out))
+    start(
+        "evaluation.run",
+        *common,
+        "--tasks",
+        "exact_match",
+        "--out",
+        str(tmp_path / "plain"),
+        "--max-new-tokens",
+        "8",
+    )
+    a, b = ((path / "predictions.jsonl").read_text() for path in (out / "a", tmp_path / "plain"))
+    assert a == b
+    assert json.loads((out / "summary.json").read_text()) == json.loads(
+        (out / "a" / "summary.json").read_text()
+    )
+
+
+def test_the_tasks_of_every_recipe_are_registered():
+    for file in FILES:
+        for run in read_recipe(file):
+            for name in run.tasks:
+                assert get_task(name).name == name
