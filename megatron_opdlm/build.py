@@ -118,6 +118,7 @@ def model_layout(config: Config) -> Layout:
         tensor=m.tensor_parallel,
         pipeline=m.pipeline_parallel,
         context=m.context_parallel,
+        expert=m.expert_parallel,
         sequence_parallel=m.sequence_parallel,
     )
 
@@ -359,4 +360,27 @@ def require_layout(config: Config, source: ModelSource, key: str, world_size: in
     """
     layout = model_layout(config)
     layout.data_parallel(world_size)
-    check_layout(source.shape, layout.tensor, layout.pipeline, key, layout.context)
+    check_layout(source.shape, layout.tensor, layout.pipeline, key, layout.context, layout.expert)
+    if source.shape.experts is not None:
+        _check_experts(config, key)
+
+
+def _check_experts(config: Config, key: str) -> None:
+    """What a mixture of experts asks of the other options."""
+    m, fp8 = config.model, config.teacher.quantization
+    if m.tensor_parallel > 1 and not m.sequence_parallel:
+        raise InputError(
+            f"{key} has experts, which with model.tensor_parallel={m.tensor_parallel} need "
+            "model.sequence_parallel=true; set it, or use model.tensor_parallel=1"
+        )
+    dense = [target for target in config.lora.targets if target.startswith("linear_fc")]
+    if config.lora.rank and dense:
+        raise InputError(
+            f"lora.targets holds {dense[0]}, but {key} has experts in its place; use "
+            "lora.targets=[linear_qkv,linear_proj]"
+        )
+    if fp8 != "none":
+        raise InputError(
+            f"teacher.quantization={fp8} is not built for experts, which {key} has; use "
+            "teacher.quantization=none"
+        )

@@ -38,6 +38,9 @@ class ModelConfig:
     # the heads of a tensor rank. For rows too long for one rank's memory; they generate like
     # replicas.
     context_parallel: int = 1
+    # Ranks that share out the experts of a Qwen3-MoE, among those of data and context parallelism
+    # (docs/parallelism.md); divides their number and that of the experts.
+    expert_parallel: int = 1
     sequence_parallel: bool = False
     dtype: Precision = "auto"  # auto: bf16 on a GPU, fp32 on a CPU
     max_positions: int | None = None  # tokens; null: the model's own limit

@@ -17,6 +17,7 @@ _AT_LEAST_ONE = (
     "model.tensor_parallel",
     "model.pipeline_parallel",
     "model.context_parallel",
+    "model.expert_parallel",
     "model.max_positions",
     "data.epochs",
     "data.max_prompt_tokens",

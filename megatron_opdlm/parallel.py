@@ -28,6 +28,7 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1  # ranks that share out the experts, among the replicas and their context ranks
     sequence_parallel: bool = False
 
     def data_parallel(self, world_size: int) -> int:
@@ -38,6 +39,13 @@ class Layout:
                 f"{world_size} ranks cannot be split into tensor_parallel={self.tensor} x "
                 f"pipeline_parallel={self.pipeline} x context_parallel={self.context} = "
                 f"{model_ranks}; start a multiple of {model_ranks} ranks"
+            )
+        copies = world_size // (self.tensor * self.pipeline)
+        if copies % self.expert:
+            raise InputError(
+                f"expert_parallel={self.expert} does not divide the {copies} ranks that have the "
+                f"same tensor and pipeline rank ({world_size} ranks); start more ranks, or use a "
+                "smaller expert_parallel"
             )
         return world_size // model_ranks
 
@@ -65,6 +73,7 @@ def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardwa
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
         distributed_timeout_minutes=max(1, timeout_seconds // 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -146,6 +155,23 @@ def generator_rank() -> int:
 def generators() -> int:
     """Number of copies of the model that generate: replicas times context ranks."""
     return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+
+def expert_size() -> int:
+    """Number of ranks that share out the experts of each layer; every forward of one is a forward
+    of all, since they trade tokens.
+    """
+    return parallel_state.get_expert_model_parallel_world_size()
+
+
+def most_over_experts(value: int) -> int:
+    """Largest value over the ranks that share out the experts."""
+    if expert_size() == 1:
+        return value
+    holder = torch.tensor(value, dtype=torch.int64, device=select_hardware().device)
+    group = _group(parallel_state.get_expert_model_parallel_group())
+    dist.all_reduce(holder, op=dist.ReduceOp.MAX, group=group)
+    return int(holder)
 
 
 def is_first_stage() -> bool:

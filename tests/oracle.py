@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 def load(hf_dir: Path) -> PreTrainedModel:
     """The model as transformers runs it, in float32."""
-    model = Qwen3ForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
     # transformers keeps gradients from the pad token's row, but the id is also an end token.
     model.get_input_embeddings().padding_idx = None
     return model

@@ -8,10 +8,17 @@ dropped norm changes the numbers.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 ALPHABET = (
     "?0123456789+=;:,.- \nabcdefghijklmnopqrstuvwxyz"  # one token per character; "?" is unknown
@@ -66,6 +73,10 @@ def make_qwen3(
     groups: int = 2,
     head_dim: int = 32,
     ffn: int = 96,
+    experts: int = 0,
+    experts_per_token: int = 2,
+    expert_ffn: int = 40,
+    renormalize: bool = True,
     shards: int = 1,
     eos: Sequence[int] | None = None,
     mask_token: str | None = None,
@@ -81,28 +92,38 @@ def make_qwen3(
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(ALPHABET[: vocab - 6], mask_token=mask_token)
     end = [tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>")]
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        max_position_embeddings=512,
-        rope_theta=50000.0,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=end[0],
-        pad_token_id=end[1],
-    )
+    options: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "rope_theta": 50000.0,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": end[0],
+        "pad_token_id": end[1],
+    }
     generator = torch.Generator().manual_seed(seed)
-    model = Qwen3ForCausalLM(config)
+    if experts:
+        mixture = Qwen3MoeConfig(
+            **options,
+            num_experts=experts,
+            num_experts_per_tok=experts_per_token,
+            moe_intermediate_size=expert_ffn,
+            norm_topk_prob=renormalize,
+        )
+        model: Any = Qwen3MoeForCausalLM(mixture)
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             norm = name.endswith("norm.weight")
-            parameter.copy_(1 + 0.3 * noise if norm else noise * 1.5 * parameter.shape[1] ** -0.5)
+            parameter.copy_(1 + 0.3 * noise if norm else noise * 1.5 * parameter.shape[-1] ** -0.5)
     model = model.to(dtype)
     model.generation_config.eos_token_id = list(eos) if eos is not None else end
     model.generation_config.pad_token_id = end[1]

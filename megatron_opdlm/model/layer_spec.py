@@ -15,7 +15,9 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
+from checkpoint_tools.qwen3_shape import Experts
 from megatron_opdlm.model.attention import MaskedAttention
+from megatron_opdlm.model.experts import experts_spec
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer import Qwen3Layer
 
@@ -42,10 +44,12 @@ class RMSNorm(torch.nn.Module):
         )
 
 
-def block_spec(config: TransformerConfig, kernels: Kernels) -> Any:
+def block_spec(config: TransformerConfig, kernels: Kernels, experts: Experts | None) -> Any:
     """Specification of this stage's layers and of the final norm."""
-    spec = _te_layer() if kernels.spec == "te" else _local_layer()
+    spec = _te_layer(experts) if kernels.spec == "te" else _local_layer()
     spec.module = Qwen3Layer
+    if experts is not None:
+        spec.submodules.mlp = experts_spec(experts, grouped=kernels.spec == "te")
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(
         module=MaskedAttention, params={"backend": kernels.attention}
@@ -65,8 +69,18 @@ def _local_layer() -> Any:
     return spec
 
 
-def _te_layer() -> Any:
+def _te_layer(experts: Experts | None) -> Any:
     """Transformer Engine's layer. Its norms take epsilon and the kind of norm from the
     configuration and compute in float32; their weights are not centred at zero.
+
+    The norm before experts, whose router reads it, is a module of its own; it is stored as the
+    fused one is, so that a checkpoint has the same names whatever wrote it.
     """
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    spec: Any = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    if experts is not None:
+        layer = spec.submodules
+        layer.pre_mlp_layernorm = layer.self_attention.submodules.q_layernorm
+        layer.sharded_state_dict_keys_map = {
+            "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+        }
+    return spec

@@ -2,6 +2,7 @@
 evaluation.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.experts import expert_options
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer_spec import block_spec
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
@@ -103,7 +105,9 @@ def transformer_config(
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
+        # Megatron copies the configuration for experts of another width, and the copy would miss
+        # what we switch while decoding.
+        ffn_hidden_size=shape.experts.ffn if shape.experts else shape.ffn,
         num_attention_heads=shape.heads,
         num_query_groups=shape.groups,
         kv_channels=shape.head_dim,
@@ -119,6 +123,8 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.tensor,
         sequence_parallel=layout.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -127,6 +133,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # variable lengths need it, even without experts
         calculate_per_token_loss=True,  # gradients are divided by the sequences summed over DP
         perform_initialization=False,  # weights are always loaded, and loading is complete
+        **expert_options(shape.experts),
         **(recomputation if recompute else {}),
         **hardware.transformer_options,
     )
@@ -146,11 +153,11 @@ def build_model(
 
     Raises InputError where the layout does not divide the shape.
     """
-    check_layout(shape, layout.tensor, layout.pipeline, name, layout.context)
+    check_layout(shape, layout.tensor, layout.pipeline, name, layout.context, layout.expert)
     config = transformer_config(shape, layout, dtype, hardware, recompute=recompute)
     model = Qwen3(
         config=config,
-        transformer_layer_spec=block_spec(config, kernels),
+        transformer_layer_spec=block_spec(config, kernels, shape.experts),
         vocab_size=padded_vocab(shape.vocab_size, layout.tensor),
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -183,24 +190,52 @@ def _mark_tensor_parallel(model: Qwen3) -> None:
     """
     for name, parameter in model.named_parameters():
         module, attribute = name.split(".")[-2:]
-        # A linear of Transformer Engine also holds the norm before it, whole on every rank.
-        split = _SPLIT_DIMENSION.get(module) if attribute == "weight" else None
+        # A linear of Transformer Engine also holds the norm before it, whole on every rank; one of
+        # its experts is ``weight3``.
+        own = attribute.rstrip("0123456789") == "weight"
+        split = _SPLIT_DIMENSION.get(module) if own else None
         if split is not None and not hasattr(parameter, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)
 
 
 def named_global_parameters(model: Qwen3) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name with the global layer number, parameter) of this rank's part; low-rank terms are no
-    part of a Qwen3.
+    """(name in the whole model, parameter) of this rank's part; low-rank terms are no part of a
+    Qwen3.
     """
-    offset = get_transformer_layer_offset(model.config)
     for name, parameter in model.named_parameters():
-        if name.startswith(f"{lora.NAME}."):
-            continue
-        if name.startswith("decoder.layers."):
-            number, attribute = qwen3_names.split_layer(name)
-            name = f"decoder.layers.{number + offset}.{attribute}"
-        yield name, parameter
+        if not name.startswith(f"{lora.NAME}."):
+            yield global_name(model, name), parameter
+
+
+def global_name(model: Qwen3, name: str) -> str:
+    """Name of a parameter in this rank's model -> its name in the whole model.
+
+    Of Transformer Engine's experts, parameter ``linear_fc1.weight3`` is that of local expert 3.
+    """
+    prefix, _, rest = name.partition("decoder.layers.")
+    if prefix or not rest:
+        return name
+    number, _, attribute = rest.partition(".")
+    if (found := _EXPERT.fullmatch(attribute)) is not None:
+        linear, last = found["linear"], found["grouped"]
+        local = int(found["one"] if last is None else last)
+        attribute = f"mlp.experts.{local + _first_expert(model)}.{linear}.weight"
+    full = f"decoder.layers.{int(number) + get_transformer_layer_offset(model.config)}.{attribute}"
+    layer, attribute = qwen3_names.split_layer(full)
+    return f"decoder.layers.{layer}.{attribute}"
+
+
+_EXPERT = re.compile(
+    r"mlp\.experts\.(local_experts\.(?P<one>\d+)\.)?(?P<linear>\w+)\.weight(?P<grouped>\d+)?"
+)
+
+
+def _first_expert(model: Qwen3) -> int:
+    """Number in the whole model of this rank's first expert."""
+    experts = model.shape.experts
+    assert experts is not None
+    local = experts.count // parallel_state.get_expert_model_parallel_world_size()
+    return local * parallel_state.get_expert_model_parallel_rank()
 
 
 @torch.no_grad()
