@@ -7,11 +7,10 @@ generation config), ``state.json`` and ``config.yaml`` (training only) and, writ
 a save that was cut short is a directory that no reader accepts.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +24,6 @@ from checkpoint_tools.manifest import (
     write_manifest,
 )
 from checkpoint_tools.publish import publish
-from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm import parallel
 from megatron_opdlm.agreement import first_problem
 from megatron_opdlm.errors import InputError, RunError
@@ -38,30 +36,12 @@ from megatron_opdlm.model_state import (
     training_state,
     weights_state,
 )
+from megatron_opdlm.run_state import Progress, RunIdentity, read_state, write_state
 from megatron_opdlm.sharded_load import load, verify
 from megatron_opdlm.sharded_save import HostCopies, ShardedSave, Written
 from megatron_opdlm.update import Student
 
-WEIGHTS, HUGGINGFACE, STATE, CONFIG, LATEST = (
-    "weights",
-    "huggingface",
-    "state.json",
-    "config.yaml",
-    "latest",
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a run has done. All else (data order, schedules, random numbers) is a pure function of
-    the step and the seed.
-    """
-
-    step: int = 0  # steps done
-    cumulative_trained_tokens: int = 0
-    cumulative_rollout_tokens: int = 0
-    cumulative_flops: float = 0.0
-    cumulative_flops_paper: float = 0.0
+WEIGHTS, HUGGINGFACE, CONFIG, LATEST = "weights", "huggingface", "config.yaml", "latest"
 
 
 def huggingface_dir(model_dir: Path) -> Path:
@@ -125,17 +105,6 @@ def _on_writer(what: Path, action: Callable[[], None]) -> None:
     problem = first_problem(problem)
     if problem is not None:
         raise RunError(f"{what} not written: {problem}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunIdentity:
-    """What a run's data, random numbers and order of prompts are functions of, beside the step: a
-    run that resumes must have the same.
-    """
-
-    seed: int
-    prompts: int  # that the data file gives
-    prompts_sha256: str  # of their tokens, in the file's order
 
 
 @dataclass(kw_only=True)
@@ -217,25 +186,11 @@ class Checkpoints:
 
     def restore(self, student: Student, checkpoint: Path) -> Progress:
         """Fill weights and optimizer from a training checkpoint and return what had been done."""
-        state = read_json(checkpoint / STATE)
-        self._compare_identity(checkpoint, state.get("identity"))
+        progress, self.tracker_run_id = read_state(checkpoint, self.identity)
         loaded = load(training_state(student, is_loading=True), checkpoint / WEIGHTS)
         fill(student.model, loaded["model"], {})
         student.optimizer.load_state_dict(loaded["optimizer"])
-        self.tracker_run_id = state.get("tracker_run_id")
-        return Progress(**{item.name: state[item.name] for item in fields(Progress)})
-
-    def _compare_identity(self, checkpoint: Path, stored: dict | None) -> None:
-        if stored is None or self.identity is None:
-            return
-        own = asdict(self.identity)
-        differing = [key for key, value in own.items() if stored.get(key) != value]
-        if differing:
-            raise InputError(
-                f"data.path holds other prompts than those that {checkpoint} was trained on "
-                f"({', '.join(differing)} differ); resume with the same data and seed, or start "
-                "another run with that checkpoint as model.path"
-            )
+        return progress
 
     def _way_out(self, damaged: str) -> str:
         """The newest other checkpoint that is whole, found by all ranks together."""
@@ -262,11 +217,7 @@ class Checkpoints:
     def _publish(self, pending: _Pending, written: list[Written]) -> None:
         temporary, final = pending.temporary, self.directory / _name(pending.progress.step)
         pending.save.write_index(written)
-        state = asdict(pending.progress) | {
-            "identity": asdict(self.identity) if self.identity else None,
-            "tracker_run_id": self.tracker_run_id,
-        }
-        (temporary / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        write_state(temporary, pending.progress, self.identity, self.tracker_run_id)
         for file in written:
             found = (temporary / WEIGHTS / file.name).stat().st_size
             if found != file.bytes:
@@ -330,7 +281,10 @@ def _save(student: Student, temporary: Path, copies: HostCopies | None) -> Shard
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that readers see the old or the new content, never half of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     os.replace(temporary, path)
 
 

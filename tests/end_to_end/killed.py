@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import threading
@@ -25,7 +26,7 @@ import megatron_opdlm.session  # noqa: F401
 from megatron_opdlm import train
 from megatron_opdlm.errors import command
 
-RUN_SECONDS = 120
+RUN_SECONDS = 240
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,20 @@ class KillWithin:
     seed: int
 
 
-def run(overrides: list[str], kill: Kill | KillWithin | None = None) -> dict[str, Any]:
-    """The command ``train`` in a child of its own process group; how it ended and what it said."""
+def run(
+    overrides: list[str],
+    kill: Kill | KillWithin | None = None,
+    largest_file: int | None = None,
+) -> dict[str, Any]:
+    """The command ``train`` in a child of its own process group; how it ended and what it said. The
+    system refuses to write files of more than ``largest_file`` bytes.
+    """
     log = Path(next(o for o in overrides if o.startswith("train.out=")).partition("=")[2] + ".log")
     gc.freeze()  # what is imported lives on: children need neither scan it nor copy its pages
     child = os.fork()
     if child == 0:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         _be_the_command(overrides, kill, log)
     deadline = time.monotonic() + RUN_SECONDS
     while True:
