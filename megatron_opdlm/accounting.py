@@ -1,7 +1,7 @@
 """Tokens, floating-point operations and seconds of a step (definitions: ``docs/metrics.md``)."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
 from megatron_opdlm.model.attention_plan import packed_pairs
 from megatron_opdlm.model.flops import attention_flops, forward_flops, low_rank_parameters
-from megatron_opdlm.packing import FinishedBatch, PackedBatch
+from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.states import State
 from megatron_opdlm.update import UpdateReport
@@ -70,6 +70,38 @@ def state_cost(student: Qwen3Shape, teacher: Qwen3Shape, state: State, packed_to
     return asked + 3 * read
 
 
+def step_flops(
+    student: Qwen3Shape,
+    teacher: Qwen3Shape | None,
+    batches: StepBatches,
+    *,
+    uses: int,
+    recompute: bool,
+    sequence_parallel: bool,
+    low_rank: LowRank | None,
+) -> float:
+    """Operations of a step's teacher phase and of its updates, each made ``uses`` times, on this
+    rank's replica. ``teacher`` None: the loss asks none.
+    """
+    flops = 0.0
+    for batch in (batch for microbatches in batches.updates for batch in microbatches):
+        flops += uses * student_flops(
+            student,
+            batch,
+            recompute=recompute,
+            sequence_parallel=sequence_parallel,
+            low_rank=low_rank,
+        )
+        if teacher:
+            flops += uses * projection_flops(teacher, len(batch.labels))
+    if teacher:
+        flops += sum(
+            teacher_flops(teacher, batch, sequence_parallel=sequence_parallel)
+            for batch in batches.finished
+        )
+    return flops
+
+
 def _pairs(batch: PackedBatch | FinishedBatch) -> float:
     """(query, key) pairs attended for a row by one of its context ranks, which share the heads."""
     return packed_pairs(batch.lengths) / batch.split.ranks
@@ -97,13 +129,17 @@ def paper_flops(shape: Qwen3Shape, trained_tokens: int) -> float:
 
 @dataclass
 class Stopwatch:
-    """Wall-clock seconds by phase of one step, on this rank."""
+    """Wall-clock seconds by phase of one step, on this rank. ``before`` is called with the name of
+    each phase before it begins.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    before: Callable[[str], None] = lambda name: None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase."""
+        self.before(name)
         start = time.perf_counter()
         try:
             yield

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 BAD_INPUT = 2
 FAILURE = 1
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues
 _RANK_0_SECONDS = 30  # in which rank 0 finds the same bad input, says so, and the launcher ends all
 
 
@@ -22,6 +23,13 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """The run failed for a reason we can name in one line. Exit code 1."""
+
+
+class Stopped(BaseException):
+    """The run was asked to stop and did so; its message is one line. Exit code 75.
+
+    Like KeyboardInterrupt no ``Exception``: nobody who handles failures shall take it for one.
+    """
 
 
 class Arguments(argparse.ArgumentParser):
@@ -43,16 +51,23 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _report(message: str) -> None:
-    """Print the one ``error:`` line. Rank 0 speaks for all; stdout is flushed first so that the
-    order on a terminal is right.
+def report_failure(message: str) -> None:
+    """Print the one ``error:`` line of this rank; ranks but the first name themselves."""
+    _print_line("error: ", message if _rank() == 0 else f"rank {_rank()}: {message}")
+
+
+def _print_line(prefix: str, message: str) -> None:
+    """stdout is flushed first so that the order on a terminal is right; below a progress bar a new
+    line begins.
     """
     sys.stdout.flush()
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    print(("\n" if bars else "") + prefix + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def command(main: Callable[[], None]) -> NoReturn:
-    """Run a command's ``main`` and exit with the contract's codes: 0 done, 2 bad input, 1 failure.
+    """Run a command's ``main`` and exit with the contract's codes: 0 done, 2 bad input, 1 failure,
+    75 stopped on request.
 
     Bad input is found on every rank alike, so rank 0 prints it and the others wait: a launcher
     stops all ranks as soon as one has left. A failure may happen on one rank alone, so every rank
@@ -63,21 +78,25 @@ def command(main: Callable[[], None]) -> NoReturn:
     except InputError as error:
         if _rank() > 0:
             time.sleep(_RANK_0_SECONDS)
-        _report(str(error) if _rank() == 0 else f"rank {_rank()}: {error}")
-        _leave(BAD_INPUT)
+        report_failure(str(error))
+        leave(BAD_INPUT)
     except KeyboardInterrupt:
-        _leave(130)
+        leave(130)
+    except Stopped as stop:
+        if _rank() == 0:
+            _print_line("stopped: ", str(stop))
+        leave(STOPPED)
     except (RunError, OSError) as error:
-        _report(str(error) if _rank() == 0 else f"rank {_rank()}: {error}")
-        _leave(FAILURE)
+        report_failure(str(error))
+        leave(FAILURE)
     except Exception as error:  # the last resort of a command: name it, show where, fail
         traceback.print_exc()
-        _report(f"rank {_rank()}: unexpected {type(error).__name__}: {error}")
-        _leave(FAILURE)
-    _leave(0)
+        _print_line("error: ", f"rank {_rank()}: unexpected {type(error).__name__}: {error}")
+        leave(FAILURE)
+    leave(0)
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """Exit. After a failure, leave without the interpreter's shutdown: it can wait for collectives
     that never finish.
     """

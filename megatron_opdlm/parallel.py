@@ -74,7 +74,7 @@ def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardwa
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
-        distributed_timeout_minutes=max(1, timeout_seconds // 60),
+        distributed_timeout_minutes=timeout_seconds / 60,  # pyright: ignore[reportArgumentType]
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _groups_of = wanted

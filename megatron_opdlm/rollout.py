@@ -10,13 +10,13 @@ With pipeline stages the slots form as many groups as there are stages; while on
 tokens travel back from the last stage, the other groups keep the stages busy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_opdlm import parallel
+from megatron_opdlm import activity, parallel
 from megatron_opdlm.decode_forward import BucketForward, Capture, DecodeForward, RowForward
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -42,6 +42,7 @@ class Rollout:
     flops: float  # of the whole model replica
     slots: int = 0  # sequences that fit at once
     slot_utilisation: float = 0.0  # share of slots that worked, averaged over forwards
+    complete: bool = True  # False: it was told to stop, and has not all trajectories
 
 
 @torch.inference_mode()
@@ -57,6 +58,7 @@ def generate(
     prefill_tokens: int = 8192,
     attention: str = "auto",
     graphs: bool = True,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Rollout:
     """Generate this model replica's requests; trajectories are in their order and the same on all
     its ranks.
@@ -67,7 +69,8 @@ def generate(
     holds); requests that do not fit wait. ``prefill_tokens`` bounds the prompts that join one
     forward. ``attention``: "buckets" or "rows"
     (``decode_forward.py``), "auto" what suits the hardware; ``graphs``: capture the forwards of
-    "rows" where the hardware can.
+    "rows" where the hardware can. ``stop``: asked after every forward on the rank that draws; True
+    ends the call early on all ranks of the replica.
 
     Raises InputError for a cache that cannot hold the longest request, and for an empty prompt
     where logits are read from the position before.
@@ -100,7 +103,7 @@ def generate(
                 if kind == "buckets"
                 else RowForward(model, cache, rules.block_size, capture)
             )
-            return _Engine(model, table, key, forward).run()
+            return _Engine(model, table, key, forward, stop).run()
     finally:
         model.train(was_training)
 
@@ -151,7 +154,7 @@ class _Flight:
     """A group's forward under way: what will be drawn where, and the messages that are out."""
 
     masked: Masked
-    drawn: parallel.Sending  # [3, M] token, confidence, entropy
+    drawn: parallel.Sending  # [3, M + 1] token, confidence, entropy; last whether to stop
     activations: parallel.Sending | None
 
 
@@ -159,10 +162,15 @@ class _Engine:
     """Runs the model over a slot table. M masked positions, H hidden size."""
 
     def __init__(
-        self, model: Qwen3, table: SlotTable, key: tuple[int, int], forward: DecodeForward
+        self,
+        model: Qwen3,
+        table: SlotTable,
+        key: tuple[int, int],
+        forward: DecodeForward,
+        stop: Callable[[], bool],
     ) -> None:
         self.model, self.table, self.rules, self.key = model, table, table.rules, key
-        self.forward = forward
+        self.forward, self.stop, self.stopped = forward, stop, False
         self.device = next(model.parameters()).device
         slots, dtype = len(table.request), model.config.params_dtype
         self.groups = torch.arange(slots).chunk(parallel.pipeline_size())
@@ -174,10 +182,12 @@ class _Engine:
         self.flops, self.launches, self.busy_slots = 0.0, 0, 0
 
     def run(self) -> Rollout:
-        """Admit, denoise and retire, group by group, until every request has its trajectory."""
+        """Admit, denoise and retire, group by group, until every request has its trajectory, or
+        until told to stop.
+        """
         table = self.table
         flights: list[_Flight | None] = [None] * len(self.groups)
-        while not table.done:
+        while not (table.done or self.stopped):
             for number, group in enumerate(self.groups):
                 flight = flights[number]
                 if flight is not None:
@@ -186,10 +196,14 @@ class _Engine:
                 table.admit(group)
                 active = table.active(group)
                 flights[number] = self._launch(number, active) if len(active) else None
+        for flight in flights:  # only where it was told to stop
+            if flight is not None:
+                self._land(flight)
         slots = len(table.request)
         passes = self.launches / len(self.groups)
         return Rollout(
-            trajectories=[table.finished[i] for i in range(len(table.requests))],
+            trajectories=[table.finished[i] for i in sorted(table.finished)],
+            complete=not self.stopped,
             flops=self.flops,
             slots=slots,
             slot_utilisation=self.busy_slots / (passes * slots),
@@ -197,13 +211,15 @@ class _Engine:
 
     def _launch(self, number: int, active: Tensor) -> _Flight:
         """Forward of a group through this rank's stage; the last stage draws and sends."""
+        activity.advance()
         self.launches += 1
         self.busy_slots += len(active)
         masked, windows = self.table.masked(active), self.table.windows(active)
         output, activations = self._forward(number, active, windows, masked)
-        drawn = torch.zeros(3, len(masked.row), dtype=torch.float64, device=self.device)
+        drawn = torch.zeros(3, len(masked.row) + 1, dtype=torch.float64, device=self.device)
+        drawn[:, -1] = self.stop()
         if output is not None:
-            drawn = self._draw(output, masked)
+            drawn[:, :-1] = self._draw(output, masked)
         sending = parallel.broadcast_from_last_stage(drawn)
         return _Flight(masked=masked, drawn=sending, activations=activations)
 
@@ -214,7 +230,9 @@ class _Engine:
         """
         if flight.activations is not None:
             flight.activations.wait()
-        token, confidence, entropy = flight.drawn.wait().cpu()
+        drawn = flight.drawn.wait().cpu()
+        self.stopped = self.stopped or bool(drawn[0, -1])
+        token, confidence, entropy = drawn[:, :-1]
         self._check_drawn(token, confidence, flight.masked)
         self.table.commit(flight.masked, denoising.Draw(token.long(), confidence, entropy))
 

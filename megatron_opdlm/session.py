@@ -4,13 +4,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_opdlm import accounting, balance, parallel
+from megatron_opdlm import accounting, balance, parallel, preemption, watchdog
 from megatron_opdlm.build import (
     ModelSource,
     build_checkpoints,
@@ -25,15 +26,23 @@ from megatron_opdlm.build import (
 )
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
+from megatron_opdlm.errors import Stopped
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.offload import HOST, layers_here, move_layers, optimizer_away
-from megatron_opdlm.packing import Packing, StepBatches, pack_step, student_tokens
+from megatron_opdlm.packing import (
+    PackedBatch,
+    Packing,
+    StepBatches,
+    pack_step,
+    student_tokens,
+)
 from megatron_opdlm.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.rollout import Rollout, generate
 from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
+from megatron_opdlm.run_state import RunIdentity
 from megatron_opdlm.sample_texts import sample_rows
 from megatron_opdlm.slots import split_over_replicas
 from megatron_opdlm.states import State
@@ -59,6 +68,20 @@ class Session:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     progress: Progress
+    saved_step: int  # of the newest checkpoint; 0: there is none
+
+    def watch(self, step: int) -> accounting.Stopwatch:
+        """The clock of a step; the begin of each phase is a point where the run can stop."""
+        return accounting.Stopwatch(before=partial(self._begin, step))
+
+    def _begin(self, step: int, phase: str) -> None:
+        watchdog.enter(phase, step)
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Raise Stopped, on all ranks together, if any of them was asked to stop."""
+        if not parallel.all_succeeded(not preemption.requested()):
+            raise Stopped(preemption.reason())
 
     @property
     def state_options(self) -> dict[str, Any]:
@@ -90,7 +113,9 @@ class Session:
             prefill_tokens=self.config.rollout.prefill_tokens,
             attention=self.config.rollout.attention,
             graphs=self.config.rollout.graphs,
+            stop=preemption.requested,
         )
+        self._stop_if_asked()
         trajectories = parallel.gather_objects_over_generators(made.trajectories)
         flops = parallel.sum_over_generators(
             torch.tensor(made.flops, dtype=torch.float64, device=self.hardware.device)
@@ -136,13 +161,16 @@ class Session:
         """For the phases before the update, which do not need the optimizer."""
         return optimizer_away(self.student.optimizer, on=self.config.optimizer.cpu_offload)
 
-    def update_schedule(self, step: int, prepared: int) -> list[tuple[int, float]]:
-        """(prepared update, learning rate) of each optimizer step: all prepared updates once per
-        inner epoch.
+    def update_schedule(
+        self, step: int, batches: StepBatches
+    ) -> list[tuple[list[PackedBatch], float]]:
+        """(microbatches, learning rate) of each optimizer step: all prepared updates once per inner
+        epoch.
         """
-        order = list(range(prepared)) * self.config.train.inner_epochs
+        order = batches.updates * self.config.train.inner_epochs
         return [
-            (i, self.plan.learning_rate(step, number, len(order))) for number, i in enumerate(order)
+            (packed, self.plan.learning_rate(step, number, len(order)))
+            for number, packed in enumerate(order)
         ]
 
     def finish_step(
@@ -155,6 +183,7 @@ class Session:
         watch: accounting.Stopwatch,
     ) -> None:
         """Count, write, save."""
+        watchdog.enter("metrics", step)
         flops = self._flops(batches) + rollout.flops
         counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(
             states, uses=self.config.train.inner_epochs
@@ -186,37 +215,38 @@ class Session:
         if every and (step % every == 0 or step == 1):
             chosen = rollout.trajectories[: self.config.logging.samples]
             self.metrics.samples(step, sample_rows(chosen, self.source.files))
+        self.checkpoints.poll()
         if step % self.config.checkpoint.every == 0 or step == self.plan.total_steps:
+            self.save()
+
+    def save(self) -> None:
+        """A checkpoint of the last finished step, unless it has one."""
+        step = self.progress.step
+        if step > self.saved_step:
+            watchdog.enter("save", step)
             self.checkpoints.save(self.student, self.progress)
+            self.saved_step = step
 
     def _flops(self, batches: StepBatches) -> float:
         """Operations of the teacher's and the update's phase, over all replicas and their context
         ranks.
         """
-        model, epochs = self.config.model, self.config.train.inner_epochs
-        student, teacher = self.source.shape, self.teacher_source.shape
-        shared = model.sequence_parallel
-        flops = 0.0
-        for batch in (batch for batches in batches.updates for batch in batches):
-            flops += epochs * accounting.student_flops(
-                student,
-                batch,
-                recompute=model.recompute,
-                sequence_parallel=shared,
-                low_rank=low_rank_of(self.config),
-            )
-            if self.teacher:
-                flops += epochs * accounting.projection_flops(teacher, len(batch.labels))
-        if self.teacher:
-            flops += sum(
-                accounting.teacher_flops(teacher, batch, sequence_parallel=shared)
-                for batch in batches.finished
-            )
+        config = self.config
+        flops = accounting.step_flops(
+            self.source.shape,
+            self.teacher_source.shape if self.teacher else None,
+            batches,
+            uses=config.train.inner_epochs,
+            recompute=config.model.recompute,
+            sequence_parallel=config.model.sequence_parallel,
+            low_rank=low_rank_of(config),
+        )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_generators(total))
 
     def close(self) -> None:
         """End of the run."""
+        self.checkpoints.finish()
         self.metrics.close()
         parallel.barrier()
 
@@ -255,8 +285,13 @@ def open_session(config: Config) -> Session:
     check_run_directory(config)
     source, teacher_source = open_pair(config)
     plan = build_plan(config, source)
-    hardware = parallel.init(model_layout(config), seed=config.train.seed)
+    timeout_seconds = config.distributed.timeout_seconds
+    hardware = parallel.init(
+        model_layout(config), seed=config.train.seed, timeout_seconds=timeout_seconds
+    )
+    watchdog.start(timeout_seconds, parallel.broadcast_object)
     checkpoints = build_checkpoints(config, source, hardware)
+    checkpoints.identity = RunIdentity.of(plan.prompts.prompts, config.train.seed)
     latest = checkpoints.latest()
     student = build_student(source, config, hardware, load=latest is None)
     progress = Progress() if latest is None else checkpoints.restore(student, latest)
@@ -289,6 +324,7 @@ def open_session(config: Config) -> Session:
             start_step=progress.step,
         ),
         progress=progress,
+        saved_step=progress.step,
     )
     if teacher is not None and session.teacher_waits:
         move_layers(teacher, HOST)

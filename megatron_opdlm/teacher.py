@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm import parallel
+from megatron_opdlm import activity, parallel
 from megatron_opdlm.model.lora import base_only
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
@@ -37,6 +37,7 @@ def _score_all(teacher: Qwen3, batches: Sequence[FinishedBatch], offload: bool) 
     targets: Tensor | None = None
     first, sending = 0, []
     for batch in batches:
+        activity.advance()
         output = _score(teacher, batch)
         if isinstance(output, Sending):
             sending.append(output)

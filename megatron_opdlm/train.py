@@ -14,30 +14,33 @@ from megatron_opdlm.errors import Arguments, command
 
 def run(config: Config) -> None:
     """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
-    from megatron_opdlm.accounting import Stopwatch
+    from megatron_opdlm.endings import kept
+    from megatron_opdlm.failures import reported
     from megatron_opdlm.session import open_session
     from megatron_opdlm.states import choose_states
     from megatron_opdlm.update import update
 
-    session = open_session(config)
-    for step in range(session.progress.step + 1, session.plan.total_steps + 1):
-        watch, key = Stopwatch(), (config.train.seed, step)
-        with session.optimizer_away():
-            with watch.phase("rollout"):
-                rollout = session.rollout(step, key)
-            with watch.phase("states"):
-                sequences = session.sequences(step, rollout)
-                states = choose_states(sequences, key=key, **session.state_options)
-                batches = session.pack(states)
-            with watch.phase("teacher"):
-                targets = session.ask_teacher(batches)
-        with watch.phase("update"):
-            reports = [
-                update(session.student, batches.updates[i], targets, session.objective, rate)
-                for i, rate in session.update_schedule(step, len(batches.updates))
-            ]
-        session.finish_step(step, rollout, states, batches, reports, watch)
-    session.close()
+    with reported():
+        session = open_session(config)
+        with kept(session):
+            for step in range(session.progress.step + 1, session.plan.total_steps + 1):
+                watch, key = session.watch(step), (config.train.seed, step)
+                with session.optimizer_away():
+                    with watch.phase("rollout"):
+                        rollout = session.rollout(step, key)
+                    with watch.phase("states"):
+                        sequences = session.sequences(step, rollout)
+                        states = choose_states(sequences, key=key, **session.state_options)
+                        batches = session.pack(states)
+                    with watch.phase("teacher"):
+                        targets = session.ask_teacher(batches)
+                with watch.phase("update"):
+                    reports = [
+                        update(session.student, packed, targets, session.objective, rate)
+                        for packed, rate in session.update_schedule(step, batches)
+                    ]
+                session.finish_step(step, rollout, states, batches, reports, watch)
+        session.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

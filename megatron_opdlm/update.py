@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import parallel
+from megatron_opdlm import activity, parallel
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -30,7 +30,16 @@ from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import PackedBatch
+from megatron_opdlm.states import State
 from megatron_opdlm.teacher import rows_of
+
+
+class NonFiniteError(RunError):
+    """A loss or a gradient is not finite; raised on every rank, and nothing was updated."""
+
+    def __init__(self, message: str, states: list[State]) -> None:
+        super().__init__(message)
+        self.states = states  # what this replica's part of the update was made on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +84,8 @@ def update(
     """Forward, backward and one optimizer step over this replica's microbatches.
 
     ``targets`` [K, H] are the teacher's of the whole step, on the last stage; None elsewhere. The
-    loss is the mean over all sequences of the update, on all replicas. Raises RunError, before
-    anything is changed, when a sequence's loss is not finite.
+    loss is the mean over all sequences of the update, on all replicas. Raises NonFiniteError,
+    before anything is changed, when a sequence's loss or the gradient is not finite.
     """
     report = measure(student, batches, targets, objective)
     for group in student.optimizer.param_groups:
@@ -99,9 +108,10 @@ def measure(
     found_inf = student.optimizer.prepare_grads()
     grad_norm = float(student.optimizer.get_grad_norm())
     if found_inf or not math.isfinite(grad_norm):
-        raise RunError(
-            f"grad_norm={grad_norm} is not finite; nothing was updated: lower optimizer.lr or look "
-            "at this step's samples"
+        raise NonFiniteError(
+            f"grad_norm={grad_norm} is not finite, though every loss is; nothing was updated: "
+            "lower optimizer.lr or look at this step's samples",
+            _states(batches),
         )
     return UpdateReport(
         sequence_loss=values.tolist(),
@@ -145,6 +155,7 @@ def _forward_step(
     targets: Tensor | None,
     objective: Objective,
 ) -> tuple[Tensor, Any]:
+    activity.advance()
     batch = next(iterator)
     output = model(
         batch.student_tokens[None],
@@ -264,18 +275,25 @@ _FAULTS = {
 
 
 def _require_finite(batches: Sequence[PackedBatch], per_sequence: Tensor, fault_M: Tensor) -> None:
-    """Raise RunError, on every rank the same, for the first sample with a non-finite value."""
+    """Raise NonFiniteError, on every rank the same, for the first sample with a non-finite value;
+    it names the others, too.
+    """
     sequence = _sequence_numbers(batches)
     bad = ~torch.isfinite(per_sequence)
     bad[sequence[fault_M > 0]] = True
     if parallel.all_succeeded(not bad.any()):
         return
-    states = [state for batch in batches for state in batch.states]
+    states = _states(batches)
     found = []
     for number in torch.nonzero(bad).flatten().tolist():
         faults = fault_M[sequence == number].unique().tolist()
         found.append((states[number].sample, reduce(or_, faults, 0)))
     everywhere = parallel.gather_objects_over_generators(found)
-    first = min(sample for sample, _ in everywhere)
+    first, *more = sorted({sample for sample, _ in everywhere})
     fault = reduce(or_, (fault for sample, fault in everywhere if sample == first))
-    raise RunError(_FAULTS[fault].format(first))
+    others = f"; the same holds for samples {', '.join(map(str, more))}" if more else ""
+    raise NonFiniteError(_FAULTS[fault].format(first) + others, states)
+
+
+def _states(batches: Sequence[PackedBatch]) -> list[State]:
+    return [state for batch in batches for state in batch.states]

@@ -1,0 +1,97 @@
+"""What the fault suite shares: a pair of processes that fork ranks, and a run that nobody
+disturbed.
+"""
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import training_run
+from tests.conftest import TinyModels
+from tests.distributed.workers import WorkerGroups
+from tests.faults import disturbed
+from tests.faults.disturbed import Disturbance, Ended
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training command on one or two ranks, which can be disturbed and started again."""
+
+    groups: WorkerGroups
+    ranks: int
+    arguments: list[str]
+    out: Path
+
+    def __call__(
+        self, *more: str, disturbance: Disturbance | None = None, **options: Any
+    ) -> list[Ended]:
+        """How each rank ended."""
+        return self.groups(self.ranks).run(
+            disturbed.run,
+            arguments=[*self.arguments, *more],
+            logs=self.out.with_name(self.out.name + "-logs"),
+            port=free_port() if self.ranks > 1 else 0,
+            disturbance=disturbance,
+            timeout=disturbed.SECONDS + 60,
+            **options,
+        )
+
+    def continued(self, *more: str) -> list[dict[str, Any]]:
+        """Start again by the same command, to the end; the metrics."""
+        ended = self(*more)
+        assert all(one.code == 0 for one in ended), [one.log[-3000:] for one in ended]
+        training_run.assert_steps(training_run.metrics(self.out))
+        return training_run.metrics(self.out)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[WorkerGroups]:
+    """Groups of processes that import everything once and fork the ranks of jobs."""
+    groups = WorkerGroups(imports="tests.faults.disturbed")
+    yield groups
+    groups.close()
+
+
+@pytest.fixture(scope="session")
+def fault_model(models: TinyModels) -> Path:
+    return models.hf("student", tied=True, layers=2)
+
+
+@pytest.fixture(scope="session")
+def fault_prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture
+def job(forks: WorkerGroups, fault_model: Path, fault_prompts: Path, tmp_path: Path):
+    """``job(ranks, key=value, ...)``: a run directory of its own."""
+
+    def make(ranks: int, *more: str) -> Job:
+        out = tmp_path / "run"
+        arguments = training_run.overrides(fault_model, fault_prompts, out, *more)
+        return Job(groups=forks, ranks=ranks, arguments=arguments, out=out)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    forks: WorkerGroups,
+    fault_model: Path,
+    fault_prompts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[dict[str, Any]]:
+    """Metrics of a run on two replicas that nobody disturbed."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    arguments = training_run.overrides(fault_model, fault_prompts, out)
+    return Job(groups=forks, ranks=2, arguments=arguments, out=out).continued()

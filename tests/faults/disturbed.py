@@ -1,0 +1,194 @@
+"""Training runs on several ranks that are disturbed at a chosen moment on a chosen rank.
+
+Runs on every rank of a worker group (tests/distributed/workers.py): imports everything once and
+forks a child for every run, which is a rank of a job of its own, with its own process group, and
+can be killed or stopped for real.
+"""
+
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Everything that a run imports, before any fork.
+import transformers.models.auto.tokenization_auto
+import transformers.models.qwen2.tokenization_qwen2  # noqa: F401
+
+import megatron_opdlm.endings
+import megatron_opdlm.failures
+import megatron_opdlm.replay
+import megatron_opdlm.session  # noqa: F401
+from megatron_opdlm.errors import command
+
+SECONDS = 240  # for a whole run on a busy machine
+SPARE_BYTES = 4 << 20  # address space that is left when memory runs out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disturbance:
+    """Something that happens to a rank before the ``call``-th call of a function, from 1."""
+
+    function: str  # "module:name" or "module:Class.name"
+    call: int
+    action: str  # a key of _ACTIONS
+    rank: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How a rank's process ended."""
+
+    code: int | None  # negative: by that signal; None: it was stopped and still is
+    log: str
+    log_file: Path
+    process: int
+    when: float  # seconds on the monotonic clock, which all processes share
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.log.splitlines() if line.startswith(("error:", "stopped:"))]
+
+
+def run(
+    arguments: list[str],
+    logs: Path,
+    port: int = 0,
+    disturbance: Disturbance | None = None,
+    module: str = "megatron_opdlm.train",
+    pause_seconds: float = 0.0,
+) -> Ended:
+    """A command in a child of this rank; ``port`` 0: it is the only rank of its job. A rank that is
+    stopped goes on after ``pause_seconds``, if that is not 0.
+    """
+    rank = int(os.environ["RANK"])
+    log = logs / f"rank{rank}.log"
+    child = os.fork()
+    if child == 0:
+        _be_the_command(arguments, log, port, disturbance, rank, module)
+    deadline = time.monotonic() + SECONDS
+    while True:
+        finished, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if finished and pause_seconds and os.WIFSTOPPED(status):
+            time.sleep(pause_seconds)
+            os.killpg(child, signal.SIGCONT)
+        elif finished:
+            break
+        if time.monotonic() > deadline:
+            end(child)
+            raise TimeoutError(f"the run did not end in {SECONDS} seconds: {log.read_text()}")
+        time.sleep(0.01)
+    code = None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+    text, now = log.read_text(), time.monotonic()
+    return Ended(code=code, log=text, log_file=log, process=child, when=now)
+
+
+def end(process: int) -> None:
+    """SIGKILL for a rank, and for the children that it may have."""
+    os.killpg(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def wake(process: int, only_rank: int) -> int | None:
+    """SIGCONT for a rank's stopped child; its exit code."""
+    if int(os.environ["RANK"]) != only_rank:
+        return None
+    os.killpg(process, signal.SIGCONT)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _be_the_command(
+    arguments: list[str],
+    log: Path,
+    port: int,
+    disturbance: Disturbance | None,
+    rank: int,
+    module: str,
+) -> NoReturn:
+    """The child's life; ends in ``command``, which exits, or in the disturbance."""
+    try:
+        os.setpgid(0, 0)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if port:
+            os.environ["MASTER_PORT"] = str(port)
+        else:
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                os.environ.pop(name, None)
+        if disturbance is not None and disturbance.rank == rank:
+            _arm(disturbance)
+        command(lambda: importlib.import_module(module).main(arguments))
+    except SystemExit as exit:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(exit.code or 0))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    os._exit(99)
+
+
+def _arm(disturbance: Disturbance) -> None:
+    """Wrap the function."""
+    module, _, path = disturbance.function.partition(":")
+    holder: Any = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for owner in owners:
+        holder = getattr(holder, owner)
+    original: Callable[..., Any] = getattr(holder, name)
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == disturbance.call:
+            _ACTIONS[disturbance.action]()
+        return original(*args, **kwargs)
+
+    setattr(holder, name, wrapped)
+
+
+def _signal(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def _loop() -> None:
+    """Alive, and nowhere: what a deadlock or an endless loop of one's own looks like."""
+    while True:
+        time.sleep(0.01)
+
+
+def _fail() -> None:
+    raise ValueError("a mistake that nobody foresaw")
+
+
+def _exhaust_memory() -> None:
+    """From here on the address space must not grow but by little."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + SPARE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+_ACTIONS: dict[str, Callable[[], None]] = {
+    "kill": _signal(signal.SIGKILL),
+    "stop": _signal(signal.SIGSTOP),
+    "terminate": _signal(signal.SIGTERM),
+    "warn": _signal(signal.SIGUSR1),
+    "loop": _loop,
+    "fail": _fail,
+    "exhaust memory": _exhaust_memory,
+}
+
+
+def last_line(file: Path) -> dict[str, Any]:
+    """Of a JSON lines file."""
+    return json.loads(file.read_text().splitlines()[-1])
