@@ -14,7 +14,7 @@ from checkpoint_tools.arguments import DTYPES, add_quiet, start
 from checkpoint_tools.export_files import CardFacts, write_files
 from checkpoint_tools.formats import FORMATS, check_format, with_explicit_head
 from checkpoint_tools.hf_files import DEFAULT_BLOCK_SIZE
-from checkpoint_tools.manifest import Manifest, read_manifest
+from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
 from checkpoint_tools.model_card import read_evaluation
 from checkpoint_tools.progress import Progress, progress_bar
 from checkpoint_tools.publish import check_free
@@ -77,6 +77,7 @@ def convert(
     exported = FORMATS[model_format].exported_shape(shape)
     team.join()
     with shared_directory(out, team) as directory:
+        team.together(lambda: _check_files(checkpoint, manifest, team))
         team.on_first(
             lambda: write_files(
                 directory,
@@ -99,6 +100,17 @@ def convert(
         if team.is_first:  # an export that differs gets no name
             for result in compare(directory, checkpoint, manifest):
                 print(f"verified {result}", flush=True)
+
+
+def _check_files(checkpoint: Path, manifest: Manifest, team: Team) -> None:
+    """This process's share of the files that weights are in. Raises InputError where a checksum is
+    another than when the file was written.
+    """
+    from checkpoint_tools.megatron_weights import weight_files
+
+    names = [name for name in weight_files(checkpoint) if name in manifest.sha256]
+    share = team.share([manifest.files[name] for name in names])
+    check_contents(checkpoint, manifest, [names[number] for number in share])
 
 
 def _write(

@@ -20,7 +20,6 @@ from megatron_opdlm.errors import InputError
 PREFIX = "model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STORED_NORMS = {plain: fused for fused, plain in FUSED_NORMS.items()}
-_EXPERT_NORM = "pre_mlp_layernorm.weight"  # stands before a router, so no linear holds it
 
 
 def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
@@ -32,7 +31,7 @@ def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
     """
     low_rank = read_manifest(directory).low_rank
     stored = StoredWeights(directory / "weights")
-    missing = [name for name in megatron_names(shape) if stored_key(name, shape)[0] not in stored]
+    missing = [name for name in megatron_names(shape) if stored_key(name)[0] not in stored]
     if missing:
         raise InputError(
             f"{directory}/weights lacks {missing[0]} ({len(missing)} tensors in all); it does "
@@ -40,7 +39,7 @@ def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
         )
 
     def get(name: str) -> Tensor:
-        key, indices = stored_key(name, shape)
+        key, indices = stored_key(name)
         weight = stored.read(key, indices)
         target = name.split(".")[-2]
         if low_rank is None or not indices or target not in low_rank.targets:
@@ -53,7 +52,15 @@ def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
     return get
 
 
-def stored_key(name: str, shape: Qwen3Shape) -> tuple[str, tuple[int, ...]]:
+def weight_files(directory: Path) -> list[str]:
+    """The checkpoint's files that weights are read from, as its manifest names them; those of the
+    optimizer alone are not among them.
+    """
+    stored = StoredWeights(directory / "weights")
+    return [f"weights/{name}" for name in stored.files(PREFIX)]
+
+
+def stored_key(name: str) -> tuple[str, tuple[int, ...]]:
     """Key of a Megatron parameter (global numbers) in the checkpoint, and where it lies in what is
     stacked there: nowhere, (layer,) or (layer, expert).
 
@@ -66,9 +73,7 @@ def stored_key(name: str, shape: Qwen3Shape) -> tuple[str, tuple[int, ...]]:
         return PREFIX + name, ()
     layer, attribute = split_layer(name)
     expert, attribute = split_expert(attribute)
+    indices = (layer,) if expert is None else (layer, expert)
     if expert is not None:
         attribute = attribute.replace("mlp.experts.", "mlp.experts.experts.")
-    elif shape.experts is None or attribute != _EXPERT_NORM:
-        attribute = _STORED_NORMS.get(attribute, attribute)
-    indices = (layer,) if expert is None else (layer, expert)
-    return f"{PREFIX}decoder.layers.{attribute}", indices
+    return f"{PREFIX}decoder.layers.{_STORED_NORMS.get(attribute, attribute)}", indices

@@ -57,6 +57,11 @@ class StoredWeights:
         """Size of the whole tensor."""
         return tuple(self._described(key).size)
 
+    def files(self, prefix: str) -> list[str]:
+        """The files with tensors whose keys start with ``prefix``."""
+        places = (self._metadata.storage_data or {}).items()
+        return sorted({at.relative_path for key, at in places if key.fqn.startswith(prefix)})
+
     def read(self, key: str, indices: tuple[int, ...] = ()) -> Tensor:
         """``tensor[indices]``, leading dimensions only: the part of one layer, of one expert.
 

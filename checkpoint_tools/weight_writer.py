@@ -90,7 +90,7 @@ def pieces(shape: Qwen3Shape, item_bytes: int) -> list[Piece]:
     source by source, straight from the file that holds them.
     """
     sizes = hf_names(shape)
-    keys = {name: stored_key(name, shape) for name in megatron_names(shape)}
+    keys = {name: stored_key(name) for name in megatron_names(shape)}
     last: dict[str, tuple[int, ...]] = {}  # the largest (layer, expert) under each key
     for key, indices in keys.values():
         last[key] = tuple(map(max, last.get(key, indices), indices))
