@@ -215,10 +215,7 @@ def _usage(settings: EngineSettings, contract: BlockContract, model_format: Form
         "        --dllm-algorithm LowConfidence --dllm-algorithm-config DIR/"
         f"{SGLANG} --max-running-requests 64"
     )
-    lmdeploy = (
-        "With LMDeploy:\n\n"
-        f"    lmdeploy serve api_server DIR --trust-remote-code $(cat DIR/{LMDEPLOY})"
-    )
+    lmdeploy = f"With LMDeploy:\n\n    lmdeploy serve api_server DIR $(cat DIR/{LMDEPLOY})"
     return "\n\n".join((transformers, sglang, lmdeploy, own))
 
 

@@ -128,7 +128,7 @@ def test_commands_refuse_bad_input(
             ["--checkpoint", model, "--out", out, "--format", "qwen3"],
             "no Megatron",
         ),
-        (serve_check.main, ["--hf", model], "not there yet"),
+        (serve_check.main, ["--hf", tmp_path / "nowhere"], "is not a directory"),
         (inspect.main, [tmp_path / "nowhere"], "is not a directory"),
     ]
     for main, arguments, reason in refusals:
