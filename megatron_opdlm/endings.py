@@ -45,6 +45,7 @@ def _save_batch(session: Session, error: NonFiniteError) -> str:
         teacher=session.teacher_source.directory,
     )
     out = Path(session.config.train.out)
+    session.checkpoints.finish()  # the one under way is of an earlier step, and good
     try:
         saved = batch.save(out, session.student.model, session.checkpoints)
     except RunError as problem:

@@ -1,8 +1,9 @@
-"""A rank that dies ends the job with an error within a minute; it does not hang."""
+"""A rank that dies ends the job with an error within a minute; it does not hang. The same without a
+launcher: tests/faults/test_ranks.py.
+"""
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -78,23 +79,3 @@ def test_the_launcher_ends_the_job(arguments: list[str], tmp_path: Path):
         assert "megatron_opdlm.train FAILED" in log.read_text()
         assert f"Signal 9 (SIGKILL) received by PID {ranks['1'].pid}" in log.read_text()
         assert not any(child.is_running() for child in ranks.values())
-
-
-def test_the_others_end_by_themselves(arguments: list[str], tmp_path: Path):
-    """Claim: also without a launcher that would stop them, ranks do not wait for a dead one, even
-    if it was rank 0: they print an error line and exit."""
-    logs = [tmp_path / "log0", tmp_path / "log1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [*PYTHON, "megatron_opdlm.train", *arguments]
-    with (
-        started(command, logs[0], RANK="0", LOCAL_RANK="0", **common) as first,
-        started(command, logs[1], RANK="1", LOCAL_RANK="1", **common) as second,
-    ):
-        wait_for_steps(tmp_path / "run", 3, first, logs[0])
-        first.send_signal(signal.SIGKILL)
-        assert second.wait(timeout=END_SECONDS) == 1
-    lines = [line for line in logs[1].read_text().splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and "rank 1" in lines[0]

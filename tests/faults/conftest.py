@@ -36,12 +36,15 @@ class Job:
         self, *more: str, disturbance: Disturbance | None = None, **options: Any
     ) -> list[Ended]:
         """How each rank ended."""
+        return self.of([*self.arguments, *more], disturbance=disturbance, **options)
+
+    def of(self, arguments: list[str], **options: Any) -> list[Ended]:
+        """The same for any command line; ``module`` says of which command."""
         return self.groups(self.ranks).run(
             disturbed.run,
-            arguments=[*self.arguments, *more],
+            arguments=arguments,
             logs=self.out.with_name(self.out.name + "-logs"),
             port=free_port() if self.ranks > 1 else 0,
-            disturbance=disturbance,
             timeout=disturbed.SECONDS + 60,
             **options,
         )

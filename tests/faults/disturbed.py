@@ -5,6 +5,7 @@ forks a child for every run, which is a rank of a job of its own, with its own p
 can be killed or stopped for real.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -25,10 +26,13 @@ import megatron_opdlm.endings
 import megatron_opdlm.failures
 import megatron_opdlm.replay
 import megatron_opdlm.session  # noqa: F401
+from megatron_opdlm import train
 from megatron_opdlm.errors import command
 
 SECONDS = 240  # for a whole run on a busy machine
-SPARE_BYTES = 4 << 20  # address space that is left when memory runs out
+PIECE_BYTES = 128 << 10  # what cannot be had any more once memory has run out
+
+_ballast: list[bytearray] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Disturbance:
     function: str  # "module:name" or "module:Class.name"
     call: int
     action: str  # a key of _ACTIONS
-    rank: int = 0
+    rank: int | None = 0  # None: every rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +127,8 @@ def _be_the_command(
         else:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
                 os.environ.pop(name, None)
-        if disturbance is not None and disturbance.rank == rank:
-            _arm(disturbance)
+        if disturbance is not None and disturbance.rank in (rank, None):
+            arm(disturbance)
         command(lambda: importlib.import_module(module).main(arguments))
     except SystemExit as exit:
         sys.stdout.flush()
@@ -137,7 +141,7 @@ def _be_the_command(
     os._exit(99)
 
 
-def _arm(disturbance: Disturbance) -> None:
+def arm(disturbance: Disturbance) -> None:
     """Wrap the function."""
     module, _, path = disturbance.function.partition(":")
     holder: Any = importlib.import_module(module)
@@ -151,34 +155,42 @@ def _arm(disturbance: Disturbance) -> None:
         nonlocal calls
         calls += 1
         if calls == disturbance.call:
-            _ACTIONS[disturbance.action]()
+            _ACTIONS[disturbance.action](*args)
         return original(*args, **kwargs)
 
     setattr(holder, name, wrapped)
 
 
-def _signal(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+def _signal(number: signal.Signals) -> Callable[..., None]:
+    return lambda *_: os.kill(os.getpid(), number)
 
 
-def _loop() -> None:
+def _loop(*_: Any) -> None:
     """Alive, and nowhere: what a deadlock or an endless loop of one's own looks like."""
     while True:
         time.sleep(0.01)
 
 
-def _fail() -> None:
+def _fail(*_: Any) -> None:
     raise ValueError("a mistake that nobody foresaw")
 
 
-def _exhaust_memory() -> None:
-    """From here on the address space must not grow but by little."""
+def _exhaust_memory(*_: Any) -> None:
+    """From here on there is no piece of memory as large as a tensor, only small ones."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + SPARE_BYTES
+    limit = pages * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with contextlib.suppress(MemoryError):
+        while True:
+            _ballast.append(bytearray(PIECE_BYTES))
 
 
-_ACTIONS: dict[str, Callable[[], None]] = {
+def _poison(student: Any, *_: Any) -> None:
+    """A weight of the student that is not a number, after it has generated."""
+    student.model.decoder.final_layernorm.weight.data[3] = float("nan")
+
+
+_ACTIONS: dict[str, Callable[..., None]] = {
     "kill": _signal(signal.SIGKILL),
     "stop": _signal(signal.SIGSTOP),
     "terminate": _signal(signal.SIGTERM),
@@ -186,9 +198,18 @@ _ACTIONS: dict[str, Callable[[], None]] = {
     "loop": _loop,
     "fail": _fail,
     "exhaust memory": _exhaust_memory,
+    "poison": _poison,
 }
 
 
-def last_line(file: Path) -> dict[str, Any]:
-    """Of a JSON lines file."""
-    return json.loads(file.read_text().splitlines()[-1])
+def main() -> None:
+    """``torchrun -m tests.faults.disturbed ARGUMENTS``: training that is disturbed, as FAULT says,
+    in the first life of its ranks only.
+    """
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        arm(Disturbance(**json.loads(os.environ["FAULT"])))
+    train.main()
+
+
+if __name__ == "__main__":
+    command(main)

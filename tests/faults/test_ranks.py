@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 ROLLOUT = "megatron_opdlm.session:generate"
 UPDATE = "megatron_opdlm.update:update"
-TIMEOUT_SECONDS = 16
+TIMEOUT_SECONDS = 12
 SHORT = f"distributed.timeout_seconds={TIMEOUT_SECONDS}"
 Jobs = Callable[..., Job]
 

@@ -2,11 +2,9 @@
 leaves with exit code 75; started again, the run gives the undisturbed run's numbers.
 """
 
+import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import pytest
 
 from megatron_opdlm.errors import STOPPED
 from tests import training_run
-from tests.distributed.workers import REPOSITORY
-from tests.end_to_end.test_rank_death import TORCHRUN, started
+from tests.end_to_end.test_rank_death import TORCHRUN, started, wait_for_steps
 from tests.faults.conftest import Job
 from tests.faults.disturbed import Disturbance
 from tests.training_run import STEPS
@@ -66,28 +63,63 @@ def test_asked_to_stop(
 
 
 def test_nothing_is_saved_twice(job: Jobs):
-    """Claim: a request right after a save leaves the checkpoint as it is; one before the first step
-    has ended saves nothing."""
-    asked = job(1, "checkpoint.every=2")
+    """Claim: a request before the first step has ended saves nothing; one right after a save leaves
+    the checkpoint as it is."""
+    asked = job(2, "checkpoint.every=2")
     early = Disturbance(function=f"{SESSION}:generate", call=1, action="terminate")
-    (ended,) = asked(disturbance=early)
-    assert ended.code == STOPPED
-    assert "no step was finished" in ended.errors[0]
+    first, _ = asked(disturbance=early)
+    assert first.code == STOPPED
+    assert "no step was finished" in first.errors[0]
     assert checkpoints(asked.out) == []
     again = Disturbance(function=f"{SESSION}:generate", call=3, action="terminate")
-    count = Disturbance(
-        function="megatron_opdlm.checkpoint:Checkpoints.save", call=2, action="fail"
-    )
-    (ended,) = asked(disturbance=again)
-    assert ended.code == STOPPED and "step 2 is saved" in ended.errors[0]
-    (ended,) = asked(disturbance=count)  # its second save would fail; it needs none to stop
-    assert ended.code == 1 and checkpoints(asked.out) == ["step_0000002", "step_0000004"]
+    first, _ = asked(disturbance=again)
+    assert first.code == STOPPED and "step 2 is saved" in first.errors[0]
+    (saved,) = (asked.out / "checkpoints").glob("step_*")
+    before = saved.stat().st_ino, (saved / "manifest.json").stat().st_mtime_ns
+    first, _ = asked(disturbance=early)  # in step 3, which is the first of this start
+    assert first.code == STOPPED and "step 2 is saved" in first.errors[0]
+    assert (saved.stat().st_ino, (saved / "manifest.json").stat().st_mtime_ns) == before
 
 
 def test_a_signal_during_set_up(job: Jobs):
     """Claim: before the first step the run leaves at once, with the same code."""
-    asked = job(1)
-    disturbance = Disturbance(function=f"{SESSION}:build_student", call=1, action="terminate")
-    (ended,) = asked(disturbance=disturbance)
-    assert ended.code == STOPPED
-    assert ended.errors == ["stopped: by SIGTERM during set-up; the same command starts again"]
+    asked = job(2)
+    disturbance = Disturbance(
+        function=f"{SESSION}:build_student", call=1, action="terminate", rank=None
+    )
+    ended = asked(disturbance=disturbance)
+    assert [one.code for one in ended] == [STOPPED, STOPPED]
+    expected = "stopped: by SIGTERM during set-up; the same command starts again"
+    assert ended[0].errors == [expected]
+
+
+def test_torchrun_starts_again(job: Jobs, undisturbed, tmp_path: Path):
+    """Claim: ``torchrun --max-restarts`` takes code 75 for a reason to start its ranks again, which
+    go on from what was saved to the undisturbed run's numbers."""
+    asked, log = job(2, NEVER), tmp_path / "log"
+    fault = {"function": f"{SESSION}:generate", "call": 4, "action": "warn", "rank": 1}
+    restarting = [*TORCHRUN[:-1], "--max-restarts=1", "-m", "tests.faults.disturbed"]
+    with started([*restarting, *asked.arguments], log, FAULT=json.dumps(fault)) as launcher:
+        assert launcher.wait(timeout=600) == 0, log.read_text()[-3000:]
+    assert "resuming after step 3" in log.read_text()
+    assert training_run.metrics(asked.out) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_launcher_is_asked_to_stop(job: Jobs, tmp_path: Path, number: signal.Signals):
+    """Claim: torchrun passes SIGTERM on and its ranks save before it ends; where it is killed
+    itself, they notice, save and leave, and no rank is left."""
+    endless = ["train.steps=100000", "data.epochs=100000", NEVER]
+    asked, log = job(2, *endless), tmp_path / "log"
+    command = [*TORCHRUN, "megatron_opdlm.train", *asked.arguments]
+    with started(command, log) as launcher:
+        wait_for_steps(asked.out, 3, launcher, log)
+        ranks = launcher.children()
+        os.kill(launcher.pid, number)
+        assert launcher.wait(timeout=300) != 0
+        psutil.wait_procs(ranks, timeout=300)
+        assert not any(rank.is_running() for rank in ranks)
+    done = len(training_run.metrics(asked.out))
+    assert checkpoints(asked.out) == [f"step_{done:07d}"]
+    assert f"step {done} is saved" in log.read_text()
