@@ -310,7 +310,8 @@ def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:
         teacher_temperature=config.teacher.temperature,
         teacher_top_p=config.teacher.top_p,
     )
-    return Objective(divergence=divergence, chunk_rows=loss.chunk_rows, teacher=teacher)
+    chunk_rows = loss.chunk_rows or select_hardware().projection_rows
+    return Objective(divergence=divergence, chunk_rows=chunk_rows, teacher=teacher)
 
 
 def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -> Checkpoints:

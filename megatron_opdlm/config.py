@@ -172,7 +172,7 @@ class LossConfig:
     top_k_tail: Literal["drop", "renormalise", "bucket"] = "drop"
     exclude_eos: bool = False
     logit_shift: bool = False  # read the token at position i from logits i-1
-    chunk_rows: int = 256  # masked positions projected to the vocabulary at once
+    chunk_rows: int = 0  # masked positions projected at once; 0: what suits the hardware
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# Positions projected to the vocabulary at once: three arrays of 128 x 151,936 numbers, 222 MiB.
+PROJECTION_ROWS = 128
+
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,
     "persist_layer_norm": False,

@@ -26,6 +26,7 @@ class Hardware:
     free_memory_bytes: Callable[[], int]  # that this rank may still take
     decode_attention: str  # "buckets" | "rows", what decode_forward.py does best here
     transformer_engine: str | None  # its version; None: not here
+    projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     differentiates_flex: bool  # FlexAttention has a backward pass
     # Runs a function once and returns one that repeats its kernels; None: cannot.
     capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None
@@ -57,6 +58,7 @@ def select_hardware() -> Hardware:
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.decode_attention(),
             transformer_engine=gpu.transformer_engine(),
+            projection_rows=gpu.PROJECTION_ROWS,
             differentiates_flex=True,
             capture=gpu.capture,
             reason="CUDA is available: NCCL, bfloat16",
@@ -73,6 +75,7 @@ def select_hardware() -> Hardware:
         free_memory_bytes=_available_bytes,
         decode_attention="buckets",
         transformer_engine=None,
+        projection_rows=cpu.PROJECTION_ROWS,
         differentiates_flex=False,
         capture=None,
         reason="no CUDA device: gloo, float32, one thread a rank",
