@@ -67,10 +67,15 @@ def megatron_facts(directory: Path) -> Iterator[tuple[str, str]]:
 def shape_facts(shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
     """The model's sizes."""
     yield "parameters", f"{shape.parameters:,}"
+    feed_forward = f"ffn {shape.ffn}"
+    if shape.experts is not None:
+        yield "parameters that work on a token", f"{shape.active_parameters:,}"
+        e = shape.experts
+        feed_forward = f"{e.per_token} of {e.count} experts of ffn {e.ffn}"
     yield (
         "shape",
         f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads} heads in {shape.groups} "
-        f"groups of size {shape.head_dim}, ffn {shape.ffn}, vocabulary {shape.vocab_size}, "
+        f"groups of size {shape.head_dim}, {feed_forward}, vocabulary {shape.vocab_size}, "
         f"{'tied' if shape.tied else 'untied'} embeddings",
     )
     yield "positions", f"{shape.max_positions}, rope_theta {shape.rope_theta:g}"

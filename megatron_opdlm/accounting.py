@@ -122,9 +122,9 @@ def _layers_flops(
 
 def paper_flops(shape: Qwen3Shape, trained_tokens: int) -> float:
     """The paper's figure 8 N D: 2 N teacher + 6 N student per trained token, generation and prompts
-    left out.
+    left out. N of a mixture of experts are the parameters that work on a token.
     """
-    return 8.0 * shape.parameters * trained_tokens
+    return 8.0 * shape.active_parameters * trained_tokens
 
 
 @dataclass

@@ -6,9 +6,11 @@ teacher reads each finished sequence once, whatever the number of its states, up
 that a prediction needs. Nothing is padded.
 
 With context parallelism every context rank packs the same rows and keeps its share of their tokens.
+Ranks that share out experts need each other in every forward, so they all get as many rows as the
+one that has most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,10 +37,17 @@ class Packing:
     context_ranks: int = 1  # they share every row
     context_rank: int = 0
     alignment: str = "absolute"  # response: blocks counted from the response's start
+    # Number of rows of this rank -> largest over the ranks that keep step; called by all of them
+    rows_in_step: Callable[[int], int] = lambda rows: rows
 
     def shift(self, state: State) -> int:
         """block(i) = (i + shift) // block_size"""
         return block_shift(len(state.prompt_ids), self.block_size, self.alignment)
+
+    def rows(self, sizes: Sequence[int]) -> list[list[int]]:
+        """Which sequences of these sizes share a row; rows without any keep this rank in step."""
+        rows = fill_bins(sizes, self.tokens_per_microbatch)
+        return rows + [[] for _ in range(self.rows_in_step(len(rows)) - len(rows))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +192,7 @@ def _pack_update(
     states: Sequence[State], questions: "_Questions", packing: Packing
 ) -> list[PackedBatch]:
     pieces = [_piece(state, packing) for state in states]
-    groups = fill_bins([len(piece.tokens) for piece in pieces], packing.tokens_per_microbatch)
+    groups = packing.rows([len(piece.tokens) for piece in pieces])
     return [
         _pack([states[i] for i in group], [pieces[i] for i in group], questions, packing)
         for group in groups
@@ -251,7 +260,7 @@ class _Questions:
         """Rows of at most ``tokens_per_microbatch`` tokens; fixes the order of the targets."""
         keys = list(self._read)
         sizes = [int(self._read[key][-1]) + 1 for key in keys]
-        groups = fill_bins(sizes, packing.tokens_per_microbatch)
+        groups = packing.rows(sizes)
         targets = 0
         for key in (keys[i] for group in groups for i in group):
             self._first[key] = targets

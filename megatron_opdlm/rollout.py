@@ -8,6 +8,10 @@ they finish. Autoregressive decoding is the case B = 1 with shifted logits.
 
 With pipeline stages the slots form as many groups as there are stages; while one group's drawn
 tokens travel back from the last stage, the other groups keep the stages busy.
+
+Ranks that share out experts trade tokens in every layer, so they keep step: each round every one of
+them runs a forward of each group, with one masked block in a scratch slot where it has no work, and
+all stop after the round that finds none of them at work.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,13 +79,15 @@ def generate(
     Raises InputError for a cache that cannot hold the longest request, and for an empty prompt
     where logits are read from the position before.
     """
-    if not requests:
+    if not requests and parallel.expert_size() == 1:
         return Rollout(trajectories=[], flops=0.0)
     rules = decoding if decoding.mode == "diffusion" else decoding.autoregressive()
     _check_prompts(requests, rules)
-    positions = max(request.positions(rules.block_size) for request in requests)
-    kind, capture = _way_to_decode(attention, graphs)
-    scratch = 1 if capture else 0  # a slot where rows that pad a captured forward work
+    positions = max((r.positions(rules.block_size) for r in requests), default=rules.block_size)
+    # How many tokens an expert gets is known on the way only, so nothing is captured.
+    kind, capture = _way_to_decode(attention, graphs and model.shape.experts is None)
+    # A slot for rows that pad a captured forward, or that only keep step.
+    scratch = 1 if capture or parallel.expert_size() > 1 else 0
     fitting = _fitting_slots(model, positions, kv_cache_tokens)
     count = min(slots, len(requests), max(1, fitting - scratch))
     table = SlotTable(requests, rules, vocabulary, count, positions, prefill_tokens)
@@ -153,8 +159,8 @@ def _bytes_per_token(model: Qwen3) -> int:
 class _Flight:
     """A group's forward under way: what will be drawn where, and the messages that are out."""
 
-    masked: Masked
-    drawn: parallel.Sending  # [3, M + 1] token, confidence, entropy; last whether to stop
+    masked: Masked | None  # None: it only kept step
+    drawn: parallel.Sending | None  # [3, M + 1] token, confidence, entropy; last whether to stop
     activations: parallel.Sending | None
 
 
@@ -173,8 +179,9 @@ class _Engine:
         self.forward, self.stop, self.stopped = forward, stop, False
         self.device = next(model.parameters()).device
         slots, dtype = len(table.request), model.config.params_dtype
-        self.groups = torch.arange(slots).chunk(parallel.pipeline_size())
-        self.spans = [range(int(group[0]), int(group[-1]) + 1) for group in self.groups]
+        self.keeps_step = parallel.expert_size() > 1
+        groups = torch.arange(slots).tensor_split(parallel.pipeline_size())
+        self.groups = [group for group in groups if self.keeps_step or len(group)]
         ids = table.vocabulary.forbidden_ids
         self.forbidden = model.shard.columns_of(ids, self.device) if model.post_process else None
         # Shifted logits: the hidden state before each block, as it was last computed clean.
@@ -187,15 +194,13 @@ class _Engine:
         """
         table = self.table
         flights: list[_Flight | None] = [None] * len(self.groups)
-        while not (table.done or self.stopped):
+        while self._goes_on():
             for number, group in enumerate(self.groups):
                 flight = flights[number]
                 if flight is not None:
                     self._land(flight)
                     table.retire(group)
-                table.admit(group)
-                active = table.active(group)
-                flights[number] = self._launch(number, active) if len(active) else None
+                flights[number] = self._next_flight(group)
         for flight in flights:  # only where it was told to stop
             if flight is not None:
                 self._land(flight)
@@ -206,16 +211,42 @@ class _Engine:
             complete=not self.stopped,
             flops=self.flops,
             slots=slots,
-            slot_utilisation=self.busy_slots / (passes * slots),
+            slot_utilisation=self.busy_slots / max(passes * slots, 1),
         )
 
-    def _launch(self, number: int, active: Tensor) -> _Flight:
+    def _goes_on(self) -> bool:
+        """Whether there is another round: for the ranks that keep step, while one of them works."""
+        works = not self.table.done and not self.stopped
+        return parallel.most_over_experts(int(works)) > 0
+
+    def _next_flight(self, group: Tensor) -> _Flight | None:
+        if not self.stopped:
+            self.table.admit(group)
+        active = self.table.active(group)
+        if len(active) and not self.stopped:
+            return self._launch(group, active)
+        return self._keep_step() if self.keeps_step else None
+
+    def _keep_step(self) -> _Flight:
+        """A forward that nobody reads: one masked block in the scratch slot."""
+        self.launches += 1
+        size = self.rules.block_size
+        tokens, nothing = torch.full((size,), self.table.vocabulary.mask_id), torch.tensor([0])
+        length, scratch = torch.tensor([size]), len(self.table.request)
+        windows = Windows(tokens, torch.arange(size), length, nothing, nothing, length)
+        span = range(scratch, scratch + 1)
+        read = torch.zeros(0, dtype=torch.int64)
+        _, activations = self._forward(torch.tensor([scratch]), windows, read, span)
+        return _Flight(masked=None, drawn=None, activations=activations)
+
+    def _launch(self, group: Tensor, active: Tensor) -> _Flight:
         """Forward of a group through this rank's stage; the last stage draws and sends."""
         activity.advance()
         self.launches += 1
         self.busy_slots += len(active)
         masked, windows = self.table.masked(active), self.table.windows(active)
-        output, activations = self._forward(number, active, windows, masked)
+        read, span = self._read(windows, masked), range(int(group[0]), int(group[-1]) + 1)
+        output, activations = self._forward(active, windows, read, span)
         drawn = torch.zeros(3, len(masked.row) + 1, dtype=torch.float64, device=self.device)
         drawn[:, -1] = self.stop()
         if output is not None:
@@ -230,6 +261,8 @@ class _Engine:
         """
         if flight.activations is not None:
             flight.activations.wait()
+        if flight.masked is None or flight.drawn is None:
+            return
         drawn = flight.drawn.wait().cpu()
         self.stopped = self.stopped or bool(drawn[0, -1])
         token, confidence, entropy = drawn[:, :-1]
@@ -286,21 +319,19 @@ class _Engine:
         return torch.where(opens[:, None], self.carry[slot], hidden_MH)
 
     def _forward(
-        self, number: int, active: Tensor, windows: Windows, masked: Masked
+        self, active: Tensor, windows: Windows, read_M: Tensor, span: range
     ) -> tuple[Tensor | None, parallel.Sending | None]:
         """Run all windows through this rank's stage: final hidden states [M, H] of what predicts
         the masked positions on the last stage, activations on their way on the others.
         """
-        model, rows = self.model, len(masked.row)
-        prepared = self.forward.prepare(
-            active, windows, self._read(windows, masked), self.spans[number]
-        )
+        model = self.model
+        prepared = self.forward.prepare(active, windows, read_M, span)
         self.flops += forward_flops(
             model.shape,
             tokens=prepared.tokens,
-            read_rows=prepared.read_rows,
+            read_rows=prepared.read_rows or prepared.tokens,  # all go on where none is read
             attended_pairs=prepared.attended_pairs,
-            projected_rows=rows,
+            projected_rows=len(read_M),
         )
         activations = None
         if not parallel.is_first_stage():

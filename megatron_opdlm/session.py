@@ -263,6 +263,7 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
         context_ranks=parallel.context_size(),
         context_rank=parallel.context_rank(),
         alignment=config.states.block_alignment,
+        rows_in_step=parallel.most_over_experts,
     )
 
 
@@ -339,6 +340,7 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
         describe_kernels(config, hardware),
         f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
         f"{layout.context} x data {parallel.data_parallel_size()}"
+        + (f", experts over {layout.expert}" if layout.expert > 1 else "")
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"prompts: {plan.prompts.summary}",
         f"steps: {plan.total_steps}"

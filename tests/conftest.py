@@ -23,6 +23,21 @@ class TinyModels:
     root: Path
     _made: dict[str, Path] = field(default_factory=dict)
 
+    def experts(self, role: str, *, renormalize: bool = True) -> Path:
+        """A Qwen3-MoE of two layers of six experts, of which a token has two."""
+        name = f"{role}-experts-{renormalize}"
+        if name not in self._made:
+            self._made[name] = make_qwen3(
+                self.root / name,
+                tied=not renormalize,
+                seed=SEEDS[role],
+                vocab=VOCABULARY,
+                layers=2,
+                experts=6,
+                renormalize=renormalize,
+            )
+        return self._made[name]
+
     def hf(self, role: str, *, tied: bool, layers: int = 4) -> Path:
         """Hugging Face directory of the ``student`` or the ``teacher``."""
         name = f"{role}-{'tied' if tied else 'untied'}-{layers}"

@@ -238,7 +238,25 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     """Gradient of every parameter by its name in a safetensors file; then forgotten."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return apart(found)
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers 5 keeps a layer's experts in one tensor; files have one for each."""
+    files: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj") or not prefix.endswith("experts"):
+            files[name] = tensor
+            continue
+        for expert, own in enumerate(tensor):
+            if kind == "down_proj":
+                files[f"{prefix}.{expert}.down_proj.weight"] = own
+            else:
+                gate, up = own.chunk(2)
+                files[f"{prefix}.{expert}.gate_proj.weight"] = gate
+                files[f"{prefix}.{expert}.up_proj.weight"] = up
+    return files
 
 
 @dataclass(frozen=True, kw_only=True)

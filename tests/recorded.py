@@ -150,7 +150,7 @@ class Recorded:
     def expected_training(self, case: Case, lr: float, clip: float) -> dict[str, Any]:
         """Three updates on three rollouts by PyTorch's AdamW; ``start`` are the weights before."""
         student = oracle.load(self._models.hf("student", tied=case.tied))
-        start = {name: p.detach().numpy().copy() for name, p in student.named_parameters()}
+        start = _weights(student)
         optimizer = torch.optim.AdamW(
             student.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
         )
@@ -162,8 +162,14 @@ class Recorded:
             norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), clip)))
             losses.append(mean.item())
             optimizer.step()
-        weights = {name: p.detach().numpy() for name, p in student.named_parameters()}
+        weights = _weights(student)
         return {"losses": losses, "grad_norms": norms, "weights": weights, "start": start}
+
+
+def _weights(model: Any) -> dict[str, np.ndarray]:
+    """A copy of every weight by its name in a safetensors file."""
+    named = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: tensor.numpy() for name, tensor in oracle.apart(named).items()}
 
 
 def distance(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

@@ -26,6 +26,7 @@ import torch
 _MODULES = (
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
     "megatron.core.distributed",
@@ -220,6 +221,17 @@ def _use_cpu_generator() -> None:
     )
 
 
+def _use_host_splits() -> None:
+    """An all-to-all takes its splits as numbers of the host. Megatron's dispatcher of tokens to
+    experts copies them there from a GPU only; without one they would stay tensors.
+    """
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=on_host)
+
+
 def _quiet_expected_warnings() -> None:
     """Megatron warns of what a CPU run is: no Transformer Engine, no Apex, gradients read from
     views.
@@ -260,4 +272,5 @@ def install() -> None:
         _patch_tensor_methods()
         _use_group_adam()
         _use_cpu_generator()
+        _use_host_splits()
         _installed = True

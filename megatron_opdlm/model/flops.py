@@ -1,6 +1,7 @@
 """Floating-point operations of a forward, counted from what is really computed.
 
-A multiply-add counts as 2 operations: 2 per body parameter and token, 4 * heads * head_dim per
+A multiply-add counts as 2 operations: 2 per body parameter and token (of a mixture of experts,
+those that the token is sent to, and the router), 4 * heads * head_dim per
 layer and attended (query, key) pair, 2 * V * H per row that is projected to the vocabulary.
 """
 
@@ -22,12 +23,20 @@ def forward_flops(
     ``read_rows``: tokens that the last layer carries on after its attention (None: all).
     """
     embedding = shape.vocab_size * shape.hidden
-    body = shape.parameters - embedding * (1 if shape.tied else 2)
+    body = shape.active_parameters - embedding * (1 if shape.tied else 2)
     attention = attention_flops(shape, attended_pairs)
-    after_attention = shape.heads * shape.head_dim * shape.hidden + 3 * shape.hidden * shape.ffn
+    after_attention = shape.heads * shape.head_dim * shape.hidden + _mlp_parameters(shape)
     unread = 0 if read_rows is None else tokens - read_rows
     body_operations = 2.0 * (body * tokens - after_attention * unread)
     return body_operations + attention + 2.0 * embedding * projected_rows
+
+
+def _mlp_parameters(shape: Qwen3Shape) -> int:
+    """Parameters of a layer's MLP, or of its router and experts, that work on a token."""
+    if shape.experts is None:
+        return 3 * shape.hidden * shape.ffn
+    experts = shape.experts
+    return shape.hidden * (experts.count + 3 * experts.per_token * experts.ffn)
 
 
 def attention_flops(shape: Qwen3Shape, attended_pairs: float) -> float:
@@ -50,7 +59,8 @@ def low_rank_parameters(shape: Qwen3Shape, low_rank: LowRank) -> int:
 def layer_linear_parameters(shape: Qwen3Shape) -> int:
     """Numbers in the weights of all layers' linears."""
     attention = (2 * shape.heads + 2 * shape.groups) * shape.head_dim
-    return shape.layers * shape.hidden * (attention + 3 * shape.ffn)
+    ffn = shape.experts.count * shape.experts.ffn if shape.experts else shape.ffn
+    return shape.layers * shape.hidden * (attention + 3 * ffn)
 
 
 def attended_pairs(plan: AttentionPlan) -> int:

@@ -300,7 +300,10 @@ def _complete_gradients(student: Student) -> None:
     every replica all slices.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in student.ddp.buffers:
+    experts = parallel_state.get_expert_data_parallel_group()
+    shares = [(buffer, group) for buffer in student.ddp.buffers]
+    shares += [(buffer, experts) for buffer in student.ddp.expert_parallel_buffers]
+    for buffer, group in shares:
         for bucket in buffer.buckets:
             slices = list(bucket.grad_data.chunk(dist.get_world_size(group)))
             gathered = [torch.empty_like(part) for part in slices]
@@ -331,10 +334,13 @@ def under_hf_names(model: Qwen3, value: Callable[[torch.nn.Parameter], Tensor]) 
 
 def _joined(name: str, parts: list[np.ndarray]) -> Tensor:
     tensors = [torch.from_numpy(part) for part in parts]
-    if name.endswith(qwen3_names.FC1):  # every rank holds [its gate; its up]
+    if name.endswith("router.weight"):  # whole on every tensor rank
+        assert all(torch.equal(tensors[0], other) for other in tensors), f"{name} differs"
+        return tensors[0]
+    if name.endswith("linear_fc1.weight"):  # every rank holds [its gate; its up]
         halves = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
         return torch.cat([part for half in halves for part in half])
-    if name.endswith(qwen3_names.SPLIT_COLUMNS):
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return torch.cat(tensors, dim=1)
     if tensors[0].ndim == 2:
         return torch.cat(tensors)

@@ -14,6 +14,10 @@ TP2_CP2 = Layout(tensor=2, context=2)
 PP2_CP2 = Layout(pipeline=2, context=2)
 TP2_CP2_SP = Layout(tensor=2, context=2, sequence_parallel=True)
 
+EP2 = Layout(expert=2)
+TP2_EP2_SP = Layout(tensor=2, expert=2, sequence_parallel=True)
+PP2_EP2 = Layout(pipeline=2, expert=2)
+
 # name -> (ranks, layout); data parallelism takes the ranks that the layout leaves over
 LAYOUTS = {
     "tp2": (2, TP2),
@@ -33,11 +37,25 @@ LAYOUTS = {
 }
 
 
+# The same of models with experts, which with tensor parallelism need sequence parallelism.
+EXPERT_LAYOUTS = {
+    "ep2": (2, EP2),
+    "dp2": (2, DP2),
+    "pp2": (2, PP2),
+    "tp2-sp": (2, TP2_SP),
+    "tp2-ep2-sp": (4, TP2_EP2_SP),
+    "pp2-ep2": (4, PP2_EP2),
+    "cp2-ep2": (2, Layout(context=2, expert=2)),
+    "ep2-dp2": (4, EP2),
+}
+
+
 def overrides(layout: Layout) -> list[str]:
     """The configuration keys of a layout."""
     return [
         f"model.tensor_parallel={layout.tensor}",
         f"model.pipeline_parallel={layout.pipeline}",
         f"model.context_parallel={layout.context}",
+        f"model.expert_parallel={layout.expert}",
         f"model.sequence_parallel={str(layout.sequence_parallel).lower()}",
     ]

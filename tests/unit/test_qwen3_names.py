@@ -305,7 +305,6 @@ def test_mixtures_we_would_compute_wrongly(
     [
         ({"model_type": "llama"}, "model_type='llama' is no Qwen3"),
         ({"model_type": "absent"}, "model_type=None is no Qwen3"),
-        ({"model_type": "sdar"}, "not built yet"),
         ({"hidden_size": "absent"}, "has no hidden_size"),
         ({"hidden_size": 10.5}, "hidden_size=10.5 is not a positive integer"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide num_attention_heads=6"),
