@@ -11,13 +11,13 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from evaluation.grading.response import without_control_tokens, without_thinking
 from evaluation.jsonl import check_new_directory, read_jsonl, write_json, write_jsonl
 from evaluation.report import table
-from evaluation.summary import Counts, SummaryRow, summarize
-from evaluation.tasks import Grade, Row, Task, get_task
+from evaluation.summary import Counts, SummaryRow, skipped, summarize
+from evaluation.tasks import NOT_SCORED, Grade, Row, Task, get_task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 
@@ -54,7 +54,7 @@ def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
     return rows
 
 
-def _is_texts(value: object) -> bool:
+def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
@@ -139,15 +139,20 @@ def summary_of(
     seconds: float,
     settings: dict[str, Any],
 ) -> SummaryRow:
-    """The summary row of graded predictions, with everything that they allow to be counted."""
+    """The summary row of graded predictions, with everything that they allow to be counted. Rows
+    without a verifiable answer are left out.
+    """
+    scored = [i for i, row in enumerate(grades) if not any(NOT_SCORED in g.flags for g in row)]
+    if not scored:
+        return skipped(task.name, "no row has an answer that can be verified", settings)
     return summarize(
         task.name,
-        grades,
+        [grades[i] for i in scored],
         counts_of(predictions),
         seconds=seconds,
         settings=settings,
         truncation_rate=truncation_rate(predictions),
-        divisions=[task.division(row) for row in rows],
+        divisions=[task.division(rows[i]) for i in scored],
         pass_at_k=task.samples_pass_at_k,
     )
 

@@ -133,16 +133,16 @@ def _other_scores(grades: list[list[Grade]]) -> dict[str, float]:
 
 def _by_division(grades: list[list[Grade]], divisions: list[str | None]) -> dict[str, Any]:
     """``{"divisions": {name: {n, accuracy, stderr}}}`` where the problems have more than one."""
-    places: dict[str, list[float]] = {}
+    places: dict[str, list[list[Grade]]] = {}
     for row, name in zip(grades, divisions, strict=False):
         if name is not None:
-            places.setdefault(name, []).append(_share(grade.correct for grade in row))
+            places.setdefault(name, []).append(row)
     if len(places) < 2:
         return {}
     table = {}
-    for name in sorted(places):
-        mean, stderr = _mean_and_error(places[name])
-        table[name] = {"n": len(places[name]), "accuracy": mean, "stderr": stderr}
+    for name, rows in sorted(places.items()):
+        mean, stderr = _mean_and_error([_share(grade.correct for grade in row) for row in rows])
+        table[name] = {"n": len(rows), "accuracy": mean, "stderr": stderr, **_other_scores(rows)}
     return {"divisions": table}
 
 

@@ -3,13 +3,61 @@
 from pathlib import Path
 
 from evaluation.tasks.addition import Addition
+from evaluation.tasks.aime_24 import AIME24
+from evaluation.tasks.aime_25 import AIME25
+from evaluation.tasks.ceval import CEval
+from evaluation.tasks.codeforces import Codeforces
 from evaluation.tasks.exact_match import ExactMatch
-from evaluation.tasks.task import Grade, Row, Task
+from evaluation.tasks.gpqa_diamond import GPQADiamond
+from evaluation.tasks.gsm8k import GSM8K
+from evaluation.tasks.humaneval import HumanEval
+from evaluation.tasks.ifeval import IFEval
+from evaluation.tasks.include_lite import IncludeLite
+from evaluation.tasks.livebench import LiveBench
+from evaluation.tasks.livecodebench import LiveCodeBench
+from evaluation.tasks.lmb_hard import LMBHard
+from evaluation.tasks.math_500 import Math500
+from evaluation.tasks.mbpp import MBPP
+from evaluation.tasks.mlogiqa import MLogiQA
+from evaluation.tasks.mmlu import MMLU
+from evaluation.tasks.mmlu_pro import MMLUPro
+from evaluation.tasks.mmmlu_lite import MMMLULite
+from evaluation.tasks.mt_aime2024 import MTAIME2024
+from evaluation.tasks.task import NOT_SCORED, Grade, Row, Task
+from evaluation.tasks.training_probes import DAPOMath, GSM8KTrain, MATHTrain, OPDLMTrain
+from evaluation.tasks.zebralogic import ZebraLogic
 from megatron_opdlm.errors import InputError, nearest
 
-__all__ = ["Grade", "Row", "Task", "get_task", "task_names"]
+__all__ = ["NOT_SCORED", "Grade", "Row", "Task", "get_task", "task_names"]
 
 _TASKS: tuple[type[Task], ...] = (
+    # The paper's, in its order.
+    MMLU,
+    MMLUPro,
+    GPQADiamond,
+    IFEval,
+    CEval,
+    LiveBench,
+    GSM8K,
+    Math500,
+    AIME24,
+    AIME25,
+    LMBHard,
+    ZebraLogic,
+    HumanEval,
+    MBPP,
+    LiveCodeBench,
+    Codeforces,
+    MMMLULite,
+    IncludeLite,
+    MTAIME2024,
+    MLogiQA,
+    # Of the training sets.
+    OPDLMTrain,
+    MATHTrain,
+    DAPOMath,
+    GSM8KTrain,
+    # Ours.
     Addition,
     ExactMatch,
 )

@@ -10,6 +10,7 @@ from evaluation.jsonl import read_rows
 from megatron_opdlm.errors import InputError
 
 Row = dict[str, Any]
+NOT_SCORED = "not_scored"  # flag of a response to a row without a verifiable answer
 
 
 def plain_name(name: str) -> str:
@@ -28,6 +29,7 @@ class Grade:
     ``correct`` is by the paper's rule. ``strict`` is by the rule without its known faults, where a
     task has one; None: it has one rule only. ``scores`` are other figures between 0 and 1 by name,
     e.g. ``{"plus": 1.0}``; a summary holds their means as ``accuracy_plus``.
+    A response flagged ``not_scored`` counts neither as right nor as wrong.
     """
 
     correct: bool

@@ -118,7 +118,7 @@ def test_malformed_json_names_the_line(tmp_path):
         get_task("addition").load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["adition", "exact_match:", "exact_match:../x", "gsm8k"])
+@pytest.mark.parametrize("name", ["adition", "exact_match:", "exact_match:../x", "gsm9k"])
 def test_unknown_task_names_list_the_known_ones(name):
     """No name leaves the data directory; a mistyped one is corrected."""
     with pytest.raises(InputError, match="exact_match:NAME"):

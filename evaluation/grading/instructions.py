@@ -1,0 +1,171 @@
+"""IFEval: whether a response keeps every instruction, by lm-evaluation-harness' own checkers.
+
+Two of the instructions need sentences: a number of sentences, and words in capitals. The harness
+splits with NLTK's trained Punkt data and downloads it when it is imported. Here nothing is
+downloaded while grading: where the data is not on the machine, an untrained Punkt splitter that
+knows common abbreviations stands in, and the responses that it judges are flagged.
+"""
+
+import functools
+import importlib
+import io
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+NEEDS = ("lm_eval", "langdetect", "immutabledict", "nltk")
+NEED_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+# Common abbreviations after which a sentence goes on, as Punkt writes them.
+_ABBREVIATIONS = (
+    *("dr", "mr", "mrs", "ms", "prof", "st", "jr", "sr", "vs", "etc", "inc", "ltd", "co", "corp"),
+    *("e.g", "i.e", "u.s", "u.k", "a.m", "p.m", "ph.d", "no", "fig", "gen", "sen", "rep", "gov"),
+    *("jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionVerdict:
+    """Which instructions of a row a response keeps."""
+
+    strict: list[bool]  # an entry an instruction
+    loose: list[bool]  # any of eight trimmed readings of the response may keep it
+    approximate: bool  # a sentence splitter stood in for the harness' own
+
+
+def missing_packages() -> list[str]:
+    """The packages that the checkers need and this machine lacks."""
+    return [name for name in NEEDS if find_spec(name) is None]
+
+
+def use_nltk_data(directory: Path) -> None:
+    """Look for Punkt's data in a directory too (``tokenizers/punkt_tab`` under it)."""
+    import nltk
+
+    if directory.is_dir() and str(directory) not in nltk.data.path:
+        nltk.data.path.insert(0, str(directory))
+        _checkers.cache_clear()
+
+
+def known_instructions() -> set[str]:
+    """Ids of the instructions that can be checked."""
+    return set(_checkers().module.instructions_registry.INSTRUCTION_DICT)
+
+
+def check_instructions(
+    prompt: str, ids: list[str], arguments: list[dict[str, Any] | None], response: str
+) -> InstructionVerdict:
+    """Check one response. ``arguments[i]`` go with ``ids[i]``; those that are None are left out."""
+    checkers = _checkers()
+    example = checkers.module.InputExample(
+        key=0,
+        instruction_id_list=ids,
+        prompt=prompt,
+        kwargs=[_given(each) for each in arguments],
+    )
+    return InstructionVerdict(
+        strict=checkers.module.test_instruction_following_strict(
+            example, response
+        ).follow_instruction_list,
+        loose=checkers.module.test_instruction_following_loose(
+            example, response
+        ).follow_instruction_list,
+        approximate=not checkers.trained and any(name in NEED_SENTENCES for name in ids),
+    )
+
+
+def _given(arguments: dict[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (arguments or {}).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checkers:
+    module: Any  # lm_eval.tasks.ifeval.utils
+    trained: bool  # whether Punkt's data is there
+
+
+@functools.cache
+def _checkers() -> _Checkers:
+    """The harness' checkers, deterministic and without a network.
+
+    Only its IFEval directory is imported: the package ``lm_eval.tasks`` would bring the whole
+    harness with metrics that are not installed here.
+    """
+    import langdetect
+    import nltk
+
+    langdetect.DetectorFactory.seed = 0  # it draws samples of the text; the verdict must not change
+    with _bare_package("lm_eval.tasks"), _without_download(nltk):
+        module = importlib.import_module("lm_eval.tasks.ifeval.utils")
+        texts: Any = importlib.import_module("lm_eval.tasks.ifeval.instructions_util")
+    texts._get_sentence_tokenizer.cache_clear()
+    trained = _has_punkt(nltk)
+    if not trained:
+        _replace_sentences(texts, nltk)
+    return _Checkers(module=module, trained=trained)
+
+
+def _has_punkt(nltk: Any) -> bool:
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError:
+        return False
+    return True
+
+
+def _replace_sentences(texts: Any, nltk: Any) -> None:
+    """Give the harness' module a splitter that needs no data, for sentences and for words."""
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(_ABBREVIATIONS)
+    splitter = PunktSentenceTokenizer(parameters)
+
+    def words(text: str) -> list[str]:
+        return [
+            word
+            for sentence in splitter.tokenize(text)
+            for word in nltk.tokenize.word_tokenize(sentence, preserve_line=True)
+        ]
+
+    texts._get_sentence_tokenizer = lambda: splitter
+    texts.nltk = types.SimpleNamespace(
+        tokenize=nltk.tokenize, data=nltk.data, word_tokenize=words, download=nltk.download
+    )
+
+
+@contextmanager
+def _bare_package(name: str) -> Iterator[None]:
+    """Make modules under a package importable without running the package's own ``__init__``."""
+    if name in sys.modules:
+        yield
+        return
+    parent, _, child = name.rpartition(".")
+    package = types.ModuleType(name)
+    package.__path__ = [
+        str(Path(path) / child) for path in importlib.import_module(parent).__path__
+    ]
+    before = set(sys.modules)
+    sys.modules[name] = package
+    try:
+        yield
+    finally:  # whoever wants the package itself gets the real one
+        for added in set(sys.modules) - before:
+            if added == name or added.startswith(name + "."):
+                del sys.modules[added]
+
+
+@contextmanager
+def _without_download(nltk: Any) -> Iterator[None]:
+    download = nltk.download
+    nltk.download = lambda *_args, **_options: False
+    try:
+        with redirect_stdout(io.StringIO()):  # it says "Downloaded" whatever came of it
+            yield
+    finally:
+        nltk.download = download

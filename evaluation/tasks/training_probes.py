@@ -1,0 +1,99 @@
+"""The training sets as tasks: how much of what a run saw, or should transfer, it can answer."""
+
+from typing import Any
+
+from evaluation.tasks.programs import grade_programs
+from evaluation.grading.code_probe import check, program_of, read_tests
+from evaluation.sandbox import default_sandbox
+from evaluation.tasks.math_problem import MathProblem
+from evaluation.tasks.multiple_choice import MultipleChoice
+from evaluation.tasks.published import PublishedTask
+from evaluation.tasks.task import NOT_SCORED, Grade, Row
+
+_NOT_SCORED = Grade(correct=False, extracted=None, flags=[NOT_SCORED])
+
+
+class OPDLMTrain(PublishedTask):
+    """The general training mixture. A row's ``domain`` says how it is asked and graded.
+
+    math: as a mathematical problem; science: as multiple choice; code: the question as it is, run
+    against ``tests_json`` in the sandbox. Chat, other domains and tests that cannot be read have no
+    verifiable answer and are left out of the accuracy.
+    """
+
+    name = "opdlm_train"
+    file = "opdlm_train.json"
+    _ran_programs = False
+
+    def __init__(self) -> None:
+        self._by_domain: dict[str, PublishedTask] = {
+            "math": MathProblem(),
+            "science": MultipleChoice(),
+            "mc": MultipleChoice(),
+        }
+
+    def problem_of_reference(self, row: Row) -> str | None:
+        task = self._by_domain.get(_domain(row))
+        return task.problem_of_reference(row) if task else None
+
+    def missing(self, rows: list[Row]) -> str | None:
+        return self._by_domain["math"].missing(rows)
+
+    def settings(self) -> dict[str, Any]:
+        return {"sandbox": default_sandbox().describe()} if self._ran_programs else {}
+
+    def division(self, row: Row) -> str | None:
+        return _domain(row)
+
+    def question(self, row: Row) -> str:
+        task = self._by_domain.get(_domain(row))
+        return task.question(row) if task else row["question"]
+
+    def grade(self, row: Row, response: str) -> Grade:
+        return self.grade_all([row], [[response]])[0][0]
+
+    def grade_all(self, rows: list[Row], responses: list[list[str]]) -> list[list[Grade]]:
+        grades = [
+            [task.grade(row, text) for text in texts]
+            if (task := self._by_domain.get(_domain(row)))
+            else [_NOT_SCORED] * len(texts)
+            for row, texts in zip(rows, responses, strict=True)
+        ]
+        code = [i for i, row in enumerate(rows) if _is_scorable_code(row)]
+        if code:
+            self._ran_programs = True
+            programs = [[program_of(rows[i], text) for text in responses[i]] for i in code]
+            graded = grade_programs(default_sandbox(), [rows[i] for i in code], programs, check)
+            for i, own in zip(code, graded, strict=True):
+                grades[i] = own
+        return grades
+
+
+def _domain(row: Row) -> str:
+    """The row's domain; math where it names none, as in the reference."""
+    return row.get("domain") or "math"
+
+
+def _is_scorable_code(row: Row) -> bool:
+    return _domain(row) == "code" and read_tests(row.get("tests_json")) is not None
+
+
+class MATHTrain(MathProblem):
+    """Hendrycks MATH, levels 3 to 5: the training set of the mathematical models."""
+
+    name = "MATH_train_traceRL"
+    file = "MATH_train_traceRL.json"
+
+
+class DAPOMath(MathProblem):
+    """DAPO's 17,000 problems."""
+
+    name = "DAPO_Math_17k"
+    file = "DAPO_Math_17k.json"
+
+
+class GSM8KTrain(MathProblem):
+    """The training split of GSM8K."""
+
+    name = "GSM8K_train"
+    file = "GSM8K_train.json"
