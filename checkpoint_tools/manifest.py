@@ -83,7 +83,7 @@ def write_manifest(
     paths = {
         path.relative_to(directory).as_posix(): path
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != directory / NAME
     }
     manifest = Manifest(
         kind=kind,

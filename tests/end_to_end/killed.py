@@ -52,11 +52,14 @@ def run(
     overrides: list[str],
     kill: Kill | KillWithin | None = None,
     largest_file: int | None = None,
+    log: Path | None = None,
 ) -> dict[str, Any]:
     """The command ``train`` in a child of its own process group; how it ended and what it said. The
-    system refuses to write files of more than ``largest_file`` bytes.
+    system refuses to write files of more than ``largest_file`` bytes; ``log`` is beside
+    ``train.out`` if not given.
     """
-    log = Path(next(o for o in overrides if o.startswith("train.out=")).partition("=")[2] + ".log")
+    out = next(o for o in overrides if o.startswith("train.out=")).partition("=")[2]
+    log = log or Path(out + ".log")
     gc.freeze()  # what is imported lives on: children need neither scan it nor copy its pages
     child = os.fork()
     if child == 0:
