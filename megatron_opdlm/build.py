@@ -329,6 +329,7 @@ def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -
             logit_shift=config.loss.logit_shift,
         ),
         low_rank=low_rank_of(config),
+        in_background=config.checkpoint.async_save,
     )
 
 

@@ -212,7 +212,7 @@ class TrainConfig:
 class CheckpointConfig:
     every: int = 10  # steps
     keep: int = 2  # newest checkpoints kept
-    async_save: bool = False
+    async_save: bool = True  # write from copies in host memory while the run goes on
 
 
 @dataclass(frozen=True, kw_only=True)

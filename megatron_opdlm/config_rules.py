@@ -77,7 +77,6 @@ _COUNT_OR_ALL = {
 
 # key, the values that work now, what to use instead of the others
 _NOT_BUILT = (
-    ("checkpoint.async_save", (False,), "checkpoint.async_save=false"),
     ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
 )
 

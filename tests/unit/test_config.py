@@ -144,7 +144,6 @@ BAD_OVERRIDES = [
     ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
     # not built yet
     ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
-    ("checkpoint.async_save=true", "checkpoint.async_save=true is not built yet; use"),
     ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
     ("lora.alpha=0", "lora.alpha=0.0 must be greater than 0"),
     ("lora.dropout=0.1", "'lora.dropout' does not exist"),
