@@ -36,8 +36,7 @@ _TURN_DOWN = {
         "model.tensor_parallel or model.context_parallel"
     ),
     "save": (
-        "lower checkpoint.keep only for disk; for host memory use more machines or "
-        "checkpoint.async_save=false"
+        "set checkpoint.async_save=false, which needs no copy in host memory, or use more machines"
     ),
 }
 _SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
