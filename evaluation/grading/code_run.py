@@ -1,0 +1,133 @@
+"""Programs against tests: one verdict a program; its tests run until the first failure."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from evaluation.sandbox import Jail, Outcome
+from evaluation.sandbox_values import decode, encode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """``status``: ``passed``, ``wrong_answer``, ``timeout``, ``runtime_error`` or ``sandbox_lost``.
+
+    ``detail`` says more, e.g. how the program ended. ``cpu_seconds`` of each test that ran.
+    """
+
+    status: str
+    passed: int = 0  # tests before the first failure
+    detail: str = ""
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def correct(self) -> bool:
+        return self.status == "passed"
+
+
+LOST = Verdict(status="sandbox_lost")
+
+
+def failed(outcome: Outcome, passed: int = 0) -> Verdict:
+    """The verdict on a program that did not get as far as an answer."""
+    status = "timeout" if outcome.status in ("cpu_time", "wall_time") else "runtime_error"
+    detail = f"{outcome.status} {outcome.detail or outcome.stderr.strip()[-200:]}".strip()
+    return Verdict(status=status, passed=passed, detail=detail)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOutput:
+    """A test of a program that reads standard input and prints."""
+
+    given: str
+    expected: str
+
+
+def run_stdio(
+    jail: Jail,
+    source: str,
+    tests: list[InputOutput],
+    *,
+    cpu: float,
+    same: Callable[[str, str], bool],
+) -> Verdict:
+    """Every test in a process of its own, ``cpu`` seconds each."""
+    jail.load(source)
+    seconds: list[float] = []
+    for passed, test in enumerate(tests):
+        outcome = jail.stdio(test.given, cpu=cpu)
+        if not outcome.ok:
+            return failed(outcome, passed)
+        if not same(outcome.stdout, test.expected):
+            return Verdict(status="wrong_answer", passed=passed, detail=outcome.stdout[:200])
+        seconds.append(outcome.cpu_seconds)
+    return Verdict(status="passed", passed=len(tests), cpu_seconds=seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionCall:
+    """A test of a function: is the value of these arguments right?"""
+
+    arguments: list[Any]
+    is_right: Callable[[Any], bool]
+    cpu: float
+
+
+def run_calls(
+    jail: Jail,
+    source: str,
+    function: str,
+    tests: list[FunctionCall],
+    *,
+    cpu: float,
+    within: str | None = None,
+) -> Verdict:
+    """Every test in one process. ``cpu``: seconds to run the definitions.
+
+    ``within``: a class whose method is called if the program defines it.
+    """
+    jail.load(source)
+    outcome = jail.start(cpu=cpu)
+    if not outcome.ok:
+        return failed(outcome)
+    seconds: list[float] = []
+    for passed, test in enumerate(tests):
+        arguments = encode(test.arguments)
+        outcome = jail.call(function, arguments, cpu=test.cpu, within=within)
+        if not outcome.ok:
+            return failed(outcome, passed)
+        if not _is_right(test, outcome.value):
+            return Verdict(status="wrong_answer", passed=passed, detail=outcome.value[:200])
+        seconds.append(outcome.cpu_seconds)
+    return Verdict(status="passed", passed=len(tests), cpu_seconds=seconds)
+
+
+def _is_right(test: FunctionCall, text: str) -> bool:
+    try:
+        return bool(test.is_right(decode(text)))
+    except Exception:  # a value that the comparison was not made for, e.g. a list for a number
+        return False
+
+
+def run_tests(
+    jail: Jail,
+    source: str,
+    *,
+    setup: list[str],
+    functions: list[str],
+    snippets: list[str],
+    cpu: float,
+    collect: bool = False,
+) -> Verdict:
+    """Test code against a program, ``cpu`` seconds in all (``Jail.judge``)."""
+    jail.load(source)
+    outcome = jail.judge(
+        setup=setup, functions=functions, snippets=snippets, collect=collect, cpu=cpu
+    )
+    if not outcome.ok:
+        return failed(outcome)
+    if outcome.failure is None:
+        return Verdict(status="passed", passed=outcome.passed)
+    wrong = outcome.failure.startswith("AssertionError")
+    status = "wrong_answer" if wrong else "runtime_error"
+    return Verdict(status=status, passed=outcome.passed, detail=outcome.failure)
