@@ -55,7 +55,8 @@ def _positions_without_padding(student: Student) -> Iterator[None]:
     positions with padding, so parameters after a padded bucket get their neighbours' state. It
     happens where there are several buckets: a tied embedding has its own on a later pipeline stage.
     """
-    buffers: Any = student.ddp.buffers  # Megatron's list hides PyTorch's method of that name
+    ddp: Any = student.ddp  # Megatron's lists hide PyTorch's methods of those names
+    buffers = [*ddp.buffers, *ddp.expert_parallel_buffers]
     original = [(buffer, buffer.param_index_map) for buffer in buffers]
     for buffer, positions in original:
         padding = (bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)

@@ -15,6 +15,7 @@ _FREE_KEYS = {
     "model.tensor_parallel",
     "model.pipeline_parallel",
     "model.context_parallel",
+    "model.expert_parallel",
     "model.sequence_parallel",
     "model.recompute",
     "model.spec",
