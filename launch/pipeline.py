@@ -222,8 +222,10 @@ def show(settings: Settings) -> str:
     """What would be done: the layout, the evaluation's runs and the commands; writes nothing."""
     from megatron_opdlm.dry_run import describe
 
-    arguments = settings.training(settings.hf)
-    config = load_config(settings.recipe, arguments[2:])
+    keys = settings.training(settings.hf)[2:]
+    if settings.mask_token_id:
+        keys.append(f"model.mask_token_id={settings.mask_token_id}")
+    config = load_config(settings.recipe, keys)
     lines = [describe(config, settings.ranks or 1), "", "evaluation"]
     lines += [describe_evaluation(read_recipe(settings.evaluation)), ""]
     for stage in stages(settings):
