@@ -9,7 +9,8 @@ letter stand alone, be one of the row's own options, and not be one of these wor
 
 import re
 
-_WRAPPER = r"(?:\\(?:text|math)[a-z]*\s*\{\s*)?"
+_WRAPPER = r"(?:\\text[a-z]*\s*\{\s*)?"
+_ANY_WRAPPER = r"(?:\\(?:text|math)[a-z]*\s*\{\s*)?"
 _STATED = r"(?i:\banswer\b)[\s*\"'()\[\]]*[:=][\s*\"'$(\[{]*"
 _IS = r"(?i:\banswer\b)[\s*\"']*(?i:\bis\b)[\s*\"'$(\[:.]*(?i:option|choice|letter)?[\s*\"'$(\[:.]*"
 
@@ -22,7 +23,7 @@ _BEFORE = r"(?<![A-Za-z0-9_\u00c0-\u024f\\])"
 _STANDS_ALONE = r"(?![A-Za-z0-9_\u00c0-\u024f'\u2019])"
 # "A" and "I" before a word in lower case are an article and a pronoun, unless a reason follows.
 _NO_WORD = (
-    r"(?!(?<=A)\s+(?!because|since|is|as|and|or|with|due|would|which|by)[a-z])"
+    r"(?!(?<=A)\s+(?!because|since|is|it|as|and|or|with|due|must|would|which|by)[a-z])"
     r"(?!(?<=I)\s+(?!because|since|is|due|which|by)[a-z])"
 )
 
@@ -38,7 +39,7 @@ def extract_letter(response: str, letters: str) -> str | None:
     one = f"([{letters}{letters.lower()}])"
     return _last_match(
         response,
-        rf"\\boxed\{{\s*{_WRAPPER}\s*\(?{one}",
+        rf"\\boxed\{{\s*{_WRAPPER}{one}",
         rf"{_STATED}{one}",
         rf"{_IS}{one}\b",
         rf"\b([{letters}])\b",
@@ -48,7 +49,7 @@ def extract_letter(response: str, letters: str) -> str | None:
 def extract_letter_strictly(response: str, letters: str) -> str | None:
     """The chosen letter where it is one without doubt; None otherwise.
 
-    A bare lower-case letter chooses only in a box, in quotes or in brackets.
+    A bare lower-case letter chooses only in a box, in quotes, in brackets or alone after the colon.
 
     >>> extract_letter_strictly("Answer: Because", "ABCD") is None
     True
@@ -57,10 +58,12 @@ def extract_letter_strictly(response: str, letters: str) -> str | None:
     marked = f"([{letters}{letters.lower()}])"
     alone = rf"{one}{_STANDS_ALONE}{_NO_WORD}"
     enclosed = rf"[\"'\u201c\u2018(\[*`]\s*{marked}\s*[\"'\u201d\u2019)\]*`.]"
+    ends_line = rf"{marked}[.)]?[ \t]*(?:\n|$)"
+    stated = rf"(?i:\banswer\b){_OPENING}[\"'\u201d*)\]]*\s*[:=]"
     return _last_match(
         response,
-        rf"\\boxed\{{\s*{_WRAPPER}{_OPENING}{marked}\s*[)\].:}}*]",
-        rf"(?i:\banswer\b){_OPENING}[\"'\u201d*)\]]*\s*[:=]{_OPENING}?(?:{enclosed}|{_OPENING}{alone})",
+        rf"\\boxed\{{\s*{_ANY_WRAPPER}{_OPENING}{marked}\s*[)\].:}}*]",
+        rf"{stated}{_OPENING}(?:{enclosed}|{alone}|{ends_line})",
         rf"{_IS}{_OPENING}(?:{enclosed}|{alone})",
         rf"{_BEFORE}{alone}",
     )

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from evaluation.grading import code_lcb as lcb
-from evaluation.grading.code_batch import grade_programs
 from evaluation.grading.livebench import (
     THRESHOLD,
     missing_for,
@@ -15,6 +14,7 @@ from evaluation.grading.livebench import (
 )
 from evaluation.grading.scorer_process import Job, Outcome, score_all
 from evaluation.sandbox import default_sandbox
+from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import Grade, Row
 

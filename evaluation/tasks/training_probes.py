@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from evaluation.tasks.programs import grade_programs
 from evaluation.grading.code_probe import check, program_of, read_tests
 from evaluation.sandbox import default_sandbox
 from evaluation.tasks.math_problem import MathProblem
 from evaluation.tasks.multiple_choice import MultipleChoice
+from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import NOT_SCORED, Grade, Row
 
