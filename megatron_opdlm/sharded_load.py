@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_opdlm import parallel
+from megatron_opdlm import activity, parallel
 
 # isort: split
 from megatron.core import dist_checkpointing, parallel_state
@@ -33,7 +33,9 @@ def verify(checkpoint: Path) -> Manifest:
     problem, manifest = None, None
     try:
         manifest = read_manifest(checkpoint)
-        check_contents(checkpoint, manifest, _share(manifest))
+        for name in _share(manifest):
+            check_contents(checkpoint, manifest, [name])
+            activity.advance()
     except (InputError, OSError) as error:
         problem = str(error)
     _agree(problem)

@@ -9,7 +9,7 @@ Megatron's, file by file.
 import pickle
 import queue
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_opdlm import parallel
+from megatron_opdlm import activity, parallel
 
 # isort: split
 from megatron.core import parallel_state
@@ -139,15 +139,15 @@ class ShardedSave:
         planner: Any = FullyParallelSaveStrategyWrapper(self._plan, replicas)
         planner.async_save(sharded, str(directory))
         self._directory = directory
-        files = list(self._files(common))
+        self._files = list(self._split(common))
         if copies is not None:
-            for file in files:
+            for file in self._files:
                 copies.take(file, live)
         pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="checkpoint")
-        self._under_way: list[Future[Written]] = [pool.submit(file.write) for file in files]
+        self._under_way: list[Future[Written]] = [pool.submit(file.write) for file in self._files]
         pool.shutdown(wait=False)
 
-    def _files(self, common: dict[str, Any]) -> Iterable[_File]:
+    def _split(self, common: dict[str, Any]) -> Iterable[_File]:
         if parallel.is_writer():
             yield _File(path=self._directory / COMMON, common=common)
         for path, _, (objects, tensors) in self._plan.writer.write_buckets or []:
@@ -164,6 +164,7 @@ class ShardedSave:
         """Wait for the writers of all ranks; on rank 0 the files of all. RunError on every rank,
         with the reason, where one of them failed.
         """
+        self._wait()
         written: list[Written] = []
         problem: str | None = None
         for file in self._under_way:
@@ -179,6 +180,16 @@ class ShardedSave:
             shares = [None] * dist.get_world_size()
             dist.gather_object(written, shares if parallel.is_writer() else None)
         return [file for share in shares for file in share] if parallel.is_writer() else []
+
+    def _wait(self) -> None:
+        """Until this rank has nothing left to write; every tensor is a sign of life."""
+        seen = -1
+        while not self.done:
+            left = sum(len(file.tensors) for file in self._files)
+            if left != seen:
+                activity.advance()
+                seen = left
+            wait(self._under_way, timeout=1)
 
     def write_index(self, written: list[Written]) -> None:
         """Rank 0, after ``finish``: the index of all tensors, and Megatron's mark of a complete

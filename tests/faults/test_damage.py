@@ -162,3 +162,25 @@ def test_other_prompts_are_refused(
     finally:
         Path(path).write_bytes(before)
     assert ended["code"] == 2 and "data.path has 14 usable prompts" in ended["log"], ended
+
+
+def test_a_run_that_went_back_keeps_what_it_saves(
+    one_rank: WorkerGroup, finished: Path, fault_model: Path, fault_prompts: Path, tmp_path: Path
+):
+    """Claim: later checkpoints that a run left when it went back do not push out what it saves
+    when it comes by again."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    pointer = out / "checkpoints" / "latest"
+    pointer.write_text("step_0000002\n")
+    arguments = training_run.overrides(
+        fault_model, fault_prompts, out, "checkpoint.keep=1", "checkpoint.async_save=false"
+    )
+    kill = killed.Kill(function="megatron_opdlm.session:generate", call=5)  # in step 7
+    (ended,) = one_rank.run(killed.run, overrides=arguments, kill=kill, timeout=SECONDS)
+    assert ended["code"] == -9, ended
+    assert pointer.read_text() == "step_0000006\n"
+    check(out / "checkpoints" / "step_0000006")
+    (ended,) = one_rank.run(killed.run, overrides=arguments, timeout=SECONDS)
+    assert ended["code"] == 0, ended
+    assert metrics(out) == metrics(finished)
+    assert [path.name for path in (out / "checkpoints").glob("step_*")] == ["step_0000008"]
