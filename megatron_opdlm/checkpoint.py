@@ -33,6 +33,7 @@ from megatron_opdlm.model_state import (
     PREFIX,
     fill,
     layout_metadata,
+    optimizer_state,
     training_state,
     weights_state,
 )
@@ -189,7 +190,7 @@ class Checkpoints:
         progress, self.tracker_run_id = read_state(checkpoint, self.identity)
         loaded = load(training_state(student, is_loading=True), checkpoint / WEIGHTS)
         fill(student.model, loaded["model"], {})
-        student.optimizer.load_state_dict(loaded["optimizer"])
+        student.optimizer.load_state_dict(optimizer_state(student, loaded["optimizer"]))
         return progress
 
     def _way_out(self, damaged: str) -> str:

@@ -1,5 +1,6 @@
 """The student as Megatron stores it: its tensors under their keys, and how they come back."""
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,33 @@ def training_state(student: Student, *, is_loading: bool = False) -> dict[str, A
             model, is_loading=is_loading, metadata=layout_metadata()
         )
     return {"model": model, "optimizer": optimizer}
+
+
+def optimizer_state(student: Student, loaded: dict[Any, Any]) -> dict[Any, Any]:
+    """What the optimizer takes back, of what was loaded for ``training_state``'s question.
+
+    Megatron has an optimizer of its own for experts that are shared out over ranks, and the states
+    of several lie under their numbers. Where a checkpoint was written with another number of them,
+    each gets the options and the step count of the first; the tensors have the same keys.
+    """
+    optimizer: Any = student.optimizer
+    own = range(len(optimizer.chained_optimizers))
+    several = [key for key in loaded if isinstance(key, int)]
+    common = {key: value for key, value in loaded.items() if key not in several}
+    if len(own) == 1:
+        first = loaded[0] if several else {}
+        return first | common
+    if not common:
+        return loaded
+    return {
+        number: _for_experts(copy.deepcopy(common), number > 0) | loaded[number] for number in own
+    }
+
+
+def _for_experts(state: dict[str, Any], experts: bool) -> dict[str, Any]:
+    for group in state["optimizer"]["param_groups"]:
+        group["is_expert_parallel"] = experts
+    return state
 
 
 @contextmanager
