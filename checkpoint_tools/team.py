@@ -20,8 +20,7 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(
     hours=6
 )  # a rank waits while others write; a rank that dies is noticed at once
-_PLACE = (("RANK", "0"), ("WORLD_SIZE", "1"))
-_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +104,15 @@ def from_environment(command: str) -> Team:
     """The team that torchrun describes, or a process alone. Raises InputError where the
     environment describes neither.
     """
-    rank, size = (os.environ.get(name, default) for name, default in _PLACE)
-    if not (rank.isdigit() and size.isdigit() and int(rank) < int(size)):
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
+        return Team()
+    found = {name: os.environ.get(name, "nothing") for name in _OF_TORCHRUN}
+    rank = found["RANK"]
+    if "nothing" in found.values() or not (rank + size).isdigit() or int(rank) >= int(size):
+        described = ", ".join(f"{name}={value}" for name, value in found.items())
         raise InputError(
-            f"{command}: RANK={rank} and WORLD_SIZE={size} describe no process; start it with "
-            "torchrun, or unset both"
+            f"{command}: {described} describe no process; start it with torchrun, or unset them"
         )
     return Team(rank=int(rank), size=int(size))
 

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint_tools.manifest import write_manifest
+from checkpoint_tools.megatron_weights import read_weights
+from checkpoint_tools.qwen3_names import hf_from_megatron
+from checkpoint_tools.qwen3_shape import read_shape
+from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.parallel import Layout
 from tests import oracle
 from tests.conftest import VOCABULARY, TinyModels
-from tests.distributed import jobs
+from tests.distributed import conversion, jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.workers import WorkerGroups
 
@@ -65,3 +70,36 @@ def test_logits_equal_hugging_face_on_layouts(
     assert len(last_stage) == number // layout.pipeline
     for found in last_stage:
         assert_same_logits(found, expected)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2"])
+def test_weights_of_any_layout_are_read(
+    models: TinyModels, ranks: WorkerGroups, tmp_path: Path, name: str
+) -> None:
+    """Claim: an export reads what any layout saved, bit for bit: tensor ranks hold rows or columns,
+    the vocabulary is padded by a row, stages hold layers."""
+    hf = models.hf("student", tied=False)
+    number, layout = LAYOUTS[name]
+    directory = tmp_path / "weights"
+    ranks(number).run(conversion.save_on, layout=layout, model_dir=hf, directory=directory)
+    write_manifest(tmp_path, kind="model", dtype="fp32", block_contract=conversion.CONTRACT)
+    shape = read_shape(hf)
+    with open_weights(hf) as expected:
+        found = dict(hf_from_megatron(shape, read_weights(tmp_path, shape)))
+        assert found.keys() == set(expected.names())
+        for tensor_name, tensor in found.items():
+            assert torch.equal(tensor, expected.get(tensor_name)), tensor_name
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_ends_the_import(
+    models: TinyModels, ranks: WorkerGroups, tmp_path: Path
+) -> None:
+    """Claim: the rank raises its own error, the other one names it, and nothing is left."""
+    hf = models.hf("student", tied=False)
+    told = ranks(2).run(conversion.fail_on_last_rank, hf=hf, checkpoint=tmp_path / "checkpoint")
+    assert told[1] == "OSError: [Errno 28] No space left on device"
+    assert told[0].startswith("RunError: rank 1 failed")
+    assert "No space left" in told[0]
+    assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import conversion
 from checkpoint_tools import export_hf, weight_writer
 from checkpoint_tools.import_hf import convert
 from checkpoint_tools.manifest import BlockContract, read_manifest, write_manifest
@@ -24,6 +25,7 @@ from megatron_opdlm.checkpoint import load_weights, save_weights
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model.qwen3 import build_model, load_hf
 from megatron_opdlm.parallel import Layout
+from megatron_opdlm.public_shapes import SHAPES
 
 # isort: split
 from megatron.core import dist_checkpointing
@@ -162,6 +164,63 @@ def test_another_type_rounds_once(written: Written, tmp_path: Path, stored: str)
             assert torch.equal(tensor, weights.get(name).to(DTYPES[stored])), name
 
 
+# --- the published shapes
+
+PUBLISHED = {path.parent.name: path for path in sorted(SHAPES.glob("*/config.json"))}
+LARGEST = {  # Qwen3-235B-A22B, where it differs from Qwen3-30B-A3B
+    "hidden_size": 4096,
+    "num_attention_heads": 64,
+    "moe_intermediate_size": 1536,
+    "intermediate_size": 12288,
+}
+
+
+def scaled_down(name: str, directory: Path) -> Qwen3Shape:
+    """The published configuration with its proportions of heads, groups and widths, and its kind of
+    embedding, at a size for tests."""
+    largest = name == "Qwen3-235B-A22B"
+    config = json.loads(PUBLISHED["Qwen3-30B-A3B" if largest else name].read_text())
+    config |= LARGEST if largest else {}
+    for key, factor in (
+        ("hidden_size", 32),
+        ("intermediate_size", 64),
+        ("moe_intermediate_size", 64),
+        ("head_dim", 16),
+        ("num_experts", 16),
+        ("num_experts_per_tok", 4),
+    ):
+        if key in config:
+            config[key] //= factor
+    directory.mkdir()
+    config |= {"num_hidden_layers": 3, "vocab_size": 211}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    return read_shape(directory)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("name", [*PUBLISHED, "Qwen3-235B-A22B"])
+def test_round_trip_of_published_shapes(
+    name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = scaled_down(name, tmp_path / "hf")
+    generator = torch.Generator().manual_seed(3)
+    sizes = hf_names(shape)
+    tensors = {key: torch.randn(size, generator=generator) for key, size in sizes.items()}
+    write_weights(tmp_path / "hf", shape, tensors.items(), dtype, shard_bytes=200_000)
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    with open_weights(tmp_path / "hf") as weights:
+        convert(weights, checkpoint, BlockContract(mask_token_id=7), dtype)
+    monkeypatch.setattr(export_hf, "compare", lambda *arguments, **options: [])
+    manifest = read_manifest(checkpoint)
+    export_hf.convert(checkpoint, out, manifest, shape, model_format="qwen3", dtype=dtype)
+    with open_weights(out) as found:
+        assert found.model_shape == shape
+        assert found.names() == list(sizes)
+        for key, tensor in tensors.items():
+            assert torch.equal(found.get(key), tensor.to(DTYPES[dtype])), key
+
+
 # --- damage
 
 
@@ -252,3 +311,16 @@ def test_a_header_that_lies(tmp_path: Path) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     with pytest.raises(InputError, match="are not those of its shape"):
         open_weights(hf)
+
+
+# --- memory
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A model of more than 4 GiB, no tensor above 32 MiB: neither command needs more than 1.1 GiB
+    of memory that no file stands behind, the export's verification included."""
+    size, peaks = conversion.measure_memory(tmp_path)
+    assert size >= 4 * 2**30
+    assert {peak.name: peak.bytes / 2**30 for peak in peaks if peak.bytes > 1.1 * 2**30} == {}
