@@ -315,4 +315,8 @@ def default_sandbox() -> Sandbox:
     with _default_lock:
         if _default is None:
             _default = Sandbox()
+            for door in _default.describe()["warnings"]:
+                print(
+                    f"warning: the sandbox is open here: {door} (docs/sandbox.md)", file=sys.stderr
+                )
         return _default

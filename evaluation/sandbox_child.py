@@ -3,6 +3,8 @@
 Standard library only.
 """
 
+import _sitebuiltins
+import builtins
 import contextlib
 import fcntl
 import io
@@ -164,6 +166,8 @@ def fresh_interpreter(packages: list[str]) -> None:
     sys.argv[:] = ["program.py"]
     repository = str(Path(__file__).resolve().parents[1])
     sys.path[:] = [*(entry for entry in sys.path if entry != repository), *packages]
+    for name in ("exit", "quit"):  # what `site` would have put there
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     sys.stdin = sys.__stdin__ = _stream(0, "r")
     sys.stdout = sys.__stdout__ = _stream(1, "w")
     sys.stderr = sys.__stderr__ = _stream(2, "w")

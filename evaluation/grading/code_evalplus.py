@@ -25,6 +25,7 @@ _SANITIZER = Path(__file__).with_name("code_sanitizer.py")
 _ALL_TESTS_SECONDS = 60.0
 _SANITIZE_SECONDS, _IMPORT_SECONDS = 30.0, 300.0
 _CANONICAL_SECONDS = 60.0
+_TEXTS_PER_JAIL = 32  # at least: loading EvalPlus takes longer than the extraction
 
 Problem = dict[str, Any]
 
@@ -34,7 +35,7 @@ def sanitize(sandbox: Sandbox, texts: list[tuple[str, str]]) -> list[str]:
 
     It parses untrusted text with C code and may take long, so it runs in jails, too.
     """
-    size = -(-len(texts) // sandbox.workers) or 1
+    size = max(-(-len(texts) // sandbox.workers), _TEXTS_PER_JAIL)
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
     return [
         program for part in sandbox.map(lambda p: _sanitize(sandbox, p), parts) for program in part
