@@ -2,11 +2,15 @@
 configuration made.
 """
 
+import json
 from pathlib import Path
 
 from megatron_opdlm.checkpoint import CONFIG, replace_text
 from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
+from megatron_opdlm.data_hash import content_hash
 from megatron_opdlm.errors import InputError
+
+DATA = "data.json"  # {path: SHA-256} of the files that the run reads
 
 # Keys that may change between two starts of one run: they decide where and how fast, never what is
 # computed.
@@ -70,3 +74,15 @@ def prepare_run_directory(config: Config) -> None:
     out = Path(config.train.out)
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / CONFIG, to_yaml(config))
+    record = out / DATA
+    hashes = {
+        path: content_hash(Path(path)) for path in (config.data.path, config.mixing.path) if path
+    }
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else hashes
+    for path, digest in hashes.items():
+        if found.get(path) != digest:
+            raise InputError(
+                f"data.path={path} has changed since train.out={out} was started (sha256 {digest}, "
+                f"then {found.get(path)}); restore the file, or use another directory"
+            )
+    replace_text(record, json.dumps(hashes, indent=2) + "\n")

@@ -1,0 +1,124 @@
+"""Prepared data: every row is what the model is asked, and what was left out is counted."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_opdlm import prepare_data, run_directory
+from megatron_opdlm.config import load_config
+from megatron_opdlm.data_checks import EvaluationProblems, duplicates, words
+from megatron_opdlm.data_hash import content_hash
+from megatron_opdlm.data_sources import ask, fetch
+from megatron_opdlm.errors import InputError, RunError
+from tests.conftest import TinyModels
+
+LONG = "a b c d e f g h i j k l m n o"
+
+
+def write(path: Path, rows: list[object]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def prepared(models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command on rows; returns (rows written, manifest)."""
+    model = models.hf("student", tied=True)
+
+    def run(rows: list[object], *flags: str) -> tuple[list[dict], dict]:
+        source, out = write(tmp_path / "source.jsonl", rows), tmp_path / "data" / "out.jsonl"
+        argv = ["--source", str(source), "--tokenizer", str(model), "--out", str(out), *flags]
+        monkeypatch.setattr("sys.argv", ["prepare_data", *argv])
+        prepare_data.main()
+        manifest = json.loads(prepare_data.manifest_of(out).read_text())
+        assert manifest["sha256"] == hashlib.sha256(out.read_bytes()).hexdigest()
+        return [json.loads(line) for line in out.read_text().splitlines()], manifest
+
+    return run
+
+
+def test_questions_are_asked_as_their_domain_is():
+    math = "Q{x}\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert ask("Q{x}", "math", "by_domain") == ask("Q{x}", None, "math") == math
+    assert ask("Q", "science", "by_domain").endswith('e.g., "answer": "C".')
+    for domain in ("code", "chat", "poetry", None):
+        assert ask("Q", domain, "by_domain") == "Q"
+
+
+def test_rows_that_do_not_belong_are_dropped_and_counted(prepared, tmp_path, capsys):
+    """Claim: one row of each kind is found, for its reason; keys of kept rows are kept."""
+    data = tmp_path / "benchmarks"
+    data.mkdir()
+    (data / "B.json").write_text(json.dumps([{"question": f"x {LONG} y"}]))
+    rows = [
+        {"prompt": "abc", "source": "s", "domain": "math"},
+        {"prompt": "abc"},
+        {"prompt": "A b c", "domain": "chat"},
+        {"prompt": "a, B C!"},
+        {"prompt": f"z {LONG}"},
+        {"prompt": "a " * 60},
+    ]
+    kept, manifest = prepared(rows, "--evaluation-data", str(data), "--max-prompt-tokens", "50")
+    assert kept == [rows[0], rows[2]]
+    assert manifest["dropped"] == {
+        "faulty": 0,
+        "too_long": 1,
+        "repeated": 2,
+        "in_evaluation_data": 1,
+    }
+    assert (manifest["repeated_exactly"], manifest["repeated_normalised"]) == (1, 1)
+    assert manifest["overlap_by_file"] == {"B.json": 1}
+    assert manifest["domains"] == {"math": 1, "chat": 1}
+    assert "2 of 6" in capsys.readouterr().out
+
+
+def test_a_faulty_row_is_named_by_its_line(prepared):
+    rows = [{"prompt": "a"}, {"answer": "b"}, {"prompt": 3}]
+    with pytest.raises(InputError, match=r"2 of 3 rows are faulty: .*line 2: .*line 3: "):
+        prepared(rows)
+
+
+def test_faulty_rows_can_be_dropped(prepared):
+    kept, manifest = prepared([{"prompt": "a"}, {"answer": "b"}], "--drop-invalid")
+    assert kept == [{"prompt": "a"}] and manifest["dropped"]["faulty"] == 1
+
+
+def test_an_overlap_needs_that_many_words_in_a_row():
+    """Claim: n words in a row, not n - 1; a shorter question only as a whole; letters of Chinese
+    count as words."""
+    problems = EvaluationProblems(13)
+    problems.add("a", [LONG, "two words", "一二三四五六七八九十甲乙丙丁"])
+    own = LONG.split()
+    assert problems.file_of("q " + " ".join(own[1:14])) == "a"
+    assert problems.file_of("q " + " ".join(own[1:13]) + " r") is None
+    assert problems.file_of("Two WORDS.") == "a"
+    assert problems.file_of("two words more") is None
+    assert problems.file_of("问：二三四五六七八九十甲乙丙丁。") == "a"
+
+
+def test_words_and_duplicates():
+    assert words("Ｈello,  x^2!") == ["hello", "x", "2"]
+    assert duplicates(["a b", "A, B", "a b", (1,), (1,), "+", "-"]) == ([2, 4], [1])
+
+
+def test_an_unknown_set_and_no_network(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="did you mean 'opdlm_train'"):
+        fetch("opdlm_trian")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match="opdlm_train.json of divelab/opdlm_train_data cannot be"):
+        fetch("opdlm_train", cache=tmp_path)
+
+
+def test_a_run_records_its_data_and_refuses_other(tmp_path):
+    """Claim: the content's hash is in the run directory; a changed file does not continue it."""
+    data = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
+    config = load_config(None, [f"data.path={data}", f"train.out={tmp_path / 'run'}"])
+    run_directory.prepare_run_directory(config)
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert record == {str(data): content_hash(data)}
+    run_directory.prepare_run_directory(config)
+    write(data, [{"prompt": "b"}])
+    with pytest.raises(InputError, match="has changed since"):
+        run_directory.prepare_run_directory(config)
