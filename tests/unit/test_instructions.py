@@ -1,0 +1,100 @@
+"""IFEval: lm-eval's checkers on clean text, without a network, the same on every run."""
+
+import json
+import socket
+
+import pytest
+
+from evaluation.grading.instructions import check_instructions, known_instructions
+from evaluation.tasks import get_task
+from megatron_opdlm.errors import InputError
+
+TWO = {"num_sentences": 2, "relation": "at least"}
+CAPITALS = {"capital_frequency": 2, "capital_relation": "at least"}
+
+# instruction, its arguments, response, strict, loose
+CASES = [
+    ("punctuation:no_comma", {}, "No comma here.", True, True),
+    ("punctuation:no_comma", {}, "Well, no.", False, False),
+    ("startend:quotation", {}, '"All of it."', True, True),
+    ("startend:quotation", {}, 'Not "all" of it.', False, False),
+    ("startend:end_checker", {"end_phrase": "Bye now."}, "So long. Bye now.", True, True),
+    ("startend:end_checker", {"end_phrase": "Bye now."}, "Bye now. Or not?", False, False),
+    ("detectable_format:json_format", {}, '{"a": 1}', True, True),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', True, True),
+    ("detectable_format:json_format", {}, '{"a": 1', False, False),
+    ("change_case:english_capital", {}, "THIS IS AN ENGLISH SENTENCE ABOUT THE WEATHER.", True, 1),
+    ("change_case:english_lowercase", {}, "this is an english sentence about it.", True, True),
+    ("change_case:english_lowercase", {}, "This is an english sentence about it.", False, False),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "at least"}, "a b c", 1, 1),
+    ("length_constraints:number_words", {"num_words": 3, "relation": "less than"}, "a b c", 0, 0),
+    ("length_constraints:number_sentences", TWO, "One came. Two left.", True, True),
+    ("length_constraints:number_sentences", TWO, "Dr. No came.", False, False),
+    ("change_case:capital_word_frequency", CAPITALS, "HELLO there WORLD", True, True),
+    ("change_case:capital_word_frequency", CAPITALS, "Hello there WORLD", False, False),
+    ("keywords:existence", {"keywords": ["sun", "moon"]}, "The sun and the moon.", True, True),
+    ("keywords:existence", {"keywords": ["sun", "moon"], "other": None}, "The sun.", False, False),
+    ("keywords:forbidden_words", {"forbidden_words": ["rain"]}, "Only sun.", True, True),
+    ("detectable_format:title", {}, "<<A title>>\ntext", True, True),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n* b", True, True),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Hi.\nP.S. bye", True, True),
+    ("combination:two_responses", {}, "one **** two", False, False),
+    ("combination:two_responses", {}, "one\n******\ntwo", True, True),
+    ("startend:quotation", {}, 'Sure!\n"All of it."', False, True),  # loose drops the first line
+    ("punctuation:no_comma", {}, " ", False, False),  # an empty response keeps nothing
+]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_args, **_options):
+        raise AssertionError("a scorer asked for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize(("name", "arguments", "response", "strict", "loose"), CASES)
+def test_one_instruction(name, arguments, response, strict, loose):
+    verdict = check_instructions("Write.", [name], [arguments], response)
+    assert verdict.strict == [bool(strict)]
+    assert verdict.loose == [bool(loose)]
+
+
+def test_every_instruction_of_the_published_set_is_known():
+    """IFEval has 25 kinds of instruction in 9 groups."""
+    assert len(known_instructions()) == 25
+    assert len({name.partition(":")[0] for name in known_instructions()}) == 9
+
+
+def test_a_prompt_counts_when_every_instruction_is_kept(tmp_path):
+    """The end marker of an engine never reaches the checkers; shares are reported beside."""
+    row = {
+        "key": 1,
+        "question": "Quote it without commas.",
+        "instruction_id_list": ["startend:quotation", "punctuation:no_comma"],
+        "kwargs": [{}, {"num_words": None}],
+    }
+    (tmp_path / "IFEval.json").write_text(json.dumps([row]))
+    task = get_task("IFEval")
+    [loaded] = task.load(tmp_path)
+    assert task.prompt(loaded)["messages"] == [{"role": "user", "content": row["question"]}]
+    assert task.grade(loaded, '"All of it."').correct
+    half = task.grade(loaded, '"All, of it."')
+    assert (half.correct, half.scores) == (False, {"loose": 0.0, "instruction": 0.5})
+    with pytest.raises(InputError, match="instruction 'no:such' is not known"):
+        task.grade({**row, "instruction_id_list": ["no:such"], "kwargs": [{}]}, "x")
+
+
+def test_a_stand_in_for_the_sentence_splitter_is_flagged(tmp_path):
+    """Without NLTK's Punkt data, and only where sentences are counted."""
+    verdict = check_instructions("p", ["length_constraints:number_sentences"], [TWO], "A b. C d.")
+    other = check_instructions("p", ["punctuation:no_comma"], [{}], "A b.")
+    assert not other.approximate
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError:
+        assert verdict.approximate
+    else:
+        assert not verdict.approximate
