@@ -95,11 +95,11 @@ def test_an_overlap_needs_that_many_words_in_a_row():
     assert problems.file_of("q " + " ".join(own[1:13]) + " r") is None
     assert problems.file_of("Two WORDS.") == "a"
     assert problems.file_of("two words more") is None
-    assert problems.file_of("问：二三四五六七八九十甲乙丙丁。") == "a"
+    assert problems.file_of("问 二三四五六七八九十甲乙丙丁。") == "a"
 
 
 def test_words_and_duplicates():
-    assert words("Ｈello,  x^2!") == ["hello", "x", "2"]
+    assert words("\uff28ello,  x^2!") == ["hello", "x", "2"]
     assert duplicates(["a b", "A, B", "a b", (1,), (1,), "+", "-"]) == ([2, 4], [1])
 
 
@@ -107,7 +107,7 @@ def test_an_unknown_set_and_no_network(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="did you mean 'opdlm_train'"):
         fetch("opdlm_trian")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RunError, match="opdlm_train.json of divelab/opdlm_train_data cannot be"):
+    with pytest.raises(RunError, match=r"opdlm_train\.json of divelab/opdlm_train_data cannot be"):
         fetch("opdlm_train", cache=tmp_path)
 
 
