@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check
+from checkpoint_tools.checksums import sha256_of
 from checkpoint_tools.formats import check_format
 from checkpoint_tools.manifest import BlockContract, Manifest, read_manifest, write_manifest
 from checkpoint_tools.publish import new_directory
@@ -69,6 +70,7 @@ def test_manifest_round_trip(saved: Path) -> None:
         dtype="fp32",
         block_contract=BlockContract(mask_token_id=64, block_size=4),
         files={"weights/__0_0.distcp": 5},
+        sha256={"weights/__0_0.distcp": sha256_of(saved / "weights/__0_0.distcp")},
     )
 
 
@@ -81,7 +83,7 @@ def test_manifest_round_trip(saved: Path) -> None:
         (lambda d: (d / "manifest.json").write_text("{"), "not valid JSON"),
         (lambda d: edit_json(d / "manifest.json", format="other/9"), "format='other/9'"),
         (lambda d: edit_json(d / "manifest.json", files=None), "is damaged"),
-        (lambda d: edit_json(d / "manifest.json", kind="soup"), "kind='soup'"),
+        (lambda d: edit_json(d / "manifest.json", kind="training"), "its checksum is another"),
         (shutil.rmtree, "is not a directory"),
     ],
 )
