@@ -8,6 +8,7 @@ been compared with the checkpoint (see verify).
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
@@ -107,10 +108,13 @@ def _check_files(checkpoint: Path, manifest: Manifest, team: Team) -> None:
     another than when the file was written.
     """
     from checkpoint_tools.megatron_weights import weight_files
+    from checkpoint_tools.weight_writer import THREADS
 
     names = [name for name in weight_files(checkpoint) if name in manifest.sha256]
     share = team.share([manifest.files[name] for name in names])
-    check_contents(checkpoint, manifest, [names[number] for number in share])
+    with ThreadPoolExecutor(THREADS) as pool:
+        own = [names[number] for number in share]
+        list(pool.map(lambda name: check_contents(checkpoint, manifest, [name]), own))
 
 
 def _write(

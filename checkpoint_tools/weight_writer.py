@@ -11,6 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,8 @@ BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-FILE_BYTES = 512 * 1024**2  # of weights in a file; several, so that ranks can share them
+FILE_BYTES = 256 * 1024**2  # of weights in a file; several, so that ranks can share them
+THREADS = 2  # files that a process writes at a time: one is hashed while another is flushed
 PIECE_BYTES = 64 * 1024**2  # of a matrix that stands alone (embedding, output layer) in a piece
 _ALIGNMENT = 64  # bytes; torch aligns a tensor to it within its record, and we the records
 
@@ -214,13 +216,15 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this process's files."""
-        results = [result for own in self._plan.own for result in self._write_file(*own)]
+        with ThreadPoolExecutor(THREADS) as pool, _no_crc32():
+            written = pool.map(lambda own: self._write_file(*own), self._plan.own)
+            results = [result for of_file in written for result in of_file]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
-    def _write_file(self, number: int, items: Sequence[WriteItem]) -> Iterator[WriteResult]:
-        with HashingFile(self._directory / _file_name(number)) as file, _no_crc32():
+    def _write_file(self, number: int, items: Sequence[WriteItem]) -> list[WriteResult]:
+        with HashingFile(self._directory / _file_name(number)) as file:
             places = []
             for item in items:
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
@@ -230,9 +234,11 @@ class _Writer(dcp.FileSystemWriter):
                 file.raise_failure()
                 self._progress.update(tensor.nbytes)
                 places.append((start, file.tell() - start))
-        for item, (start, length) in zip(items, places, strict=True):
-            where = (number, start, length, file.sha256)
-            yield WriteResult(index=item.index, size_in_bytes=length, storage_data=where)
+        sha256 = file.sha256
+        return [
+            WriteResult(item.index, length, storage_data=(number, start, length, sha256))
+            for item, (start, length) in zip(items, places, strict=True)
+        ]
 
     def storage_meta(self) -> None:
         """No name and no mark of this very save: the same weights give the same description."""
