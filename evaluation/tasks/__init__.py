@@ -28,10 +28,10 @@ from evaluation.tasks.training_probes import DAPOMath, GSM8KTrain, MATHTrain, OP
 from evaluation.tasks.zebralogic import ZebraLogic
 from megatron_opdlm.errors import InputError, nearest
 
-__all__ = ["NOT_SCORED", "Grade", "Row", "Task", "get_task", "task_names"]
+__all__ = ["NOT_SCORED", "PAPER_TASKS", "Grade", "Row", "Task", "get_task", "task_names"]
 
-_TASKS: tuple[type[Task], ...] = (
-    # The paper's, in its order.
+# In the paper's order.
+_PAPER: tuple[type[Task], ...] = (
     MMLU,
     MMLUPro,
     GPQADiamond,
@@ -52,6 +52,9 @@ _TASKS: tuple[type[Task], ...] = (
     IncludeLite,
     MTAIME2024,
     MLogiQA,
+)
+_TASKS: tuple[type[Task], ...] = (
+    *_PAPER,
     # Of the training sets.
     OPDLMTrain,
     MATHTrain,
@@ -61,6 +64,9 @@ _TASKS: tuple[type[Task], ...] = (
     Addition,
     ExactMatch,
 )
+
+
+PAPER_TASKS = tuple(task().name for task in _PAPER)
 
 
 def task_names() -> list[str]:

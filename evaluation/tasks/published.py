@@ -8,7 +8,7 @@ class PublishedTask(Task):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if "name" in vars(cls):
+        if "name" in vars(cls) and "how_to_get" not in vars(cls):
             cls.how_to_get = (
                 f"fetch it: python -m evaluation.download --data DIR --tasks {cls.name}"
             )

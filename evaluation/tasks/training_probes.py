@@ -10,6 +10,10 @@ from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import NOT_SCORED, Grade, Row
 
+_OWN_FILE = (
+    "it is not published in this form; write a JSON list of objects with 'question' and "
+    "'ground_truth_answer'"
+)
 _NOT_SCORED = Grade(correct=False, extracted=None, flags=[NOT_SCORED])
 
 
@@ -90,6 +94,7 @@ class DAPOMath(MathProblem):
 
     name = "DAPO_Math_17k"
     file = "DAPO_Math_17k.json"
+    how_to_get = _OWN_FILE
 
 
 class GSM8KTrain(MathProblem):
@@ -97,3 +102,4 @@ class GSM8KTrain(MathProblem):
 
     name = "GSM8K_train"
     file = "GSM8K_train.json"
+    how_to_get = _OWN_FILE
