@@ -1,36 +1,23 @@
 """The live objects of one training run, and the glue between the stages of a step."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_opdlm import accounting, balance, parallel, preemption, watchdog
-from megatron_opdlm.build import (
-    ModelSource,
-    build_checkpoints,
-    build_objective,
-    build_plan,
-    build_student,
-    choose_teacher,
-    describe_kernels,
-    low_rank_of,
-    model_layout,
-    open_pair,
-)
+from megatron_opdlm.build import ModelSource, low_rank_of
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
 from megatron_opdlm.errors import Stopped
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.qwen3 import Qwen3
-from megatron_opdlm.offload import HOST, layers_here, move_layers, optimizer_away
+from megatron_opdlm.offload import layers_here, optimizer_away
 from megatron_opdlm.packing import (
     PackedBatch,
     Packing,
@@ -38,11 +25,8 @@ from megatron_opdlm.packing import (
     pack_step,
     student_tokens,
 )
-from megatron_opdlm.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.rollout import Rollout, generate
-from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
-from megatron_opdlm.run_state import RunIdentity
 from megatron_opdlm.sample_texts import sample_rows
 from megatron_opdlm.slots import split_over_replicas
 from megatron_opdlm.states import State
@@ -277,73 +261,3 @@ def my_share(
     ]
     shares = balance.share_out(costs, parallel.data_parallel_size())
     return [states[i] for i in shares[parallel.data_parallel_rank()]]
-
-
-def open_session(config: Config) -> Session:
-    """Check everything, then build everything; continues from the newest checkpoint where there is
-    one.
-    """
-    check_run_directory(config)
-    source, teacher_source = open_pair(config)
-    plan = build_plan(config, source)
-    timeout_seconds = config.distributed.timeout_seconds
-    hardware = parallel.init(
-        model_layout(config), seed=config.train.seed, timeout_seconds=timeout_seconds
-    )
-    watchdog.start(timeout_seconds, parallel.broadcast_object)
-    checkpoints = build_checkpoints(config, source, hardware)
-    checkpoints.identity = RunIdentity.of(plan.prompts.prompts, config.train.seed)
-    latest = checkpoints.latest()
-    student = build_student(source, config, hardware, load=latest is None)
-    progress = Progress() if latest is None else checkpoints.restore(student, latest)
-    teacher = None
-    if config.loss.kind != "nll":
-        teacher = choose_teacher(student, source, teacher_source, config, hardware)
-        if config.teacher.quantization == "fp8":
-            count = config.teacher.calibration_prompts
-            sequences = calibration_sequences(plan.prompts.prompts, count, plan.max_positions)
-            quantize_fp8(teacher, sequences, packing_of(config, source, hardware))
-    if parallel.is_writer():
-        prepare_run_directory(config)
-        _announce(config, hardware, plan, progress)
-    parallel.barrier()
-    session = Session(
-        config=config,
-        hardware=hardware,
-        source=source,
-        plan=plan,
-        student=student,
-        teacher=teacher,
-        teacher_source=teacher_source,
-        objective=build_objective(config, teacher),
-        checkpoints=checkpoints,
-        metrics=MetricsWriter(
-            Path(config.train.out),
-            enabled=parallel.is_writer(),
-            tensorboard=config.logging.tensorboard,
-            total_steps=plan.total_steps,
-            start_step=progress.step,
-        ),
-        progress=progress,
-        saved_step=progress.step,
-    )
-    if teacher is not None and session.teacher_waits:
-        move_layers(teacher, HOST)
-    return session
-
-
-def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Progress) -> None:
-    """What is about to happen, on stderr beside the progress bar."""
-    layout = model_layout(config)
-    lines = [
-        f"hardware: {hardware.reason}",
-        describe_kernels(config, hardware),
-        f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
-        f"{layout.context} x data {parallel.data_parallel_size()}"
-        + (f", experts over {layout.expert}" if layout.expert > 1 else "")
-        + (", sequence parallel" if layout.sequence_parallel else ""),
-        f"prompts: {plan.prompts.summary}",
-        f"steps: {plan.total_steps}"
-        + (f", resuming after step {progress.step}" if progress.step else ""),
-    ]
-    print("\n".join(lines), file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ def run(config: Config) -> None:
     """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
     from megatron_opdlm.endings import kept
     from megatron_opdlm.failures import reported
-    from megatron_opdlm.session import open_session
+    from megatron_opdlm.opening import open_session
     from megatron_opdlm.states import choose_states
     from megatron_opdlm.update import update
 

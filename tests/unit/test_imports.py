@@ -23,7 +23,7 @@ FLOW = (
     *("teacher", "divergence", "update", "checkpoint"),
 )
 # What wires a run together; nothing but these and the commands imports them.
-WIRING = ("build", "session", "endings", "train", "replay", "dry_run")
+WIRING = ("build", "session", "opening", "endings", "train", "replay", "dry_run")
 COMMANDS = ("import_hf", "export_hf", "verify", "serve_check", "inspect")
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.truncation", "megatron_opdlm.diffusion.denoising")
