@@ -94,14 +94,17 @@ def _destroy_groups() -> None:
 
 
 def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
-    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
-        dist.init_process_group(hardware.process_group_backend, **options)
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store over restarts of its ranks, addresses of dead ones included.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
     else:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] -- documented all the same
-        dist.init_process_group(
-            hardware.process_group_backend, store=store, rank=0, world_size=1, **options
-        )
+        store, rank, ranks = dist.HashStore(), 0, 1  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(
+        hardware.process_group_backend, store=store, rank=rank, world_size=ranks, timeout=timeout
+    )
     atexit.register(_leave)
 
 
