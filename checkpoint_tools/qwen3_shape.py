@@ -2,16 +2,19 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.file_kinds import foreign_kind
 
 DENSE_TYPES = ("qwen3", "a2d-qwen3", "sdar")
 EXPERT_TYPES = ("qwen3_moe", "sdar_moe")
 MODEL_TYPES = DENSE_TYPES + EXPERT_TYPES
+_MOST_PARTS = 1_000_000  # layers, times the experts in each: names are listed one by one
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError when the file is missing or holds something else."""
     if not path.is_file():
         raise InputError(f"{path.parent} has no {path.name}; give a complete model directory")
+    kind = foreign_kind(path)
+    if kind is not None:
+        raise InputError(f"{path} is {kind}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):
         raise InputError(
@@ -98,6 +104,10 @@ def read_shape(hf_dir: Path) -> Qwen3Shape:
         max_positions=_positive(config, "max_position_embeddings", path, default=32768),
         experts=_experts(config, path) if config["model_type"] in EXPERT_TYPES else None,
     )
+    if shape.layers * (shape.experts.count if shape.experts else 1) > _MOST_PARTS:
+        raise InputError(
+            f"{path}: num_hidden_layers={shape.layers} is beyond any Qwen3; correct the file"
+        )
     if shape.heads % shape.groups:
         raise InputError(
             f"{path}: num_key_value_heads={shape.groups} does not divide "
@@ -220,6 +230,9 @@ def _refuse_other_architectures(config: Mapping[str, Any], path: Path) -> None:
         raise InputError(f"{path}: attention_bias=true; only Qwen3's bias-free attention is built")
     if config.get("quantization_config"):
         raise InputError(f"{path}: weights are quantised; use the unquantised (bf16 or fp32) model")
+    for key in ("layer_types", "architectures"):
+        if not isinstance(config.get(key) or [], list):
+            raise InputError(f"{path}: {key}={config[key]!r} is no list; correct the file")
     sliding = config.get("use_sliding_window", False) and config.get("sliding_window")
     if sliding or "sliding_attention" in (config.get("layer_types") or ()):
         raise InputError(
@@ -306,6 +319,7 @@ def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
 
 
 def _number(value: object, key: str, path: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:  # NaN is in no range
         raise InputError(f"{path}: {key}={value!r} is not a positive number; correct the file")
     return float(value)

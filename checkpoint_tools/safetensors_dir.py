@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_json, read_shape
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.file_kinds import foreign_kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,16 +40,18 @@ class TensorEntry:
 
     def is_consistent(self) -> bool:
         """True if as many bytes belong to the tensor as its shape and type need."""
-        size = math.prod(self.shape) * ITEM_BYTES[self.dtype]
-        return self.start >= 8 and self.stop - self.start == size
+        return self.stop - self.start == math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of one safetensors file. Raises InputError when it is missing, truncated or no
-    safetensors file.
+    safetensors file, and when its tensors overlap or leave bytes unused, which the format forbids.
     """
     if not path.is_file():
         raise InputError(f"{path.parent} lacks the shard {path.name}; copy it again")
+    kind = foreign_kind(path)
+    if kind is not None:
+        raise InputError(f"{path} is {kind}")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -59,26 +62,39 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         header: dict[str, dict[str, Any]] = json.loads(text)
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        entries = {
-            name: TensorEntry(
-                path,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        entries = {name: _entry(path, 8 + length, entry) for name, entry in header.items()}
+        end = _end(entries, 8 + length)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{path} is no safetensors file (broken header); copy it again") from None
-    if size != 8 + length + end:
-        problem = "is truncated" if size < 8 + length + end else "has trailing bytes"
+    if size != end:
+        problem = "is truncated" if size < end else "has trailing bytes"
         raise InputError(
-            f"{path} {problem}: {size} bytes, but its header describes {8 + length + end}; "
-            "copy it again"
+            f"{path} {problem}: {size} bytes, but its header describes {end}; copy it again"
         )
     return entries
+
+
+def _entry(path: Path, first: int, entry: dict[str, Any]) -> TensorEntry:
+    """One tensor of a header whose data begins at byte ``first``. ValueError, TypeError or KeyError
+    where it is none.
+    """
+    start, stop = entry["data_offsets"]
+    dtype, shape = entry["dtype"], tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)):
+        raise ValueError("offsets and sizes are integers from 0")
+    if not isinstance(dtype, str):
+        raise TypeError("a type is a name")
+    return TensorEntry(path, dtype, shape, first + start, first + stop)
+
+
+def _end(entries: Mapping[str, TensorEntry], first: int) -> int:
+    """Where the last tensor ends. ValueError unless they follow each other from byte ``first``."""
+    position = first
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != position or entry.stop < entry.start:
+            raise ValueError("tensors overlap or leave bytes between them")
+        position = entry.stop
+    return position
 
 
 class HFWeights:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.file_kinds import foreign_kind
 from megatron_opdlm.records import Vocabulary
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ def _load_tokenizer(hf_dir: Path, stamp: tuple[int, ...]) -> "PreTrainedTokenize
     from transformers import AutoTokenizer, Qwen3Config
 
     plain = Qwen3Config()
+    for name in TOKENIZER_FILES:
+        kind = foreign_kind(hf_dir / name) if (hf_dir / name).is_file() else None
+        if kind is not None:
+            raise InputError(f"{hf_dir / name} is {kind}")
     try:
         return AutoTokenizer.from_pretrained(str(hf_dir), config=plain, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise on a broken file
@@ -165,8 +170,16 @@ def end_tokens(hf_dir: Path | str) -> list[int]:
 
 def pad_token(hf_dir: Path | str) -> int:
     """Id that fills what nobody reads: the configured pad token, else the first end token."""
-    found = _configured(Path(hf_dir), "pad_token_id")
-    return found if isinstance(found, int) else end_tokens(hf_dir)[0]
+    hf_dir = Path(hf_dir)
+    found, vocab_size = _configured(hf_dir, "pad_token_id"), read_shape(hf_dir).vocab_size
+    if found is None:
+        return end_tokens(hf_dir)[0]
+    if type(found) is not int or not 0 <= found < vocab_size:
+        raise InputError(
+            f"{hf_dir}: pad_token_id={found!r} is no id below vocab_size={vocab_size}; correct "
+            "generation_config.json"
+        )
+    return found
 
 
 def _configured(hf_dir: Path, key: str) -> Any:

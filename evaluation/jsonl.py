@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.file_kinds import foreign_kind
+from megatron_opdlm.json_text import parse, problem
 
 
 def read_jsonl(path: Path, what: str) -> list[dict[str, Any]]:
@@ -15,9 +17,10 @@ def read_jsonl(path: Path, what: str) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{what} {path}: no such file; give a JSONL file, one object a line")
+    _refuse_other_kinds(path, what)
     rows = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     rows.append(_row(line, f"{what} {path}: line {number}"))
@@ -37,10 +40,14 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     """
     if path.suffix != ".json":
         return read_jsonl(path, what)
+    _refuse_other_kinds(path, what)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {path}: not JSON ({error}); give a list of objects") from error
+        rows = parse(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        line = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError(
+            f"{what} {path}: not JSON ({problem(error)}{line}); give a list of objects"
+        ) from error
     if not isinstance(rows, list):
         raise InputError(f"{what} {path}: a {type(rows).__name__}; give a list of objects")
     if not rows:
@@ -48,16 +55,25 @@ def read_rows(path: Path, what: str) -> list[dict[str, Any]]:
     wrong = next((i for i, row in enumerate(rows) if not isinstance(row, dict)), None)
     if wrong is not None:
         raise InputError(
-            f"{what} {path}: row {wrong}: a {type(rows[wrong]).__name__}, an object is needed"
+            f"{what} {path}: row {wrong}: a {type(rows[wrong]).__name__}, an object is needed; "
+            "write {...}"
         )
     return rows
 
 
+def _refuse_other_kinds(path: Path, what: str) -> None:
+    kind = foreign_kind(path)
+    if kind is not None:
+        raise InputError(f"{what} {path}: is {kind}")
+
+
 def _row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); write one object a line") from error
+        row = parse(line)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: not JSON ({problem(error)}); write one object a line"
+        ) from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: a {type(row).__name__}, an object is needed; write {{...}}")
     return row

@@ -84,9 +84,25 @@ def read_summary(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+_COUNTED = ("accuracy", "stderr", "tokens_per_denoising_step", "tokens_per_forward")
+_COUNTED += ("mean_response_tokens", "seconds")
+
+
 def _is_row(row: object) -> bool:
-    needed = ("task", "n", "accuracy", "settings", "tokens_per_denoising_step")
-    return isinstance(row, dict) and all(key in row for key in needed)
+    """A row as ``evaluation.summary`` writes it, with settings that say how it was decoded (or say
+    nothing of it)."""
+    if not isinstance(row, dict) or not isinstance(row.get("settings"), dict):
+        return False
+    if not isinstance(row.get("task"), str) or type(row.get("n")) is not int:
+        return False
+    counted = [row.get(key, "missing") for key in _COUNTED]
+    if not all(value is None or type(value) in (int, float) for value in counted):
+        return False
+    try:
+        decoding_label(row["settings"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return isinstance(row["settings"].get("model", ""), str)
 
 
 def read_results(arguments: Iterable[str]) -> list[Result]:

@@ -104,9 +104,12 @@ def truncation_rate(predictions: list[Row]) -> float | None:
 
 def counts_of(predictions: list[Row]) -> Counts | None:
     """What ``evaluation.run`` counted, from its predictions; None when it is not all there."""
-    wanted = ("response_ids", "passes", "forwards")
-    if not all(isinstance(row.get(key), list) for row in predictions for key in wanted):
-        return None
+    kinds = {"response_ids": list, "passes": int, "forwards": int}
+    for row in predictions:
+        for key, kind in kinds.items():
+            values = row.get(key)
+            if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
+                return None
     return Counts(
         responses=sum(len(row["responses"]) for row in predictions),
         response_tokens=sum(len(ids) for row in predictions for ids in row["response_ids"]),

@@ -174,8 +174,6 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, enable_thinking: bool) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise InputError(
             "the model's tokenizer has no chat template to render messages or a question with; "
@@ -185,8 +183,10 @@ def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, enable_thinking: 
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
         )
-    except TemplateError as error:
-        raise InputError(f"the chat template refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program of its author's: it raises what it likes
+        raise InputError(
+            f"the chat template refuses these messages: {error}; change them or the template"
+        ) from error
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

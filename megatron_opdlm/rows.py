@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.file_kinds import foreign_kind
+from megatron_opdlm.json_text import parse, parse_at, problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ def read_rows(path: Path, option: str) -> list[Row]:
     """
     where = f"{option}={path}"
     if not path.exists():
-        raise InputError(f"{where}: no such file or directory")
+        raise InputError(f"{where}: no such file or directory; check the path")
     read = _reader(path, where)
     rows = [
         _row(index, f"{where}: {place}", value) for index, (place, value) in enumerate(read(path))
@@ -66,6 +68,9 @@ def _row(index: int, place: str, value: Any) -> Row:
 
 
 def _read_text(path: Path, where: str) -> str:
+    kind = foreign_kind(path)
+    if kind is not None:
+        raise InputError(f"{where}: is {kind}")
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -80,10 +85,10 @@ def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line)
-        except json.JSONDecodeError as error:
+            yield f"line {number}", parse(line)
+        except ValueError as error:
             raise InputError(
-                f"{where}: line {number}: not valid JSON ({error.msg} at column {error.colno}); "
+                f"{where}: line {number}: not valid JSON ({problem(error)}); "
                 "a .jsonl file has one object a line"
             ) from error
 
@@ -94,13 +99,12 @@ def _read_json(path: Path, where: str) -> Iterator[tuple[str, Any]]:
     if not text.lstrip().startswith("["):
         yield from _read_jsonl(path, where)
         return
-    decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0
     try:
         while (position := _skip_space(text, position)) < len(text) and text[position] != "]":
             line += text.count("\n", counted, position)
             counted = position
-            value, position = decoder.raw_decode(text, position)
+            value, position = parse_at(text, position)
             yield f"line {line}", value
             position = _skip_space(text, position)
             if text[position : position + 1] == ",":
@@ -109,9 +113,10 @@ def _read_json(path: Path, where: str) -> Iterator[tuple[str, Any]]:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
         if text[position:].strip() != "]":
             raise json.JSONDecodeError("Expecting the list's end", text, position)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
+        line = getattr(error, "lineno", line)
         raise InputError(
-            f"{where}: line {error.lineno}: not valid JSON ({error.msg} at column {error.colno}); "
+            f"{where}: line {line}: not valid JSON ({problem(error)}); "
             "a .json file is one list of objects"
         ) from error
 
