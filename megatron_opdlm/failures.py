@@ -80,7 +80,7 @@ def name(error: Exception) -> Exception:
         return RunError(elsewhere)
     if _is_collective(error):
         return RunError(
-            f"a collective failed in {doing}, and no rank has died: "
+            f"a collective failed in {doing}, and no rank is known to have died: "
             f"{_first_line(error)}; look at the other ranks' output, and whether all run the same "
             "version and configuration. The same command continues from the newest checkpoint"
         )
