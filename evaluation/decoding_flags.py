@@ -18,6 +18,7 @@ class Loading:
 
     tp: int = 1  # ranks
     pp: int = 1  # ranks
+    ep: int = 1  # ranks that share out the experts, among those that tp and pp leave
     mask_token_id: int | None = None  # None: the tokenizer's mask token, else 151669 where it fits
 
 
@@ -52,6 +53,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
+    group.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
     group.add_argument(
         "--mask-token-id", type=int, default=None, help="for models whose tokenizer has no mask"
     )
@@ -80,16 +82,24 @@ def decoding_from(args: argparse.Namespace) -> Decoding:
 def loading_from(args: argparse.Namespace) -> Loading:
     """Layout and mask id; the layout must fit the processes that the launcher started."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.tp < 1 or args.pp < 1:
-        raise InputError(f"--tp {args.tp} --pp {args.pp}: numbers of ranks; use 1 or more")
+    if min(args.tp, args.pp, args.ep) < 1:
+        raise InputError(
+            f"--tp {args.tp} --pp {args.pp} --ep {args.ep}: numbers of ranks; use 1 or more"
+        )
     if world % (args.tp * args.pp):
         raise InputError(
             f"--tp {args.tp} --pp {args.pp}: their product {args.tp * args.pp} does not divide the "
             f"{world} started processes; start a multiple of {args.tp * args.pp} with torchrun"
         )
+    copies = world // (args.tp * args.pp)
+    if copies % args.ep:
+        raise InputError(
+            f"--ep {args.ep} does not divide the {copies} ranks that --tp {args.tp} --pp {args.pp} "
+            f"leave of {world} started processes; start a multiple of {args.tp * args.pp * args.ep}"
+        )
     if args.mask_token_id is not None and args.mask_token_id < 0:
         raise InputError(f"--mask-token-id {args.mask_token_id}: a token id; use 0 or more")
-    return Loading(tp=args.tp, pp=args.pp, mask_token_id=args.mask_token_id)
+    return Loading(tp=args.tp, pp=args.pp, ep=args.ep, mask_token_id=args.mask_token_id)
 
 
 def check_model(path: Path) -> None:

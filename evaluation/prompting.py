@@ -37,9 +37,20 @@ def prompt_from(
     if tokenizer is None and "prompt_ids" not in row:
         raise InputError(f"{where}: row {index}: the model has no tokenizer; give prompt_ids")
     try:
-        ids = render(row, tokenizer, enable_thinking)
+        ids = _ids(row, tokenizer, enable_thinking)
     except InputError as error:
         raise InputError(f"{where}: row {index}: {error}") from error
     if not ids:
         raise InputError(f"{where}: row {index}: the prompt has no tokens; write some text")
     return Prompt(index=index, ids=ids)
+
+
+def _ids(row: dict[str, Any], tokenizer: Any, enable_thinking: bool) -> list[int]:
+    """Token ids of a row. Messages that end with an assistant's turn are continued inside it,
+    without thinking: the template opens that turn, and its text follows as it stands.
+    """
+    messages = row.get("messages")
+    if not messages or messages[-1].get("role") != "assistant":
+        return render(row, tokenizer, enable_thinking)
+    opened = render({"messages": messages[:-1]}, tokenizer, False)
+    return [*opened, *tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]]

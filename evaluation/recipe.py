@@ -25,6 +25,7 @@ from evaluation.run import evaluate, load_tasks, write_results
 from evaluation.sample import open_generator
 from evaluation.sweep import finished
 from evaluation.tasks import get_task
+from megatron_opdlm import yaml_text
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
 
@@ -57,8 +58,10 @@ def read_recipe(path: Path) -> list[RecipeRun]:
     if not path.is_file():
         raise InputError(f"{where}: no such file; configs/evaluation/ holds ready ones")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        yaml_text.check(text)
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: "2001-99-99" and the like
         raise InputError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict) or set(tree) - {"common", "runs"}:
         raise InputError(f"{where}: needs the keys common and runs, and no others")
@@ -204,6 +207,7 @@ def _parser() -> Arguments:
     parser.add_argument("--limit", type=int, help="first problems of each task only")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
     parser.add_argument("--mask-token-id", type=int, help="for models whose tokenizer has no mask")
     parser.add_argument("--dry-run", action="store_true", help="check the file, show its runs")
     return parser

@@ -4,13 +4,15 @@
     flags]
 
 Writes ``predictions.jsonl`` (one row a problem: texts, token ids, commit passes, counts, verdicts)
-and ``summary.json`` into --out, which must be new or empty, and prints the table. Every problem's
-random key is its row number, so a result does not depend on --limit, on the layout or on the other
-tasks.
+and ``summary.json`` into --out, and prints the table. Responses are written as they end, and the
+same command goes on after a kill without making them again; --tp, --pp, --ep and the number of
+processes may be others then. An --out that is finished is shown, one that holds other settings is
+refused. A response's random numbers depend on --seed, its row in the data file and its number among
+the row's responses: not on --limit, --samples, the layout or the other tasks.
 """
 
 import argparse
-import time
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,127 +23,114 @@ from evaluation.decoding_flags import (
     decoding_from,
     loading_from,
 )
-from evaluation.jsonl import check_new_directory, write_json, write_jsonl
+from evaluation.identity import recorded_settings
+from evaluation.jsonl import write_json, write_jsonl
+from evaluation.predictions import Predictions, finished_rows
 from evaluation.prompting import prompt_from
 from evaluation.report import table
-from evaluation.sample import open_generator, response_text
-from evaluation.score import grade_predictions, graded_row, summary_of
-from evaluation.summary import SummaryRow, skipped
+from evaluation.sample import open_generator
+from evaluation.summary import skipped
+from evaluation.task_run import TaskRun
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.records import Trajectory
+from megatron_opdlm.records import Prompt
+
+Tasks = list[tuple[Task, list[Row]]]
 
 
-def prediction_row(task: Task, trajectories: list[Trajectory], tokenizer: Any) -> dict[str, Any]:
-    """Everything that was seen of the responses to one problem. Lists hold one entry a response."""
-    prompt = trajectories[0].prompt
-    return {
-        "task": task.name,
-        "index": prompt.index,
-        "prompt": tokenizer.decode(prompt.ids, skip_special_tokens=False),
-        "responses": [response_text(tokenizer, trajectory) for trajectory in trajectories],
-        "response_ids": [t.user_ids for t in trajectories],
-        "committed_at": [t.committed_at[: t.response_tokens] for t in trajectories],
-        "forwards": [t.forwards for t in trajectories],
-        "passes": [t.passes for t in trajectories],
-        "finish_reason": [t.finish_reason for t in trajectories],
-    }
-
-
-def run_task(
-    generator: Any,
-    task: Task,
-    rows: list[Row],
-    decoding: Decoding,
-    responses_per_prompt: int,
-    settings: dict[str, Any],
-    *,
-    enable_thinking: bool = False,
-) -> tuple[SummaryRow, list[dict[str, Any]]]:
-    """Evaluate one task: its summary row and its predictions, the same on every rank."""
-    if generator.tokenizer is None:
-        raise InputError(
-            "the model directory has no tokenizer, text cannot be graded; add its files"
-        )
-    start = time.monotonic()
-    tokenizer, k = generator.tokenizer, responses_per_prompt
-    prompts = [
-        prompt_from(
-            index,
-            task.prompt(row),
-            tokenizer,
-            where=f"task {task.name}",
-            enable_thinking=enable_thinking,
-        )
-        for index, row in enumerate(rows)
-    ]
-    repeated = [prompt for prompt in prompts for _ in range(k)]
-    trajectories = generator.generate(repeated, decoding, list(range(len(repeated))))
-    shares = [trajectories[i * k : (i + 1) * k] for i in range(len(rows))]
-    predictions = [prediction_row(task, own, tokenizer) for own in shares]
-    grades = grade_predictions(task, rows, predictions)
-    for own, row_grades in zip(predictions, grades, strict=True):
-        own.update(graded_row(own["index"], row_grades))
-    summary = summary_of(
-        task,
-        rows,
-        predictions,
-        grades,
-        seconds=time.monotonic() - start,
-        settings={**settings, **task.settings()},
-    )
-    return summary, predictions
-
-
-def load_tasks(names: list[str], data: Path, limit: int | None) -> list[tuple[Task, list[Row]]]:
+def load_tasks(names: list[str], data: Path, limit: int | None) -> Tasks:
     """The tasks with their (first ``limit``) rows.
 
     Every task's data is read before any model is.
     """
-    if len(set(names)) < len(names):
+    tasks = [get_task(name) for name in names]
+    if len({task.name for task in tasks}) < len(tasks):
         raise InputError(f"--tasks {' '.join(names)}: names a task twice; name each once")
-    return [(task, task.load(data)[:limit]) for task in map(get_task, names)]
+    return [(task, task.load(data)[:limit]) for task in tasks]
 
 
 def evaluate(
     generator: Any,
-    tasks: list[tuple[Task, list[Row]]],
+    tasks: Tasks,
     decoding: Decoding,
     responses_per_prompt: int,
     settings: dict[str, Any],
     *,
     enable_thinking: bool = False,
+    out: Path | None = None,
+    show: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Evaluate every task: (summary rows, predictions). One that cannot be graded here is skipped
-    and says so."""
+    """Evaluate every task: summary rows, the same on every rank, and predictions, on the writer
+    only. A task that cannot be graded here is skipped and says so.
+
+    ``generator``: an ``evaluation.load.Generator``. ``settings`` describe it in the summary. With
+    ``out`` everything is streamed into that directory, and what is there already is not done again;
+    without, nothing is written. ``show``: how far it is. Raises InputError for an ``out`` with
+    other settings, and where no prompt fits the model.
+    """
+    if out is not None:
+        recorded = recorded_settings(
+            tasks, decoding, responses_per_prompt, settings, enable_thinking
+        )
+        finished = finished_rows(out, recorded)
+        if finished is not None:
+            return finished, []
+    else:
+        recorded = None
+    if generator.tokenizer is None:
+        raise InputError(
+            "the model directory has no tokenizer, text cannot be graded; add its files"
+        )
     decoding = replace(decoding, logit_shift=generator.logit_shift)
-    settings = {
+    described = {
         **settings,
         **asdict(decoding),
         "responses_per_prompt": responses_per_prompt,
         "enable_thinking": enable_thinking,
     }
-    summaries, predictions = [], []
-    for task, rows in tasks:
-        lacks = task.missing(rows)
-        if lacks:
+    lacks = {task.name: task.missing(rows) for task, rows in tasks}
+    asked = {
+        task.name: prompts_of(task, rows, generator.tokenizer, enable_thinking=enable_thinking)
+        for task, rows in tasks
+        if not lacks[task.name]
+    }
+    _require_room(generator, [prompt for prompts in asked.values() for prompt in prompts])
+    own_out = out if generator.is_writer else None
+    with Predictions(own_out, recorded) as predictions:
+        one = TaskRun(generator, decoding, responses_per_prompt, described, predictions, show=show)
+        summaries = []
+        for task, rows in tasks:
+            reason = lacks[task.name]
+            if reason is None:
+                summaries.append(one.run(task, rows, asked[task.name]))
+                continue
             if generator.is_writer:
-                print(f"evaluation: task {task.name} is skipped: {lacks}", flush=True)
-            summaries.append(skipped(task.name, lacks, settings).as_dict())
-            continue
-        summary, task_predictions = run_task(
-            generator,
-            task,
-            rows,
-            decoding,
-            responses_per_prompt,
-            settings,
-            enable_thinking=enable_thinking,
+                print(f"evaluation: task {task.name} is skipped: {reason}", flush=True)
+            summaries.append(skipped(task.name, reason, described).as_dict())
+        return summaries, predictions.publish([task.name for task, _ in tasks], summaries)
+
+
+def prompts_of(
+    task: Task, rows: list[Row], tokenizer: Any, *, enable_thinking: bool
+) -> list[Prompt]:
+    """A task's questions as token ids."""
+    thinking = enable_thinking and task.may_think
+    where = f"task {task.name}"
+    return [
+        prompt_from(i, task.prompt(row), tokenizer, where=where, enable_thinking=thinking)
+        for i, row in enumerate(rows)
+    ]
+
+
+def _require_room(generator: Any, prompts: list[Prompt]) -> None:
+    """A prompt that is too long counts as wrong, but one of them at least must fit."""
+    if prompts and all(generator.room(prompt) < 1 for prompt in prompts):
+        shortest = min(len(prompt.ids) for prompt in prompts)
+        raise InputError(
+            f"no prompt fits the model: the shortest has {shortest} tokens, the model "
+            f"{generator.longest} positions; evaluate a model with more"
         )
-        summaries.append(summary.as_dict())
-        predictions.extend(task_predictions)
-    return summaries, predictions
 
 
 def write_results(
@@ -153,7 +142,7 @@ def write_results(
     write_json(out / "summary.json", summaries)
 
 
-def main() -> None:
+def _parser() -> Arguments:
     parser = Arguments(
         prog="python -m evaluation.run",
         description=__doc__,
@@ -164,32 +153,54 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--limit", type=int, default=None, help="first problems of each task only")
-    parser.add_argument("--responses-per-prompt", type=int, default=1)
     parser.add_argument(
-        "--enable-thinking", action="store_true", help="thinking flag of the chat template"
+        "--samples",
+        "--responses-per-prompt",
+        dest="samples",
+        type=int,
+        default=1,
+        metavar="K",
+        help="responses to each problem; their mean accuracy counts (avg@K)",
+    )
+    parser.add_argument(
+        "--enable-thinking",
+        action="store_true",
+        help="thinking flag of the chat template; HumanEval, MBPP and LCB-v6 never think",
     )
     add_decoding_flags(parser)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = _parser().parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
-    if args.responses_per_prompt < 1:
-        raise InputError(f"--responses-per-prompt {args.responses_per_prompt}: use 1 or more")
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples}: responses to each problem; use 1 or more")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: a number of problems; use 1 or more")
     check_model(args.model)
-    check_new_directory(args.out, "--out")
     tasks = load_tasks(args.tasks, args.data, args.limit)
+    settings = {"model": str(args.model), "limit": args.limit, **asdict(loading)}
+    thinking = args.enable_thinking
+    finished = finished_rows(
+        args.out, recorded_settings(tasks, decoding, args.samples, settings, thinking)
+    )
+    if finished is not None:
+        if os.environ.get("RANK", "0") == "0":  # there is no process group where nothing is run
+            print(f"evaluation: {args.out} is finished already\n{table(finished)}")
+        return
     generator = open_generator(args.model, loading)
-    settings = {"model": str(args.model), **asdict(loading)}
-    summaries, predictions = evaluate(
+    summaries, _ = evaluate(
         generator,
         tasks,
         decoding,
-        args.responses_per_prompt,
+        args.samples,
         settings,
-        enable_thinking=args.enable_thinking,
+        enable_thinking=thinking,
+        out=args.out,
+        show=True,
     )
     if generator.is_writer:
-        write_results(args.out, summaries, predictions)
         print(table(summaries))
 
 

@@ -22,6 +22,7 @@ from evaluation.decoding_flags import (
     loading_from,
 )
 from evaluation.jsonl import check_new_file, read_jsonl, write_jsonl
+from evaluation.progress import Progress
 from evaluation.prompting import problem_of, prompt_from
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -58,17 +59,28 @@ def output_row(row: dict[str, Any], trajectory: Trajectory, tokenizer: Any) -> d
 
 
 def sample(
-    generator: Any, rows: list[dict[str, Any]], decoding: Decoding, where: str
+    generator: Any,
+    rows: list[dict[str, Any]],
+    decoding: Decoding,
+    where: str,
+    *,
+    show: bool = False,
 ) -> list[dict[str, Any]]:
     """Generate one response a row, in input order, on every rank.
 
-    The random key of a row is its place in the file.
+    The random key of a row is its place in the file. ``show``: how far it is.
     """
     prompts = [
         prompt_from(index, row, generator.tokenizer, where=where) for index, row in enumerate(rows)
     ]
     decoding = replace(decoding, logit_shift=generator.logit_shift)
-    trajectories = generator.generate(prompts, decoding, list(range(len(rows))))
+    with Progress("sample", len(rows), 0, show=show and generator.is_writer) as progress:
+        trajectories = generator.generate(
+            prompts,
+            decoding,
+            list(range(len(rows))),
+            lambda trajectory: progress.advance(trajectory.response_tokens),
+        )
     return [
         output_row(row, trajectory, generator.tokenizer)
         for row, trajectory in zip(rows, trajectories, strict=True)
@@ -82,7 +94,13 @@ def open_generator(model: Path, loading: Loading) -> Any:
     """
     from evaluation.load import load_generator
 
-    return load_generator(model, tp=loading.tp, pp=loading.pp, mask_token_id=loading.mask_token_id)
+    return load_generator(
+        model,
+        tp=loading.tp,
+        pp=loading.pp,
+        ep=loading.ep,
+        mask_token_id=loading.mask_token_id,
+    )
 
 
 def main() -> None:
@@ -101,7 +119,7 @@ def main() -> None:
     check_new_file(args.out, "--out")
     rows = read_prompts(args.prompts)
     generator = open_generator(args.model, loading)
-    results = sample(generator, rows, decoding, f"--prompts {args.prompts}")
+    results = sample(generator, rows, decoding, f"--prompts {args.prompts}", show=True)
     if generator.is_writer:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(args.out, results)

@@ -20,6 +20,8 @@ from evaluation.summary import Counts, SummaryRow, skipped, summarize
 from evaluation.tasks import NOT_SCORED, Grade, Row, Task, get_task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
+PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason where there was no room for a response
+
 
 def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
     """The predictions of one task, checked against its number of problems.
@@ -62,10 +64,13 @@ def grade_predictions(task: Task, rows: list[Row], predictions: list[Row]) -> li
     """Grade ``predictions[i]["responses"]`` to ``rows[i]``, the whole task at once.
 
     Control tokens and thinking never reach the task's grader. A thinking block that never ends
-    leaves no answer. ``finish_reason``, where given, flags the responses that ran into the limit.
+    leaves no answer. ``finish_reason``, where given, flags the responses that ran into the limit,
+    and those that were never made because the prompt was too long.
     """
     read = [
         [without_thinking(without_control_tokens(text)) for text in prediction["responses"]]
+        if PROMPT_TOO_LONG not in (prediction.get("finish_reason") or ())
+        else [None] * len(prediction["responses"])
         for prediction in predictions
     ]
     answers = [[text for text in texts if text is not None] for texts in read]
@@ -90,6 +95,8 @@ _UNFINISHED_THINKING = Grade(
 
 
 def _with_ending(grade: Grade, ending: str | None) -> Grade:
+    if ending == PROMPT_TOO_LONG:
+        return replace(grade, flags=["no_answer", PROMPT_TOO_LONG])
     return replace(grade, flags=[*grade.flags, "truncated"]) if ending == "length" else grade
 
 

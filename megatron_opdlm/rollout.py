@@ -63,6 +63,7 @@ def generate(
     attention: str = "auto",
     graphs: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    finished: Callable[[Trajectory], None] = lambda _: None,
 ) -> Rollout:
     """Generate this model replica's requests; trajectories are in their order and the same on all
     its ranks.
@@ -74,7 +75,7 @@ def generate(
     forward. ``attention``: "buckets" or "rows"
     (``decode_forward.py``), "auto" what suits the hardware; ``graphs``: capture the forwards of
     "rows" where the hardware can. ``stop``: asked after every forward on the rank that draws; True
-    ends the call early on all ranks of the replica.
+    ends the call early on all ranks of the replica. ``finished``: given each trajectory as it ends.
 
     Raises InputError for a cache that cannot hold the longest request, and for an empty prompt
     where logits are read from the position before.
@@ -109,7 +110,7 @@ def generate(
                 if kind == "buckets"
                 else RowForward(model, cache, rules.block_size, capture)
             )
-            return _Engine(model, table, key, forward, stop).run()
+            return _Engine(model, table, key, forward, stop, finished).run()
     finally:
         model.train(was_training)
 
@@ -174,9 +175,10 @@ class _Engine:
         key: tuple[int, int],
         forward: DecodeForward,
         stop: Callable[[], bool],
+        finished: Callable[[Trajectory], None],
     ) -> None:
         self.model, self.table, self.rules, self.key = model, table, table.rules, key
-        self.forward, self.stop, self.stopped = forward, stop, False
+        self.forward, self.finished, self.stop, self.stopped = forward, finished, stop, False
         self.device = next(model.parameters()).device
         slots, dtype = len(table.request), model.config.params_dtype
         self.keeps_step = parallel.expert_size() > 1
@@ -199,7 +201,8 @@ class _Engine:
                 flight = flights[number]
                 if flight is not None:
                     self._land(flight)
-                    table.retire(group)
+                    for trajectory in table.retire(group):
+                        self.finished(trajectory)
                 flights[number] = self._next_flight(group)
         for flight in flights:  # only where it was told to stop
             if flight is not None:

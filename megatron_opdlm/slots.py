@@ -181,9 +181,9 @@ class SlotTable:
         self.committed_at[slot, position] = self.pass_index[slot]
         self.clean_until[active] = self.block_start[active]
 
-    def retire(self, group: Tensor) -> None:
+    def retire(self, group: Tensor) -> list[Trajectory]:
         """Close finished blocks: a sequence ends with an end token in its response, or at its
-        length limit; the others go on to their next block.
+        length limit; the others go on to their next block. Returns those that ended.
         """
         block, active = self.rules.block_size, self.active(group)
         position = self.block_start[active, None] + torch.arange(block)
@@ -192,13 +192,16 @@ class SlotTable:
         ends = torch.isin(self.tokens[active[:, None], position], self.end_ids)
         stopped = (response & ends).any(1)
         last = self.block_start[active] + block >= self.end[active]
+        ended = []
         for slot in active[~open_ & (stopped | last)].tolist():
             number = int(self.request[slot])
             self.finished[number] = self._trajectory(slot, self.requests[number])
             self.request[slot] = -1
+            ended.append(self.finished[number])
         going_on = active[~open_ & ~stopped & ~last]
         self.block_start[going_on] += block
         self.pass_index[going_on] = 0
+        return ended
 
     def _trajectory(self, slot: int, request: Request) -> Trajectory:
         start, stop = len(request.prompt.ids), int(self.block_start[slot]) + self.rules.block_size

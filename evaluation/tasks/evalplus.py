@@ -33,6 +33,7 @@ class EvalPlusTask(Task):
     """Base pass@1 counts; ``scores["plus"]`` is base and plus together."""
 
     samples_pass_at_k: ClassVar[bool] = True
+    may_think: ClassVar[bool] = False  # as the paper's code asks
     source: ClassVar[evalplus.Source]
 
     def __init__(self) -> None:

@@ -26,6 +26,7 @@ class LiveCodeBench(Task):
     file = "LCB_v6.json"
     how_to_get: ClassVar[str] = "fetch it: python -m evaluation.download --data DIR --tasks LCB-v6"
     samples_pass_at_k: ClassVar[bool] = True
+    may_think: ClassVar[bool] = False  # as the paper's code asks
 
     def problem_of(self, row: Row) -> str | None:
         if not isinstance(row.get("question"), str):

@@ -46,6 +46,7 @@ class Task(ABC):
     file: str  # file name in the data directory: .json holds a list, .jsonl an object a line
     how_to_get: ClassVar[str]  # remedy when the file is missing
     samples_pass_at_k: ClassVar[bool] = False  # whether pass@k is reported (code)
+    may_think: ClassVar[bool] = True  # False: asked without thinking whatever the user says
 
     def path(self, data_dir: Path) -> Path:
         """The data file. InputError when it is missing: the wanted file and how to get it."""

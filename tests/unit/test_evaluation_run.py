@@ -4,7 +4,9 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -21,23 +23,37 @@ END, PAD = 1, 0
 
 @dataclass
 class AnsweringGenerator:
-    """Answers ``a+b=`` with ``#`` and a + b (odd samples: plus ``offset``) in whole blocks of 4."""
+    """Answers ``a+b=`` with ``#`` and a + b (second samples: plus ``offset``) in whole blocks of 4."""
 
     offset: int = 0
     tokenizer: object = field(default_factory=build_tokenizer)
     is_writer: bool = True
     logit_shift: bool = True
+    longest: int = 100
     seen: list[tuple[Decoding, list[int]]] = field(default_factory=list)
 
     def generate(
-        self, prompts: list[Prompt], decoding: Decoding, samples: list[int]
+        self,
+        prompts: list[Prompt],
+        decoding: Decoding,
+        samples: list[int],
+        finished: Callable[[Trajectory], None] = lambda _: None,
     ) -> list[Trajectory]:
         self.seen.append((decoding, samples))
-        return [self._answer(p, s) for p, s in zip(prompts, samples, strict=True)]
+        made = [self._answer(p, s) for p, s in zip(prompts, samples, strict=True)]
+        for trajectory in reversed(made):
+            finished(trajectory)
+        return made
+
+    def room(self, prompt: Prompt) -> int:
+        return self.longest - len(prompt.ids)
+
+    def share(self, value: Any) -> Any:
+        return value
 
     def _answer(self, prompt: Prompt, sample: int) -> Trajectory:
         a, b = self.tokenizer.decode(prompt.ids).rstrip("=").split("+")
-        number = int(a) + int(b) + self.offset * (sample % 2)
+        number = int(a) + int(b) + self.offset * (sample >> 32)
         user = [*self.tokenizer.encode(f"#{number}"), END]
         whole = user + [PAD] * (-(len(prompt.ids) + len(user)) % 4)
         return Trajectory(
@@ -78,11 +94,12 @@ def test_run_grades_text_without_special_tokens_and_counts_what_was_generated(da
 
 
 def test_several_responses_are_keyed_apart_and_averaged(data):
-    """Samples 0..3 for two problems of two responses; odd samples are wrong, so accuracy is 0.5."""
+    """Two problems of two responses; second samples are wrong, so accuracy is 0.5. The first
+    sample's key is the problem's number, whatever the number of samples."""
     generator = AnsweringGenerator(offset=1)
     tasks = load_tasks(["addition"], data, None)
     [summary], predictions = evaluate(generator, tasks, Decoding(temperature=1.0), 2, {})
-    assert generator.seen[0][1] == [0, 1, 2, 3]
+    assert generator.seen[0][1] == [0, 1 << 32, 1, (1 << 32) + 1]
     assert summary["accuracy"] == 0.5
     assert predictions[1]["correct"] == [True, False]
 
