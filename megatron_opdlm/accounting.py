@@ -11,8 +11,12 @@ from torch import Tensor
 from checkpoint_tools.manifest import LowRank
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
-from megatron_opdlm.model.attention_plan import packed_pairs
-from megatron_opdlm.model.flops import attention_flops, forward_flops, low_rank_parameters
+from megatron_opdlm.model.flops import (
+    attention_flops,
+    forward_flops,
+    low_rank_parameters,
+    packed_row_pairs,
+)
 from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.states import State
@@ -26,20 +30,21 @@ def student_flops(
     recompute: bool,
     sequence_parallel: bool,
     low_rank: LowRank | None = None,
+    attention: str = "dense",
 ) -> float:
     """Operations of one use of a microbatch: forward, backward (twice as much) and, with
     recomputation, the layers' forward once more. With low-rank terms the backward of all frozen
-    matrices is half: they need no gradient of their own.
+    matrices is half: they need no gradient of their own. ``attention`` names the student's kernel.
     """
     rows = len(batch.labels)
-    pairs = _pairs(batch)
+    pairs = packed_row_pairs(attention, batch.lengths, batch.block, batch.clean) / batch.split.ranks
     layers = _layers_flops(shape, batch.student_tokens, pairs, rows, sequence_parallel)
     forwards, head = (2 if recompute else 1), projection_flops(shape, rows)
     if low_rank is None:
         return (forwards + 2) * layers + 3 * head
-    attention = attention_flops(shape, pairs)
+    products = attention_flops(shape, pairs)
     terms = low_rank_flops(shape, low_rank, len(batch.student_tokens))
-    return (forwards + 1) * layers + attention + (forwards + 2) * terms + 2 * head
+    return (forwards + 1) * layers + products + (forwards + 2) * terms + 2 * head
 
 
 def low_rank_flops(shape: Qwen3Shape, low_rank: LowRank, tokens: int) -> float:
@@ -47,10 +52,13 @@ def low_rank_flops(shape: Qwen3Shape, low_rank: LowRank, tokens: int) -> float:
     return 2.0 * low_rank_parameters(shape, low_rank) * tokens
 
 
-def teacher_flops(shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool) -> float:
+def teacher_flops(
+    shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool, attention: str = "dense"
+) -> float:
     """Operations of the teacher's forward; its targets are projected at each use of them."""
     rows = len(batch.read)
-    return _layers_flops(shape, batch.tokens, _pairs(batch), rows, sequence_parallel)
+    pairs = packed_row_pairs(attention, batch.lengths) / batch.split.ranks
+    return _layers_flops(shape, batch.tokens, pairs, rows, sequence_parallel)
 
 
 def projection_flops(shape: Qwen3Shape, rows: int) -> float:
@@ -79,9 +87,10 @@ def step_flops(
     recompute: bool,
     sequence_parallel: bool,
     low_rank: LowRank | None,
+    attention: tuple[str, str],
 ) -> float:
     """Operations of a step's teacher phase and of its updates, each made ``uses`` times, on this
-    rank's replica. ``teacher`` None: the loss asks none.
+    rank's replica. ``teacher`` None: the loss asks none. ``attention``: kernels of both.
     """
     flops = 0.0
     for batch in (batch for microbatches in batches.updates for batch in microbatches):
@@ -91,20 +100,18 @@ def step_flops(
             recompute=recompute,
             sequence_parallel=sequence_parallel,
             low_rank=low_rank,
+            attention=attention[0],
         )
         if teacher:
             flops += uses * projection_flops(teacher, len(batch.labels))
     if teacher:
         flops += sum(
-            teacher_flops(teacher, batch, sequence_parallel=sequence_parallel)
+            teacher_flops(
+                teacher, batch, sequence_parallel=sequence_parallel, attention=attention[1]
+            )
             for batch in batches.finished
         )
     return flops
-
-
-def _pairs(batch: PackedBatch | FinishedBatch) -> float:
-    """(query, key) pairs attended for a row by one of its context ranks, which share the heads."""
-    return packed_pairs(batch.lengths) / batch.split.ranks
 
 
 def _layers_flops(

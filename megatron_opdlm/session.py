@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import accounting, balance, parallel, preemption, watchdog
-from megatron_opdlm.build import ModelSource, low_rank_of
+from megatron_opdlm.build import ModelSource, kernels_of, low_rank_of
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
 from megatron_opdlm.errors import Stopped
@@ -216,6 +216,7 @@ class Session:
         ranks.
         """
         config = self.config
+        student, teacher = kernels_of(config, self.hardware)
         flops = accounting.step_flops(
             self.source.shape,
             self.teacher_source.shape if self.teacher else None,
@@ -224,6 +225,7 @@ class Session:
             recompute=config.model.recompute,
             sequence_parallel=config.model.sequence_parallel,
             low_rank=low_rank_of(config),
+            attention=(student.attention, teacher.attention),
         )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_generators(total))

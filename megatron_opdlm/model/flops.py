@@ -5,9 +5,16 @@ those that the token is sent to, and the router), 4 * heads * head_dim per
 layer and attended (query, key) pair, 2 * V * H per row that is projected to the vocabulary.
 """
 
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from checkpoint_tools.manifest import LowRank
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm.model.attention import AttentionPlan
+from megatron_opdlm.model.dense_attention import packed_pairs
 
 
 def forward_flops(
@@ -66,3 +73,34 @@ def layer_linear_parameters(shape: Qwen3Shape) -> int:
 def attended_pairs(plan: AttentionPlan) -> int:
     """(query, key) pairs that dense kernels compute, hidden ones included: they cost as much."""
     return sum(bucket.mask.numel() for bucket in plan.buckets)
+
+
+def packed_row_pairs(
+    attention: str,
+    lengths: Sequence[int],
+    block: Tensor | None = None,
+    clean: Tensor | None = None,
+) -> int:
+    """(query, key) pairs that a kernel computes for a packed row of sequences of these lengths.
+
+    ``dense`` computes hidden pairs too. So does ``te`` on a student's row, where the mask is a bias
+    on all scores. Kernels that skip what is hidden count the visible pairs: what they lose in the
+    tiles that are partly hidden is not counted as work.
+
+    ``block`` [N] and ``clean`` bool [N] of a student's row; None: causal.
+    """
+    if block is None or clean is None:
+        if attention == "dense":
+            return packed_pairs(lengths)
+        return sum(n * (n + 1) // 2 for n in lengths)
+    if attention != "flex":
+        return packed_pairs(lengths)
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    pairs = 0
+    for start, end in itertools.pairwise(starts):
+        own, is_clean = block[start:end], clean[start:end]
+        context, noisy = own[is_clean].contiguous(), own[~is_clean].contiguous()
+        pairs += int(torch.searchsorted(context, context, right=True).sum())
+        pairs += int(torch.searchsorted(context, noisy).sum())  # clean tokens of earlier blocks
+        pairs += int(noisy.unique(return_counts=True)[1].square().sum())
+    return pairs

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from megatron_opdlm import accounting
+from megatron_opdlm.diffusion.masks import two_stream_visible
+from megatron_opdlm.model.flops import packed_row_pairs
 from megatron_opdlm.model.row_split import split_row
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.states import State, make_state
@@ -153,6 +155,26 @@ def test_operations_of_the_ranks_are_those_of_the_row(ranks: int):
     for expected, *found in zip(whole, *parts, strict=True):
         assert sum(found) == pytest.approx(expected, rel=1e-12)
         assert max(found) < 1.01 * expected / ranks
+
+
+def test_kernels_that_skip_hidden_pairs_count_visible_ones():
+    """Claim: the pairs counted for them are those that the mask's predicate shows, by enumeration;
+    the other kernels compute more."""
+    packed = rows(of_rank(0, 1, replace(PACKING, tokens_per_microbatch=4096)))
+    batch = max(packed, key=lambda batch: len(batch.lengths))
+    lengths = torch.tensor(batch.lengths)
+    assert len(lengths) > 2
+    document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    n = len(document)
+    block, clean = batch.block[:n], batch.clean[:n]
+    visible = two_stream_visible(block[:, None], clean[:, None], block[None], clean[None])
+    same = document[:, None] == document[None]
+    row = batch.lengths, batch.block, batch.clean
+    assert packed_row_pairs("flex", *row) == int((visible & same).sum())
+    assert packed_row_pairs("dense", *row) == packed_row_pairs("te", *row) >= int(same.sum())
+    causal = [3, 1, 4]
+    assert packed_row_pairs("te", causal) == packed_row_pairs("flex", causal) == 6 + 1 + 10
+    assert packed_row_pairs("dense", causal) >= 9 + 1 + 16
 
 
 def test_one_rank_exchanges_nothing():
