@@ -42,7 +42,8 @@ from megatron_opdlm.sharded_load import load, verify
 from megatron_opdlm.sharded_save import HostCopies, ShardedSave, Written
 from megatron_opdlm.update import Student
 
-WEIGHTS, HUGGINGFACE, CONFIG, LATEST = "weights", "huggingface", "config.yaml", "latest"
+WEIGHTS, HUGGINGFACE, CONFIG = "weights", "huggingface", "config.yaml"
+LATEST, BEST = "latest", "best"
 
 
 def huggingface_dir(model_dir: Path) -> Path:
@@ -130,6 +131,7 @@ class Checkpoints:
     low_rank: LowRank | None = None  # terms that the student has beside its weights
     in_background: bool = False  # write while the run goes on, from copies in host memory
     identity: RunIdentity | None = None
+    best_step: int | None = None  # whose checkpoint ``best`` names once it is published
     tracker_run_id: str | None = None  # of an experiment tracker, which may set it; saved, restored
     _copies: HostCopies = field(default_factory=HostCopies)
     _pending: _Pending | None = None
@@ -168,14 +170,27 @@ class Checkpoints:
             self._give_up(pending.temporary, step, str(error))
         self._write(step, lambda: self._publish(pending, written))
 
+    def has(self, step: int) -> bool:
+        """Whether a step's checkpoint is published."""
+        return is_checkpoint(self.directory / _name(step))
+
+    def mark_best(self, step: int | None) -> None:
+        """Let ``best`` name this step's checkpoint, now or when it is published: ``keep`` spares
+        it. None: no step is the best.
+        """
+        self.best_step = step
+        if step is None:
+            _on_writer(self.directory, lambda: (self.directory / BEST).unlink(missing_ok=True))
+        else:
+            _on_writer(self.directory, self._point_to_best)
+
     def latest(self) -> Path | None:
         """The newest checkpoint, checked, or None. Raises InputError where ``latest`` names a
         damaged one; it says which earlier one is whole and how to go on from it.
         """
-        pointer = self.directory / LATEST
-        if not pointer.is_file():
+        pointer, name = self.directory / LATEST, self._pointed_to(LATEST)
+        if name is None:
             return None
-        name = pointer.read_bytes().decode("utf-8", errors="backslashreplace").strip()
         checkpoint = self.directory / name
         try:
             if Path(name).name != name:
@@ -236,10 +251,28 @@ class Checkpoints:
             self._remove(final)
         publish(temporary, final)
         replace_text(self.directory / LATEST, final.name + "\n")
+        self._point_to_best()
         # Later ones, if any, are what a run left that went back; they are replaced as it comes by.
         done = [path for path in sorted(self.directory.glob("step_*")) if path.name <= final.name]
+        best = self._pointed_to(BEST)
         for old in done[: -self.keep]:
-            self._remove(old)
+            if old.name != best:
+                self._remove(old)
+
+    def _point_to_best(self) -> None:
+        """``best`` names the best step's checkpoint once that is there; until then, the one before
+        it.
+        """
+        step = self.best_step
+        if step is not None and self.has(step) and self._pointed_to(BEST) != _name(step):
+            replace_text(self.directory / BEST, _name(step) + "\n")
+
+    def _pointed_to(self, pointer: str) -> str | None:
+        """The name in ``latest`` or ``best``; None where there is no such file."""
+        file = self.directory / pointer
+        if not file.is_file():
+            return None
+        return file.read_bytes().decode("utf-8", errors="backslashreplace").strip()
 
     def _remove(self, checkpoint: Path) -> None:
         """Take away the name first: what is half removed must not look like a checkpoint."""

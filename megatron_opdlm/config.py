@@ -6,8 +6,9 @@ before anything slow is loaded.
 """
 
 import dataclasses
+import io
 import json
-import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_opdlm import config_rules
+from megatron_opdlm import config_rules, yaml_text
 from megatron_opdlm.errors import InputError, nearest
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -217,9 +218,28 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    every: int = 0  # steps; 0: never
+    """Tasks that the student is asked while it trains, in blocks of ``rollout.block_size``, with
+    ``data.enable_thinking`` (docs/evaluation.md).
+    """
+
+    every: int = 0  # steps; 0: never. Else also before step 1 and after the last step
     tasks: list[str] = field(default_factory=list)
     data: str = ""  # directory of the tasks' data files
+    limit: int | None = None  # first problems of each task; None: all
+    responses_per_prompt: int = 1
+    max_new_tokens: int = 2000  # response tokens
+    denoising_steps: int | None = None  # passes per block; None: rollout.denoising_steps
+    remasking: Literal[
+        "low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"
+    ] = "low_confidence_static"
+    threshold: float = 0.9  # probability; low_confidence_dynamic
+    entropy_bound: float = 0.35  # nats; entropy_bounded
+    temperature: float = 0.0  # 0: arg-max
+    top_p: float = 1.0  # probability mass kept
+    top_k: int = 0  # tokens kept; 0: all
+    seed: int = 0
+    keep_best: bool = True  # the best evaluated step has a checkpoint that is never removed
+    best_by: str = ""  # task whose accuracy decides; "": the mean over the tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,7 +330,9 @@ def differing_keys(a: Config, b: Config) -> list[str]:
 
 def _read_file(file: Path) -> Any:
     try:
-        tree = OmegaConf.load(file)
+        text = file.read_text(encoding="utf-8")
+        yaml_text.check(text)
+        tree = OmegaConf.load(io.StringIO(text))
     except FileNotFoundError as error:
         raise InputError(
             f"configuration file {file} does not exist; configs/ holds ready ones"
@@ -323,21 +345,24 @@ def _read_file(file: Path) -> Any:
         raise InputError(
             f"configuration file {file}: {_yaml_line(error)}{_yaml_problem(error)}"
         ) from error
+    except (OmegaConfBaseException, ValueError) as error:  # e.g. "!!int x"
+        raise InputError(f"configuration file {file}: {_first_line(error)}") from error
     if not OmegaConf.is_dict(tree):
         raise InputError(f"configuration file {file} must hold sections (model:, data:, ...)")
     return tree
 
 
 def _read_override(text: str) -> Any:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"override {text!r} is not of the form section.key=value")
     try:
+        yaml_text.check(value)
         return OmegaConf.from_dotlist([text])
     except yaml.YAMLError as error:
         raise InputError(f"override {text!r}: {_yaml_problem(error)}") from error
-    except OmegaConfBaseException as error:
-        raise InputError(f"override {text!r}: {_first_line(error)}") from error
+    except (OmegaConfBaseException, ValueError, TypeError) as error:  # e.g. "!!int x", "a[0]=1"
+        raise InputError(f"override {text[:200]!r}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -403,7 +428,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
             )
             for name, item in value.items()
         }
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
     if hint is str and value is None:  # `train.out=` on a command line
         return ""

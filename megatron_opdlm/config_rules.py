@@ -1,4 +1,4 @@
-"""What a configuration's values keep: ranges, agreement between keys, and only what is built.
+"""What a configuration's values keep: ranges and agreement between keys.
 
 Works on the flat form ``{"section.key": value}`` whose types are already right. Every message has
 the value, the rule and the remedy; where two keys disagree, both numbers.
@@ -39,6 +39,10 @@ _AT_LEAST_ONE = (
     "train.inner_epochs",
     "checkpoint.every",
     "checkpoint.keep",
+    "evaluation.limit",
+    "evaluation.responses_per_prompt",
+    "evaluation.max_new_tokens",
+    "evaluation.denoising_steps",
     "distributed.timeout_seconds",
     "logging.samples_every",
 )
@@ -57,11 +61,16 @@ _AT_LEAST_ZERO = (
     "optimizer.weight_decay",
     "train.seed",
     "evaluation.every",
+    "evaluation.entropy_bound",
+    "evaluation.temperature",
+    "evaluation.top_k",
+    "evaluation.seed",
     "logging.samples",
 )
 _ABOVE_ZERO = ("lora.alpha", "optimizer.lr", "optimizer.eps", "teacher.temperature")
 _ZERO_TO_ONE = (
     "rollout.threshold",
+    "evaluation.threshold",
     "threshold_schedule.start",
     "threshold_schedule.end",
     "mixing.fraction",
@@ -75,16 +84,10 @@ _COUNT_OR_ALL = {
     "threshold_schedule.steps": "to the end of the run",
 }
 
-# key, the values that work now, what to use instead of the others
-_NOT_BUILT = (
-    ("evaluation.every", (0,), "evaluation.every=0 and python -m evaluation.run on an export"),
-)
-
 
 def check(values: Values) -> None:
     """Raise ``InputError`` for the first rule that is broken."""
     _check_ranges(values)
-    _check_built(values)
     _check_layout(values)
     _check_lora(values)
     _check_offload(values)
@@ -109,7 +112,7 @@ def _check_ranges(values: Values) -> None:
     for key, meaning in _COUNT_OR_ALL.items():
         rule = f"must be at least 1, or -1 for {meaning}"
         _hold(values[key] >= 1 or values[key] == -1, key, values, rule)
-    for key in ("rollout.top_p", "teacher.top_p"):
+    for key in ("rollout.top_p", "evaluation.top_p", "teacher.top_p"):
         _hold(0 < values[key] <= 1, key, values, "must lie in (0, 1]")
     for domain, tokens in values["rollout.max_new_tokens_by_domain"].items():
         if tokens < 1:
@@ -121,13 +124,6 @@ def _check_ranges(values: Values) -> None:
 def _hold(kept: bool, key: str, values: Values, rule: str) -> None:
     if not kept:
         raise InputError(f"{key}={values[key]} {rule}")
-
-
-def _check_built(values: Values) -> None:
-    for key, built, remedy in _NOT_BUILT:
-        if values[key] not in built:
-            shown = str(values[key]).lower()
-            raise InputError(f"{key}={shown} is not built yet; use {remedy}")
 
 
 def _check_layout(values: Values) -> None:
@@ -253,8 +249,16 @@ def _check_threshold_schedule(values: Values) -> None:
 
 
 def _check_evaluation(values: Values) -> None:
-    if values["evaluation.tasks"] and not values["evaluation.data"]:
+    every, tasks, best = (values[f"evaluation.{key}"] for key in ("every", "tasks", "best_by"))
+    if every and not tasks:
         raise InputError(
-            f"evaluation.tasks={values['evaluation.tasks']} need their data files; "
-            "set evaluation.data=DIR"
+            f"evaluation.every={every} evaluates nothing with evaluation.tasks=[]; name tasks, or "
+            "use evaluation.every=0"
+        )
+    if tasks and not values["evaluation.data"]:
+        raise InputError(f"evaluation.tasks={tasks} need their data files; set evaluation.data=DIR")
+    if best and best not in tasks:
+        raise InputError(
+            f"evaluation.best_by={best} is none of evaluation.tasks={tasks}; use one of them, or "
+            "evaluation.best_by= for the mean over all" + nearest(best, tasks)
         )

@@ -39,6 +39,7 @@ _TURN_DOWN = {
         "set checkpoint.async_save=false, which needs no copy in host memory, or use more machines"
     ),
 }
+_TURN_DOWN["evaluation"] = _TURN_DOWN["rollout"]  # through the same engine
 _SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 # How the libraries say that there is no memory, where they have no exception of their own.
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc")

@@ -19,6 +19,7 @@ from megatron_opdlm.tracking import Tracker
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+EVALUATION = "evaluation.jsonl"
 _BAR = {  # metric -> its short name on the progress bar
     "loss": "loss",
     "kl": "KL",
@@ -45,7 +46,7 @@ class MetricsWriter:
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, EVALUATION):
             forget_after(run_dir / name, start_step)
         self._tracker = tracker
         self._board = _open_tensorboard(run_dir, start_step) if tensorboard else None
@@ -63,12 +64,7 @@ class MetricsWriter:
         if not self._enabled:
             return
         _append(self._run_dir / METRICS, [{"step": step, **metrics}])
-        numbers = dict(scalars(metrics))
-        if self._board is not None:
-            for tag, value in numbers.items():
-                self._board.add_scalar(tag, value, step)
-        if self._tracker is not None:
-            self._tracker.log(step, numbers)
+        self._show(step, metrics)
         self._bar.set_postfix(_postfix(metrics), refresh=False)
         self._bar.update(1)
 
@@ -76,6 +72,25 @@ class MetricsWriter:
         """Record sample texts of one step, one line each."""
         if self._enabled:
             _append(self._run_dir / SAMPLES, [{"step": step, **sample} for sample in samples])
+
+    def evaluation(self, step: int, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Record an evaluation of the student after a step: ``record`` as a line of its own file,
+        ``metrics`` in the step's line, if it has one (step 0 has none), and for the trackers.
+        """
+        if not self._enabled:
+            return
+        _append(self._run_dir / EVALUATION, [{"step": step, **record}])
+        _amend_last(self._run_dir / METRICS, step, metrics)
+        self._show(step, metrics)
+
+    def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Numbers for TensorBoard and the tracker."""
+        numbers = dict(scalars(metrics))
+        if self._board is not None:
+            for tag, value in numbers.items():
+                self._board.add_scalar(tag, value, step)
+        if self._tracker is not None:
+            self._tracker.log(step, numbers)
 
     def close(self) -> None:
         if not self._enabled:
@@ -94,6 +109,18 @@ def forget_after(file: Path, step: int) -> None:
     kept = [line for line in file.read_bytes().splitlines(keepends=True) if _is_of(line, step)]
     draft = file.with_name(file.name + ".tmp")
     draft.write_bytes(b"".join(kept))
+    os.replace(draft, file)
+
+
+def _amend_last(file: Path, step: int, metrics: Mapping[str, Any]) -> None:
+    """Add keys to the last line if it is that step's; atomic."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    last = json.loads(lines[-1]) if lines else {}
+    if last.get("step") != step:
+        return
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_bytes(b"".join(lines[:-1]))
+    _append(draft, [last | metrics])
     os.replace(draft, file)
 
 

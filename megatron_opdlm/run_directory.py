@@ -9,12 +9,13 @@ from megatron_opdlm.checkpoint import CONFIG, replace_text
 from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
 from megatron_opdlm.data_hash import content_hash
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.output_paths import check_place
 
 DATA = "data.json"  # {path: SHA-256} of the files that the run reads
 
 # Keys that may change between two starts of one run: they decide where and how fast, never what is
 # computed.
-_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "logging")
+_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "evaluation", "logging")
 _FREE_KEYS = {
     "model.tensor_parallel",
     "model.pipeline_parallel",
@@ -42,6 +43,7 @@ def check_run_directory(config: Config) -> None:
     (naming the differing keys).
     """
     out = Path(config.train.out)
+    check_place(out, f"train.out={out}")
     if not out.exists():
         return
     if not out.is_dir():

@@ -166,7 +166,7 @@ class Session:
         reports: Sequence[UpdateReport],
         watch: accounting.Stopwatch,
     ) -> None:
-        """Count, write, save."""
+        """Count and write."""
         watchdog.enter("metrics", step)
         flops = self._flops(batches) + rollout.flops
         counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(
@@ -199,6 +199,12 @@ class Session:
         if every and (step % every == 0 or step == 1):
             chosen = rollout.trajectories[: self.config.logging.samples]
             self.metrics.samples(step, sample_rows(chosen, self.source.files))
+
+    def save_if_due(self) -> None:
+        """At the end of a step: publish the save under way if it is written, begin one if it is
+        time.
+        """
+        step = self.progress.step
         self.checkpoints.poll()
         if step % self.config.checkpoint.every == 0 or step == self.plan.total_steps:
             self.save()

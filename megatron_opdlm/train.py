@@ -16,13 +16,16 @@ def run(config: Config) -> None:
     """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
     from megatron_opdlm.endings import kept
     from megatron_opdlm.failures import reported
+    from megatron_opdlm.in_training_evaluation import read_evaluation
     from megatron_opdlm.opening import open_session
     from megatron_opdlm.states import choose_states
     from megatron_opdlm.update import update
 
     with reported():
+        evaluation = read_evaluation(config)
         session = open_session(config)
         with kept(session):
+            evaluation.begin(session)
             for step in range(session.progress.step + 1, session.plan.total_steps + 1):
                 watch, key = session.watch(step), (config.train.seed, step)
                 with session.optimizer_away():
@@ -40,6 +43,8 @@ def run(config: Config) -> None:
                         for packed, rate in session.update_schedule(step, batches)
                     ]
                 session.finish_step(step, rollout, states, batches, reports, watch)
+                evaluation.run(session)
+                session.save_if_due()
         session.close()
 
 

@@ -142,8 +142,14 @@ BAD_OVERRIDES = [
     ("loss.top_k_tail=bucket", "loss.top_k_tail=bucket has no effect with loss.top_k=0 (the full"),
     ("loss.top_k_tail=none", "must be one of drop, renormalise, bucket"),
     ("evaluation.tasks=[addition]", "need their data files; set evaluation.data=DIR"),
-    # not built yet
-    ("evaluation.every=10", "evaluation.every=10 is not built yet; use evaluation.every=0"),
+    ("evaluation.every=10", "evaluation.every=10 evaluates nothing with evaluation.tasks=[]"),
+    ("evaluation.every=-1", "evaluation.every=-1 must be at least 0"),
+    ("evaluation.limit=0", "evaluation.limit=0 must be at least 1"),
+    ("evaluation.max_new_tokens=0", "evaluation.max_new_tokens=0 must be at least 1"),
+    ("evaluation.remasking=dynamic", "must be one of low_confidence_static"),
+    ("evaluation.threshold=1.5", "evaluation.threshold=1.5 must lie in [0, 1]"),
+    ("evaluation.top_p=0", "evaluation.top_p=0.0 must lie in (0, 1]"),
+    ("evaluation.best_by=gsm8k", "evaluation.best_by=gsm8k is none of evaluation.tasks=[]"),
     ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
     ("lora.alpha=0", "lora.alpha=0.0 must be greater than 0"),
     ("lora.dropout=0.1", "'lora.dropout' does not exist"),
@@ -155,6 +161,13 @@ def test_packed_weights_stay_where_they_are():
     keys = ["teacher.quantization=fp8", "teacher.offload_weights=true"]
     with pytest.raises(InputError, match=r"teacher\.quantization=fp8; use one of the two"):
         load_config(None, keys)
+
+
+def test_the_best_is_by_one_of_the_tasks():
+    keys = ["evaluation.tasks=[GSM8K, MMLU]", "evaluation.data=d", "evaluation.best_by=GSM8k"]
+    with pytest.raises(InputError, match=r"none of .*MMLU.*did you mean 'GSM8K'"):
+        load_config(None, keys)
+    assert load_config(None, [*keys[:2], "evaluation.best_by=MMLU"]).evaluation.best_by == "MMLU"
 
 
 def test_low_rank_terms_stand_somewhere():

@@ -23,7 +23,16 @@ FLOW = (
     *("teacher", "divergence", "update", "checkpoint"),
 )
 # What wires a run together; nothing but these and the commands imports them.
-WIRING = ("build", "session", "opening", "endings", "train", "replay", "dry_run")
+WIRING = (
+    "build",
+    "session",
+    "opening",
+    "endings",
+    "train",
+    "replay",
+    "dry_run",
+    "in_training_evaluation",
+)
 COMMANDS = ("import_hf", "export_hf", "verify", "serve_check", "inspect")
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.truncation", "megatron_opdlm.diffusion.denoising")
@@ -113,6 +122,7 @@ def test_file_keeps_the_rules_of_its_place(file):
         assert not outside(names, MATHS)
     if parts[0] == "megatron_opdlm" and place in ("config", "config_rules", "errors", "records"):
         light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.config_rules")
+            light += ("megatron_opdlm.yaml_text",)
         assert not outside(names, light) - {"megatron_opdlm"}
     if parts[0] == "megatron_opdlm" and place in FLOW:
         later = FLOW[FLOW.index(place) + 1 :]

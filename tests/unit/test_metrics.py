@@ -61,6 +61,27 @@ def test_resume_forgets_later_steps_and_a_line_that_was_cut_short(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3]
 
 
+def test_an_evaluation_stands_in_its_own_file_and_in_its_step_s_line(tmp_path):
+    """Step 0 has no line of its own; a resumed run forgets the evaluations of later steps."""
+    first = writer(tmp_path)
+    first.evaluation(0, {"score": 0.0}, {"evaluation_score": 0.0})
+    for step in (1, 2):
+        first.write(step, {"loss": 1.0 / step})
+    first.evaluation(2, {"score": math.nan}, {"evaluation_score": 0.5})
+    first.close()
+    assert read(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 0.5, "evaluation_score": 0.5},
+    ]
+    assert read(tmp_path / "evaluation.jsonl") == [
+        {"step": 0, "score": 0.0},
+        {"step": 2, "score": None},
+    ]
+    writer(tmp_path, start_step=1).close()
+    assert read(tmp_path / "evaluation.jsonl") == [{"step": 0, "score": 0.0}]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_start_at_zero_forgets_everything(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     writer(tmp_path).close()
@@ -112,8 +133,11 @@ def test_tensorboard_has_every_scalar_of_every_step_once(tmp_path):
     first.close()
     second = writer(tmp_path, start_step=2, tensorboard=True)
     second.write(3, {"loss": 99.0, "by": {"a": 1.0}})
+    second.evaluation(3, {}, {"evaluation": {"addition": {"accuracy": 0.25}}})
     second.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 10.0), (2, 20.0), (3, 99.0)]
-    assert events.Tags()["scalars"] == ["loss", "by/a"]
+    [score] = events.Scalars("evaluation/addition/accuracy")
+    assert (score.step, score.value) == (3, 0.25)
+    assert events.Tags()["scalars"] == ["loss", "by/a", "evaluation/addition/accuracy"]
