@@ -131,7 +131,7 @@ install() {
     : >"$unfinished"
     : >"$log"
     in_venv "$environment" constraints --mode "$mode" >"$venv/constraints.txt"
-    local extras="evaluation,quantization,tracking,dev"
+    local extras="evaluation,lm-eval,quantization,tracking,dev"
     pip_install "the build tool" --constraint "$venv/constraints.txt" setuptools
     if [[ "$mode" == gpu ]]; then
         extras="gpu,$extras"

@@ -29,6 +29,10 @@ IMAGE = {
 PYTHON = "3.12"
 
 
+# Only their sources are published; pip builds them from Python alone.
+SOURCES = ("rouge-score", "sqlitedict", "word2number")
+
+
 def stand_in(folder: Path, name: str, version: str) -> None:
     """A wheel without files."""
     plain = name.replace("-", "_")
@@ -62,17 +66,18 @@ def test_pins_resolve_against_the_image(tmp_path: Path):
     wheels.mkdir()
     for name, version in IMAGE.items():
         stand_in(wheels, name, version)
+    pinned = pins(REPOSITORY / "launch/constraints.txt")
+    for name in SOURCES:
+        stand_in(wheels, name, pinned[name])
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
     wanted += [
-        line for extra in ("gpu", "evaluation", "quantization", "tracking", "dev") for line in optional[extra]
+        line
+        for extra in ("gpu", "evaluation", "lm-eval", "quantization", "tracking", "dev")
+        for line in optional[extra]
     ]
-    own = {
-        k: v
-        for k, v in pins(REPOSITORY / "launch/constraints.txt").items()
-        if not HELD.fullmatch(k)
-    }
+    own = {k: v for k, v in pinned.items() if not HELD.fullmatch(k)}
     held = "".join(f"{name}=={version}\n" for name, version in (own | IMAGE).items())
     (tmp_path / "constraints.txt").write_text(held)
     (tmp_path / "requirements.txt").write_text("\n".join(wanted) + "\n")
