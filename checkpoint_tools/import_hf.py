@@ -14,7 +14,7 @@ from checkpoint_tools.publish import check_free
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.team import Team, shared_directory
-from checkpoint_tools.vocabulary import end_tokens, known_mask_token
+from checkpoint_tools.vocabulary import end_tokens, known_mask_token, pad_token
 from megatron_opdlm.errors import Arguments, command
 
 
@@ -28,6 +28,7 @@ def main() -> None:
         config = read_json(arguments.hf / "config.json")
         contract = read_contract(config, known_mask_token(arguments.hf, arguments.mask_token_id))
         end_tokens(arguments.hf)
+        pad_token(arguments.hf)
         weights.check_tied_head()
         dtype = arguments.dtype or weights.stored_dtype()
         convert(weights, arguments.out, contract, dtype, team=team, quiet=arguments.quiet)

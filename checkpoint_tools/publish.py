@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.output_paths import check_place
 
 
 def check_free(out: Path) -> None:
-    """Raise InputError when ``out`` already holds something; an empty directory is free."""
+    """Raise InputError when ``out`` already holds something, or lies where nothing can be made; an
+    empty directory is free.
+    """
+    check_place(out, f"--out {out}")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

@@ -76,8 +76,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_shape(hf_dir: Path) -> Qwen3Shape:
-    """The shape of the Qwen3 in a Hugging Face directory.
+def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> Qwen3Shape:
+    """The shape of the Qwen3 in a Hugging Face directory. ``allow_quantized``: the caller reads the
+    quantised weights himself.
 
     Raises InputError for everything that we would compute wrongly: other architectures, biases,
     sliding windows, scaled rotary positions, quantised weights.
@@ -87,6 +88,8 @@ def read_shape(hf_dir: Path) -> Qwen3Shape:
         raise InputError(f"{hf_dir} is not a directory; give a Hugging Face Qwen3 directory")
     config = read_json(path)
     _refuse_other_architectures(config, path)
+    if config.get("quantization_config") and not allow_quantized:
+        raise InputError(f"{path}: weights are quantised; use the unquantised (bf16 or fp32) model")
     heads = _positive(config, "num_attention_heads", path)
     shape = Qwen3Shape(
         layers=_positive(config, "num_hidden_layers", path),
@@ -228,8 +231,6 @@ def _refuse_other_architectures(config: Mapping[str, Any], path: Path) -> None:
         )
     if config.get("attention_bias", False):
         raise InputError(f"{path}: attention_bias=true; only Qwen3's bias-free attention is built")
-    if config.get("quantization_config"):
-        raise InputError(f"{path}: weights are quantised; use the unquantised (bf16 or fp32) model")
     for key in ("layer_types", "architectures"):
         if not isinstance(config.get(key) or [], list):
             raise InputError(f"{path}: {key}={config[key]!r} is no list; correct the file")
@@ -321,5 +322,5 @@ def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
 def _number(value: object, key: str, path: Path) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value <= sys.float_info.max:  # NaN is in no range
-        raise InputError(f"{path}: {key}={value!r} is not a positive number; correct the file")
+        raise InputError(f"{path}: {key}={value!r:.60} is not a positive number; correct the file")
     return float(value)

@@ -69,6 +69,7 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     hf_dir = Path(hf_dir)
     vocab_size = read_shape(hf_dir).vocab_size
     tokenizer = load_tokenizer(hf_dir)
+    _refuse_larger(hf_dir, tokenizer, vocab_size)
     recorded = read_json(hf_dir / "config.json").get("mask_token_id")
     own = own_mask_id(tokenizer)
     if tokenizer is not None and own is not None and override not in (None, own):
@@ -90,6 +91,18 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     return mask
 
 
+def _refuse_larger(
+    hf_dir: Path, tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int
+) -> None:
+    """InputError where the tokenizer has tokens that the model has no rows for."""
+    last = max(tokenizer.get_vocab().values(), default=0) if tokenizer is not None else 0
+    if last >= vocab_size:
+        raise InputError(
+            f"{hf_dir}: the tokenizer has tokens up to id {last}, but the model's vocab_size="
+            f"{vocab_size}; use the tokenizer that belongs to the model"
+        )
+
+
 def own_mask_id(tokenizer: "PreTrainedTokenizerBase | None") -> int | None:
     """The tokenizer's mask token; published models have it registered, or only added."""
     if tokenizer is None:
@@ -109,6 +122,7 @@ def known_mask_token(hf_dir: Path | str, override: int | None = None) -> int | N
     hf_dir = Path(hf_dir)
     tokenizer = load_tokenizer(hf_dir)
     vocab_size = read_shape(hf_dir).vocab_size
+    _refuse_larger(hf_dir, tokenizer, vocab_size)
     named = (
         override is not None
         or own_mask_id(tokenizer) is not None

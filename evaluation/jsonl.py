@@ -8,6 +8,7 @@ from typing import Any
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.file_kinds import foreign_kind
 from megatron_opdlm.json_text import parse, problem
+from megatron_opdlm.output_paths import check_place
 
 
 def read_jsonl(path: Path, what: str) -> list[dict[str, Any]]:
@@ -96,6 +97,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_new_directory(out: Path, flag: str) -> None:
     """An output directory must be absent or empty: results are never mixed with others."""
+    check_place(out, f"{flag} {out}")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
@@ -104,5 +106,6 @@ def check_new_directory(out: Path, flag: str) -> None:
 
 def check_new_file(out: Path, flag: str) -> None:
     """An output file must not exist yet; its directory is made when it is written."""
+    check_place(out, f"{flag} {out}")
     if out.exists():
         raise InputError(f"{flag} {out}: exists already; choose another name or remove it")

@@ -29,6 +29,7 @@ from evaluation.recipe import describe as describe_evaluation
 from evaluation.recipe import read_recipe
 from megatron_opdlm.config import load_config, to_yaml
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, command
+from megatron_opdlm.output_paths import check_place
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK_SECONDS = 120  # for the processes of a killed pipeline to be gone
@@ -264,6 +265,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         for flag, path in (("--hf", args.hf), ("--data", args.data)):
             if not path.is_dir():
                 raise InputError(f"{flag} {path}: no such directory; check the path")
+    check_place(args.out, f"--out {args.out}")
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")
     launcher = shlex.split(os.environ.get("OPDLM_LAUNCHER", str(ROOT / "launch" / "one_node.sh")))

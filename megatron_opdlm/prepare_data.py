@@ -19,6 +19,7 @@ from megatron_opdlm.data_checks import EvaluationProblems, duplicates, question_
 from megatron_opdlm.data_hash import content_hash
 from megatron_opdlm.data_sources import PUBLISHED, TEMPLATES, ask, fetch
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.output_paths import check_place
 from megatron_opdlm.prompts import check_vocabulary, render
 from megatron_opdlm.rows import Row, read_rows
 
@@ -203,6 +204,7 @@ def main() -> None:
         raise InputError(f"--out {args.out}: a name that ends in .jsonl is needed")
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists already; choose another name or remove it")
+    check_place(args.out, f"--out {args.out}")
     if args.ngram < 1 or args.max_prompt_tokens < 0:
         raise InputError("--ngram is 1 or more and --max-prompt-tokens 0 or more; correct it")
     problems = None

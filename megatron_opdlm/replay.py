@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.output_paths import check_place
 from megatron_opdlm.rows import read_rows
 
 
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = load_config(options.config, [*options.overrides, *paths])
     if options.out.is_dir():
         raise InputError(f"--out={options.out} is a directory; name a file")
+    check_place(options.out, f"--out={options.out}")
     result = replay(config, options.trajectories)
     if int(os.environ.get("RANK", "0")) == 0:
         from megatron_opdlm.checkpoint import replace_text
