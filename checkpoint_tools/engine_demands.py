@@ -16,6 +16,13 @@ from typing import Any
 from checkpoint_tools import engine_settings
 from checkpoint_tools.formats import FORMATS, LAYOUTS
 from checkpoint_tools.hf_files import has_our_code, read_contract
+from checkpoint_tools.quantized_demands import (
+    problem_of_lmdeploy,
+    quantized_weights,
+    read_by_sglang,
+    read_by_transformers,
+)
+from checkpoint_tools.quantized_export import is_quantized
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.safetensors_dir import open_weights
 from checkpoint_tools.vocabulary import load_tokenizer
@@ -31,6 +38,7 @@ SERVED = {
     if layout is not None
 }
 EXPORT_AGAIN = "export with checkpoint_tools.export_hf --format sdar"
+UNQUANTIZED = "serve it with SGLang, or export without --quantize"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,7 @@ def demands(directory: Directory) -> Iterator[Finding]:
     yield from _layout(directory)
     served = ENGINES if directory.is_served else ()
     everyone = (*served, TRANSFORMERS)
+    quantized = is_quantized(directory.path)
     yield from _code(directory)
     for engines, name, check, remedy in (
         (served, "lm_head", _head, EXPORT_AGAIN),
@@ -88,6 +97,24 @@ def demands(directory: Directory) -> Iterator[Finding]:
         (everyone, "end tokens", _end_tokens, "list all of them in generation_config.json"),
         (everyone, "weights", _weights, EXPORT_AGAIN),
         (served, "weight type", _weight_type, ""),
+        (
+            (SGLANG,) if served and quantized else (),
+            "quantisation",
+            _quantized_sglang,
+            EXPORT_AGAIN,
+        ),
+        (
+            (LMDEPLOY,) if served and quantized else (),
+            "quantisation",
+            _quantized_lmdeploy,
+            UNQUANTIZED,
+        ),
+        (
+            (TRANSFORMERS,) if quantized else (),
+            "quantisation",
+            _quantized_transformers,
+            UNQUANTIZED,
+        ),
         (everyone, "chat template", _chat_template, "add the base model's chat_template.jinja"),
         (everyone, "block contract", _contract, "decode it with evaluation.sample"),
         ((SGLANG,) if served else (), engine_settings.SGLANG, _sglang, EXPORT_AGAIN),
@@ -263,8 +290,22 @@ def _end_tokens(directory: Directory) -> str:
 
 def _weights(directory: Directory) -> tuple[str, str]:
     """No tensor is missing, unexpected or of another shape; no file is cut short."""
+    if is_quantized(directory.path):
+        return quantized_weights(directory.path)
     with open_weights(directory.path, read_shape(directory.path)) as weights:
         return "", f"{len(weights.names())} tensors"
+
+
+def _quantized_sglang(directory: Directory) -> tuple[str, str]:
+    return read_by_sglang(directory.path, directory.config)
+
+
+def _quantized_lmdeploy(directory: Directory) -> str:
+    return problem_of_lmdeploy(directory.config)
+
+
+def _quantized_transformers(directory: Directory) -> tuple[str, str]:
+    return read_by_transformers(directory.config)
 
 
 def _weight_type(directory: Directory) -> tuple[str, str]:

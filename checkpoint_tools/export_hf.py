@@ -19,11 +19,19 @@ from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
 from checkpoint_tools.model_card import read_evaluation
 from checkpoint_tools.progress import Progress, progress_bar
 from checkpoint_tools.publish import check_free
+from checkpoint_tools.quantized_export import (
+    DEFAULT_CALIBRATION,
+    DEFAULT_HELD_OUT,
+    KINDS,
+    Quantization,
+    quantize,
+    read_quantization,
+)
 from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_shape
 from checkpoint_tools.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from checkpoint_tools.team import Team, shared_directory
 from checkpoint_tools.verify import compare
-from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -38,6 +46,21 @@ def main() -> None:
     check_format(arguments.format, manifest.block_contract, shape)
     evaluation = read_evaluation(arguments.evaluation)
     dtype = arguments.dtype or manifest.dtype
+    if arguments.quantize and team.size > 1:
+        raise InputError(
+            f"--quantize {arguments.quantize} was started with {team.size} ranks; start it once, "
+            "without torchrun"
+        )
+    quantization = read_quantization(
+        arguments.quantize,
+        arguments.checkpoint,
+        shape,
+        manifest.block_contract,
+        calibration=arguments.calibration,
+        calibration_samples=arguments.calibration_samples,
+        held_out_samples=arguments.held_out_samples,
+        max_kl=arguments.max_kl,
+    )
     convert(
         arguments.checkpoint,
         arguments.out,
@@ -47,6 +70,7 @@ def main() -> None:
         dtype=dtype,
         shard_bytes=arguments.shard_bytes,
         card=CardFacts(base_model=arguments.base_model, evaluation=evaluation),
+        quantization=quantization,
         team=team,
         quiet=arguments.quiet,
     )
@@ -55,7 +79,7 @@ def main() -> None:
     note = ""
     if manifest.block_contract.block_size is None:
         note = f"; it was never trained, so it notes block size {DEFAULT_BLOCK_SIZE}"
-    name = f"{arguments.format} ({dtype})"
+    name = f"{arguments.format} ({arguments.quantize or dtype})"
     print(f"exported {arguments.checkpoint} as {name} to {arguments.out}{note}")
 
 
@@ -69,11 +93,14 @@ def convert(
     dtype: str,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     card: CardFacts = CardFacts(),  # noqa: B008 -- frozen
+    quantization: Quantization | None = None,
     team: Team = Team(),  # noqa: B008 -- frozen
     quiet: bool = True,
 ) -> None:
     """Write the Hugging Face directory ``out`` whole or not at all, all processes of ``team``
     together. It returns on the others while the first one compares the export with the checkpoint.
+
+    With ``quantization`` by one process alone, which then prints what the quantised model loses.
     """
     exported = FORMATS[model_format].exported_shape(shape)
     team.join()
@@ -90,13 +117,18 @@ def convert(
                 card=card,
             )
         )
-        writer = ShardWriter(directory, exported, dtype, shard_bytes)
-        team.on_first(writer.create_files)
-        total = exported.parameters * ITEM_BYTES[dtype]
-        with progress_bar(
-            f"export {out.name}", total // team.size, shown=team.is_first and not quiet
-        ) as bar:
-            team.together(lambda: _write(checkpoint, shape, exported, writer, team, bar))
+        if quantization is not None:
+            models = directory, checkpoint, manifest.block_contract, shape, exported
+            loss = quantize(*models, quantization, dtype=dtype, shard_bytes=shard_bytes)
+            print(f"quantised {loss}", flush=True)
+        else:
+            writer = ShardWriter(directory, exported, dtype, shard_bytes)
+            team.on_first(writer.create_files)
+            total = exported.parameters * ITEM_BYTES[dtype]
+            with progress_bar(
+                f"export {out.name}", total // team.size, shown=team.is_first and not quiet
+            ) as bar:
+                team.together(lambda: _write(checkpoint, shape, exported, writer, team, bar))
         team.disband()
         if team.is_first:  # an export that differs gets no name
             for result in compare(directory, checkpoint, manifest):
@@ -161,8 +193,42 @@ def _parser() -> Arguments:
         default=DEFAULT_SHARD_BYTES,
         help="largest safetensors file, in bytes (default: %(default)s)",
     )
+    _add_quantization(parser)
     add_quiet(parser)
     return parser
+
+
+def _add_quantization(parser: Arguments) -> None:
+    flags = parser.add_argument_group("quantisation")
+    flags.add_argument(
+        "--quantize", choices=KINDS, help="linears of the layers in FP8, through ModelOpt"
+    )
+    flags.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="rollouts of this model: samples.jsonl of its training, or the output of "
+        "evaluation.sample",
+    )
+    flags.add_argument(
+        "--calibration-samples",
+        type=int,
+        metavar="N",
+        help=f"calibrate on the first N rollouts (default: {DEFAULT_CALIBRATION})",
+    )
+    flags.add_argument(
+        "--held-out-samples",
+        type=int,
+        metavar="N",
+        help="compare with the unquantised model on the last N rollouts, at most a quarter "
+        f"(default: {DEFAULT_HELD_OUT})",
+    )
+    flags.add_argument(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="export nothing where the mean KL at masked positions is larger",
+    )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ _DECODING = Path(__file__).parents[1] / "megatron_opdlm" / "diffusion"
 _SHARED_CODE = (
     _MODEL / "block_contract.py",
     _MODEL / "block_diffusion.py",
+    _MODEL / "fp8_linear.py",
     _DECODING / "blocks.py",
     _DECODING / "denoising.py",
     _DECODING / "randomness.py",

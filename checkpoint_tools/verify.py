@@ -5,6 +5,8 @@
 - tokens: where the directory has the project's own ``generate``, its greedy tokens and those of our
   rollout engine, for prompts of every length modulo the block size.
 
+Of a quantised export only the weights: they are the nearest numbers to the checkpoint's.
+
 The models are read layer by layer, so the memory is that of a layer and of the embedding. Every
 denoising pass reads the files once, for all prompts together.
 """
@@ -22,7 +24,8 @@ from checkpoint_tools.arguments import start_alone
 from checkpoint_tools.formats import LAYOUTS, with_explicit_head
 from checkpoint_tools.hf_files import has_our_code
 from checkpoint_tools.manifest import Manifest, read_manifest
-from checkpoint_tools.qwen3_shape import read_json, read_shape
+from checkpoint_tools.quantized_export import is_quantized, read_record
+from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from checkpoint_tools.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.vocabulary import read_vocabulary
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
@@ -57,9 +60,14 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
     from checkpoint_tools.megatron_weights import read_weights
     from checkpoint_tools.streamed_models import streamed_megatron
 
-    shape, stored = read_shape(hf_dir), read_shape(checkpoint / "huggingface")
+    quantized = is_quantized(hf_dir)
+    shape = read_shape(hf_dir, allow_quantized=True)
+    stored = read_shape(checkpoint / "huggingface")
     if shape not in (stored, replace(stored, tied=False)):  # serving engines get it untied
         raise InputError(f"{hf_dir} is {shape}, but {checkpoint} is {stored}; compare its own")
+    if quantized:
+        yield "weights: " + _compare_quantized(hf_dir, checkpoint, shape, stored)
+        return
     with open_weights(hf_dir, shape) as weights:
         narrow = "bf16" if "bf16" in (weights.stored_dtype(), manifest.dtype) else "fp32"
         get = read_weights(checkpoint, stored)
@@ -68,6 +76,19 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
         model = streamed_megatron(stored, get, narrow, str(checkpoint))
         yield "logits: " + compare_logits(weights, model, narrow)
         yield "tokens: " + compare_tokens(weights, model, narrow)
+
+
+def _compare_quantized(
+    hf_dir: Path, checkpoint: Path, shape: Qwen3Shape, stored: Qwen3Shape
+) -> str:
+    """Its logits and tokens are not the checkpoint's: ``quantization.json`` says how far off."""
+    from checkpoint_tools.fp8_weights import Fp8Weights, compare_fp8
+    from checkpoint_tools.megatron_weights import read_weights
+
+    record = read_record(hf_dir)
+    get = with_explicit_head(read_weights(checkpoint, stored), stored)
+    with Fp8Weights(hf_dir, shape) as weights:
+        return compare_fp8(weights, get, record["unquantized_dtype"])
 
 
 def compare_weights(

@@ -1,5 +1,6 @@
-"""FP8 linears of the frozen teacher, through NVIDIA ModelOpt: E4M3, one scale a tensor, weights and
-activations (docs/teacher.md).
+"""FP8 linears through NVIDIA ModelOpt: E4M3, one scale a tensor, weights and activations. The
+frozen teacher computes with them (docs/teacher.md); exports get their scales here
+(docs/serving.md).
 
 A tensor x with the scale s = amax / 448 becomes s * fp8(x / s), where fp8 rounds to the nearest
 E4M3 number and 448 is the largest of them. A weight's amax is its largest absolute value, an
@@ -13,7 +14,7 @@ import importlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +30,14 @@ _PACKAGE = "modelopt"
 _LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
-def require_modelopt() -> None:
-    """InputError if ModelOpt is missing; imports nothing."""
+def require_modelopt(
+    option: str = "teacher.quantization=fp8", otherwise: str = "use teacher.quantization=none"
+) -> None:
+    """InputError if ModelOpt is missing; imports nothing. ``option`` asked for it."""
     if importlib.util.find_spec(_PACKAGE) is None:
         raise InputError(
-            "teacher.quantization=fp8 needs the package nvidia-modelopt, which is not installed; "
-            "run launch/setup.sh, or use teacher.quantization=none"
+            f"{option} needs the package nvidia-modelopt, which is not installed; "
+            f"run launch/setup.sh, or {otherwise}"
         )
 
 
@@ -62,15 +65,48 @@ def quantize_fp8(teacher: Qwen3, sequences: Sequence[Sequence[int]], packing: Pa
         for batch in batches:  # one at a time: the hidden states are not kept
             score(teacher, [batch])
 
+    calibrate_fp8(
+        teacher,
+        run_all,
+        whose="the teacher's",
+        remedy="check teacher.path, or use teacher.quantization=none",
+    )
     with _quietly(), torch.no_grad():
         mtq = importlib.import_module(f"{_PACKAGE}.torch.quantization")
-        # Its preset quantises every linear below the module that it is given: the layers.
-        mtq.quantize(teacher.decoder, copy.deepcopy(mtq.FP8_DEFAULT_CFG), run_all)
-        _require_scales(teacher)
         on_gpu = packing.device.type != "cpu"
         options = importlib.import_module(f"{_PACKAGE}.torch.quantization.config")
         mtq.compress(teacher.decoder, options.CompressConfig(quant_gemm=on_gpu))
     teacher.requires_grad_(False)
+
+
+def calibrate_fp8(
+    model: Qwen3, run_all: Callable[[torch.nn.Module], None], *, whose: str, remedy: str
+) -> None:
+    """Put quantizers into the layers' linears and give them the scales of what ``run_all`` computes
+    with the model; the weights stay as they are, their products are rounded from here on.
+
+    RunError, about ``whose`` linear and with ``remedy``, where one saw nothing to take a scale
+    from.
+    """
+    with _quietly(), torch.no_grad():
+        mtq = importlib.import_module(f"{_PACKAGE}.torch.quantization")
+        # Its preset quantises every linear below the module that it is given: the layers.
+        mtq.quantize(model.decoder, copy.deepcopy(mtq.FP8_DEFAULT_CFG), run_all)
+    _require_scales(model, whose, remedy)
+
+
+def fp8_scales(model: Qwen3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Parameter name of each calibrated linear -> the scales of its weight and of its inputs,
+    float32 scalars: amax / 448, as ModelOpt's exporter has them.
+    """
+
+    def scale(quantizer: Any) -> torch.Tensor:
+        return (quantizer.amax.float() / quantizer.maxbound).reshape(()).cpu()
+
+    return {
+        f"decoder.{name}.weight": (scale(linear.weight_quantizer), scale(linear.input_quantizer))
+        for name, linear in quantized_linears(model.decoder)
+    }
 
 
 def _calibration_batches(
@@ -101,18 +137,17 @@ def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _require_scales(teacher: Qwen3) -> None:
-    found = dict(quantized_linears(teacher.decoder))
+def _require_scales(model: Qwen3, whose: str, remedy: str) -> None:
+    found = dict(quantized_linears(model.decoder))
     names = sorted(name.rpartition(".")[2] for name in found)
-    assert names == sorted(_LINEARS * len(teacher.decoder.layers)), names
+    assert names == sorted(_LINEARS * len(model.decoder.layers)), names
     for name, linear in found.items():
         for quantizer in (linear.input_quantizer, linear.weight_quantizer):
             amax = None if quantizer.amax is None else float(quantizer.amax)
             if amax is None or not 0 < amax < float("inf"):
                 raise RunError(
-                    f"the teacher's {name} has the largest absolute value {amax} on the "
-                    "calibration sequences, which makes no FP8 scale; check teacher.path, or use "
-                    "teacher.quantization=none"
+                    f"{whose} {name} has the largest absolute value {amax} on the calibration "
+                    f"sequences, which makes no FP8 scale; {remedy}"
                 )
 
 

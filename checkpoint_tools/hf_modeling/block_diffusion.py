@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from .blocks import first_block_start, sequence_end  # pyright: ignore[reportMissingImports]
 from .denoising import choose_commits, draw  # pyright: ignore[reportMissingImports]
+from .fp8_linear import use_fp8_linears
 from .randomness import DRAW_TOKEN, uniform  # pyright: ignore[reportMissingImports]
 
 
@@ -38,8 +39,13 @@ class BlockDiffusion:
     """What makes a causal language model of transformers a block-diffusion model. It stands before
     that model among the bases, whose ``forward`` takes a 4-D mask as it is.
 
-    Attention is bidirectional unless a mask says otherwise.
+    Attention is bidirectional unless a mask says otherwise. Where the export is quantised, the
+    layers' linears are FP8 ones.
     """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        use_fp8_linears(self)
 
     def forward(
         self,
