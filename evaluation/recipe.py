@@ -21,13 +21,14 @@ from evaluation.decoding_flags import Loading, check_model, loading_from
 from evaluation.jsonl import write_json
 from evaluation.report import table
 from evaluation.results import SUMMARY
-from evaluation.run import evaluate, load_tasks, write_results
+from evaluation.run import evaluate, load_tasks
 from evaluation.sample import open_generator
 from evaluation.sweep import finished
 from evaluation.tasks import get_task
 from megatron_opdlm import yaml_text
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
+from megatron_opdlm.output_paths import check_place
 
 _DECODING = tuple(field.name for field in fields(Decoding) if field.name != "logit_shift")
 _OWN = ("name", "tasks", "samples", "enable_thinking", "thresholds")
@@ -163,16 +164,17 @@ def run_recipe(
         own = done[run.name]
         if own is None:
             generator = generator or open_generator(model, loading)
-            own, predictions = evaluate(
+            own, _ = evaluate(
                 generator,
                 tasks[run.name],
                 run.decoding,
                 run.samples,
                 {**base, **asdict(loading)},
                 enable_thinking=run.enable_thinking,
+                out=out / run.name,
+                show=True,
             )
             if generator.is_writer:
-                write_results(out / run.name, own, predictions)
                 print(f"{run.name}\n{table(own)}", flush=True)
         rows += own
     return rows
@@ -234,6 +236,7 @@ def main() -> None:
             raise InputError(f"--{flag} is needed; see --help")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit}: a number of problems; use 1 or more")
+    check_place(args.out, f"--out {args.out}")
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")
     loading = loading_from(args)

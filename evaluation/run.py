@@ -73,7 +73,8 @@ def evaluate(
         recorded = recorded_settings(
             tasks, decoding, responses_per_prompt, settings, enable_thinking
         )
-        finished = finished_rows(out, recorded)
+        # The writer's view: another rank might look when the writer is done already.
+        finished = generator.share(finished_rows(out, recorded) if generator.is_writer else None)
         if finished is not None:
             return finished, []
     else:

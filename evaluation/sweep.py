@@ -6,8 +6,8 @@
 Points: for every model and block size, static decoding in T passes for each of --steps (default:
 one token a pass) and dynamic decoding at each of --thresholds (default: none). Every point has a
 directory OUT/MODEL/POINT with the files of evaluation.run; a point whose summary.json is there is
-not run again, so the same command goes on after a kill. OUT gets summary.json with all points,
-report.md and its pictures.
+not run again, and a point that was killed goes on with the same command. OUT gets summary.json with
+all points, report.md and its pictures.
 """
 
 import argparse
@@ -26,10 +26,11 @@ from evaluation.decoding_flags import (
 from evaluation.jsonl import write_json
 from evaluation.report import table, write_report
 from evaluation.results import SUMMARY, read_summary
-from evaluation.run import evaluate, load_tasks, write_results
+from evaluation.run import evaluate, load_tasks
 from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.output_paths import check_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +115,11 @@ def run_points(
         if rows is None:
             generator = generator or open_generator(model, loading)
             described = {**settings, "model": str(model), **asdict(loading)}
-            rows, predictions = evaluate(generator, tasks, point.decoding, responses, described)
+            place = out / point.name
+            rows, _ = evaluate(
+                generator, tasks, point.decoding, responses, described, out=place, show=True
+            )
             if generator.is_writer:
-                write_results(out / point.name, rows, predictions)
                 print(table(rows).splitlines()[-1], flush=True)
         yield from rows
 
@@ -155,6 +158,7 @@ def main() -> None:
         thresholds=args.thresholds,
     )
     models = models_by_name(args.models)
+    check_place(args.out, f"--out {args.out}")
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")
     tasks = load_tasks(args.tasks, args.data, args.limit)

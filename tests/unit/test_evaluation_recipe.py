@@ -12,6 +12,7 @@ import yaml
 
 from evaluation import recipe
 from evaluation.recipe import RecipeRun, describe, read_recipe, run_recipe
+from evaluation.run import write_results
 from evaluation.summary import SummaryRow
 from evaluation.tasks import get_task
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -117,7 +118,9 @@ class FakeEvaluation:
         self.loaded += 1
         return self
 
-    def evaluate(self, generator, tasks, decoding, responses, settings, *, enable_thinking):
+    def evaluate(
+        self, generator, tasks, decoding, responses, settings, *, enable_thinking, out, show
+    ):
         self.ran.append((decoding.threshold, responses, enable_thinking))
         settings = {
             **settings,
@@ -143,6 +146,7 @@ class FakeEvaluation:
             ).as_dict()
             for task, _ in tasks
         ]
+        write_results(out, rows, [])
         return rows, []
 
 

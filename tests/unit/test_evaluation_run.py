@@ -11,19 +11,25 @@ from typing import Any
 import pytest
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
-from evaluation.run import evaluate, load_tasks
+from evaluation.progress import Progress
+from evaluation.prompting import prompt_from
+from evaluation.run import evaluate, load_tasks, prompts_of
 from evaluation.sample import read_prompts, sample
+from evaluation.tasks import get_task
 from launch.quickstart.teacher import build_tokenizer
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.records import Prompt, Trajectory
+from tests.tiny_models import make_tokenizer
 
 END, PAD = 1, 0
 
 
 @dataclass
 class AnsweringGenerator:
-    """Answers ``a+b=`` with ``#`` and a + b (second samples: plus ``offset``) in whole blocks of 4."""
+    """Answers ``a+b=`` with ``#`` and a + b (second samples: plus ``offset``) in whole
+    blocks of 4.
+    """
 
     offset: int = 0
     tokenizer: object = field(default_factory=build_tokenizer)
@@ -102,6 +108,154 @@ def test_several_responses_are_keyed_apart_and_averaged(data):
     assert generator.seen[0][1] == [0, 1 << 32, 1, (1 << 32) + 1]
     assert summary["accuracy"] == 0.5
     assert predictions[1]["correct"] == [True, False]
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class DyingGenerator(AnsweringGenerator):
+    def generate(self, prompts, decoding, samples, finished=lambda _: None):
+        [*_, last] = super().generate(prompts, decoding, samples)
+        finished(last)
+        raise Killed
+
+
+def test_what_is_finished_is_not_made_again(data):
+    """Claim: after a kill the missing responses alone are asked for; the files are those of an
+    evaluation that was not killed; a finished one asks for nothing."""
+    tasks, out = load_tasks(["addition"], data, None), data / "killed"
+    settings = (Decoding(temperature=1.0), 2, {})
+    with pytest.raises(Killed):
+        evaluate(DyingGenerator(offset=1), tasks, *settings, out=out)
+    [line] = (out / "predictions.jsonl").read_text().splitlines()
+    assert (json.loads(line)["index"], json.loads(line)["sample"]) == (1, 1)
+    with (out / "predictions.jsonl").open("a") as file:
+        file.write('{"task": "addition", "ind')  # torn
+    generator = AnsweringGenerator(offset=1)
+    [resumed], predictions = evaluate(generator, tasks, *settings, out=out)
+    assert [samples for _, samples in generator.seen] == [[0, 1 << 32, 1]]
+    [whole], expected = evaluate(AnsweringGenerator(offset=1), tasks, *settings)
+    assert predictions == expected
+    assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+    assert json.loads((out / "summary.json").read_text()) == [resumed]
+    written = (out / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in written] == expected
+    finished = AnsweringGenerator()
+    assert evaluate(finished, tasks, *settings, out=out) == ([resumed], [])
+    assert not finished.seen
+
+
+def test_a_graded_task_is_kept_when_a_later_one_is_killed(data):
+    """Claim: its rows and its summary row stand, and its grader is not asked again."""
+    (data / "exact_match.jsonl").write_text('{"question": "1+1=", "answer": "#2"}\n')
+    tasks, out = load_tasks(["addition", "exact_match"], data, None), data / "killed"
+
+    class DiesLater(AnsweringGenerator):
+        def generate(self, *arguments):
+            if self.seen:
+                raise Killed
+            return super().generate(*arguments)
+
+    with pytest.raises(Killed):
+        evaluate(DiesLater(), tasks, Decoding(), 1, {}, out=out)
+    assert not (out / "summary.json").exists()
+    tasks[0][0].grade_all = None  # pyright: ignore[reportAttributeAccessIssue]
+    generator = AnsweringGenerator()
+    summaries, predictions = evaluate(generator, tasks, Decoding(), 1, {}, out=out)
+    assert len(generator.seen) == 1
+    assert [(row["task"], row["accuracy"]) for row in summaries] == [
+        ("addition", 1.0),
+        ("exact_match", 1.0),
+    ]
+    assert [row["correct"] for row in predictions] == [[True]] * 3
+    assert {file.name for file in out.iterdir()} == {
+        "predictions.jsonl",
+        "settings.json",
+        "summary.json",
+    }
+
+
+def test_other_settings_and_other_data_are_refused(data):
+    """Claim: the message names what differs; another layout may go on."""
+    tasks, out = load_tasks(["addition"], data, None), data / "out"
+    evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {"tp": 1}, out=out)
+    other = Decoding(max_new_tokens=7, seed=1)
+    with pytest.raises(InputError, match="differs in max_new_tokens, seed; choose another"):
+        evaluate(AnsweringGenerator(), tasks, other, 1, {"tp": 1}, out=out)
+    evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {"tp": 2}, out=out)
+    (data / "addition.jsonl").write_text('{"question": "2+3=", "answer": "6"}\n')
+    changed = load_tasks(["addition"], data, None)
+    with pytest.raises(InputError, match="differs in data_hash"):
+        evaluate(AnsweringGenerator(), changed, Decoding(), 1, {"tp": 1}, out=out)
+    (data / "foreign").mkdir()
+    (data / "foreign" / "notes.txt").touch()
+    with pytest.raises(InputError, match="exists and is not empty; choose another name"):
+        evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {}, out=data / "foreign")
+
+
+def test_a_line_that_is_no_prediction_is_named(data):
+    tasks, out = load_tasks(["addition"], data, None), data / "out"
+    with pytest.raises(Killed):
+        evaluate(DyingGenerator(), tasks, Decoding(), 1, {}, out=out)
+    with (out / "predictions.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(InputError, match=r"predictions\.jsonl: line 2: not a prediction"):
+        evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {}, out=out)
+
+
+def test_prompts_without_room_count_as_wrong(data):
+    """Claim: they are flagged, counted and reported; the others are generated. Where none fits, it
+    is an error."""
+    tasks = load_tasks(["addition"], data, None)
+    generator = AnsweringGenerator(longest=6)  # "2+3=" has 4 tokens, "57+68=" has 6
+    [summary], predictions = evaluate(generator, tasks, Decoding(), 1, {})
+    assert (summary["accuracy"], summary["prompts_too_long"]) == (0.5, 1)
+    assert predictions[1]["flags"] == [["no_answer", "prompt_too_long"]]
+    assert predictions[1]["finish_reason"] == ["prompt_too_long"]
+    with pytest.raises(InputError, match="no prompt fits the model: the shortest has 4 tokens"):
+        evaluate(AnsweringGenerator(longest=4), tasks, Decoding(), 1, {})
+
+
+def test_a_prefill_is_continued_without_thinking():
+    """Claim: the template opens the assistant's turn as it does without thinking, and the prefill
+    follows as it stands."""
+    tokenizer = make_tokenizer()
+    messages = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "so"}]
+    prompt = prompt_from(0, {"messages": messages}, tokenizer, where="x", enable_thinking=True)
+    text = "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n--\nso"
+    assert tokenizer.decode(prompt.ids) == text
+
+
+def test_thinking_is_asked_of_tasks_that_may_think():
+    """Claim: LCB-v6 and the EvalPlus tasks are asked without thinking, the others as told."""
+    row = {"question": "2+2", "ground_truth_answer": "4"}
+    ends = {}
+    for name in ("GSM8K", "LCB-v6"):
+        for thinking in (False, True):
+            [prompt] = prompts_of(get_task(name), [row], make_tokenizer(), enable_thinking=thinking)
+            ends[name, thinking] = make_tokenizer().decode(prompt.ids).endswith("--\n")
+    assert ends == {
+        ("GSM8K", False): True,
+        ("GSM8K", True): False,
+        ("LCB-v6", False): True,
+        ("LCB-v6", True): True,
+    }
+    assert not get_task("HumanEval").may_think and not get_task("MBPP").may_think
+
+
+def test_a_line_now_and_then(monkeypatch, capsys):
+    """Claim: without a terminal there is a line after half a minute, with rate and time left of
+    this process."""
+    now = 0.0
+    monkeypatch.setattr("evaluation.progress.time.monotonic", lambda: now)
+    with Progress("GSM8K", 10, 4, show=True) as progress:
+        now = 10.0
+        progress.advance(40)
+        now = 40.0
+        progress.advance(80)
+        progress.advance(100)
+    assert capsys.readouterr().out == ("GSM8K: 6 of 10 responses, 3 tokens/s, 1.3 minutes left\n")
 
 
 def test_the_models_recorded_logit_shift_is_used(data):
@@ -203,6 +357,7 @@ def test_flags_become_settings():
         ("1", ("--tp", "2"), "--tp 2 --pp 1: .*does not divide the 1 started"),
         ("4", ("--tp", "3"), "does not divide the 4 started"),
         ("4", ("--pp", "0"), "use 1 or more"),
+        ("4", ("--tp", "2", "--ep", "4"), "--ep 4 does not divide the 2 ranks"),
     ],
 )
 def test_layouts_that_do_not_fit_the_started_processes(monkeypatch, world, argv, message):
