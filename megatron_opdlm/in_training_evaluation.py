@@ -166,7 +166,7 @@ class LiveGenerator(Generator):
         key = f"in_training_evaluation/{next(_shared)}"
         store = dist.distributed_c10d._get_default_store()
         if self.is_writer:
-            store.set(key, b"ready")
+            store.set(key, "ready")
         while not store.check([key]):
             activity.advance()
             time.sleep(_POLL_SECONDS)
