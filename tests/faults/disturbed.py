@@ -5,7 +5,7 @@ forks a child for every run, which is a rank of a job of its own, with its own p
 can be killed or stopped for real.
 """
 
-import contextlib
+import gc
 import importlib
 import json
 import os
@@ -30,8 +30,8 @@ from megatron_opdlm import train
 from megatron_opdlm.errors import command
 
 SECONDS = 240  # for a whole run on a busy machine
-PIECE_BYTES = 128 << 10  # what cannot be had any more once memory has run out
-
+PIECE_BYTES = 32 << 10  # what cannot be had any more once memory has run out
+REFUSALS = 200  # in a row: malloc asks one more of its arenas at each
 _ballast: list[bytearray] = []
 
 
@@ -177,12 +177,17 @@ def _fail(*_: Any) -> None:
 
 def _exhaust_memory(*_: Any) -> None:
     """From here on there is no piece of memory as large as a tensor, only small ones."""
+    gc.collect()  # now, not later
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize()
+    limit = pages * resource.getpagesize() // 2  # so what is given back cannot be had again
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    with contextlib.suppress(MemoryError):
-        while True:
+    refusals = 0
+    while refusals < REFUSALS:
+        try:
             _ballast.append(bytearray(PIECE_BYTES))
+            refusals = 0
+        except MemoryError:
+            refusals += 1
 
 
 def _poison(student: Any, *_: Any) -> None:
