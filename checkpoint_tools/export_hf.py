@@ -41,6 +41,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     team = start("export_hf")
     check_free(arguments.out)
+    if arguments.shard_bytes < 1:
+        raise InputError(f"--shard-bytes {arguments.shard_bytes}: a number of bytes; use 1 or more")
     manifest = read_manifest(arguments.checkpoint)
     shape = read_shape(arguments.checkpoint / "huggingface")
     check_format(arguments.format, manifest.block_contract, shape)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from evaluation.jsonl import write_json
 from evaluation.results import SUMMARY, read_summary
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.output_paths import check_place
 
 PREDICTIONS, SETTINGS, PARTIAL = "predictions.jsonl", "settings.json", "summary.partial.json"
 LAYOUT = ("tp", "pp", "ep")  # results do not depend on it: another one may go on
@@ -39,6 +40,7 @@ def finished_rows(out: Path, settings: Row) -> list[Row] | None:
 
     InputError for a file, for other files, and for an evaluation with other settings.
     """
+    check_place(out, f"--out {out}")
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a directory")
     # Another rank may be writing the first file at this moment.

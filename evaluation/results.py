@@ -77,7 +77,7 @@ def read_summary(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: no such file; give a summary.json written by evaluation.run")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give a summary.json") from error
     if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
         raise InputError(f"{path}: not a list of summary rows; give a summary.json")

@@ -42,6 +42,13 @@ if [[ -z "$ranks" ]]; then
     ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
     [[ "$ranks" -ge 1 ]] || ranks=1
 fi
+for flag in nodes ranks; do
+    [[ "${!flag}" =~ ^[1-9][0-9]*$ ]] || {
+        echo "error: --$flag ${!flag}: a number; use 1 or more" >&2
+        exit 2
+    }
+done
+[[ "$restarts" =~ ^[0-9]+$ ]] || { echo "error: --restarts $restarts: use 0 or more" >&2; exit 2; }
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

@@ -34,6 +34,10 @@ if [[ -z "$ranks" ]]; then
     ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
     [[ "$ranks" -ge 1 ]] || ranks=1
 fi
+[[ "$ranks" =~ ^[1-9][0-9]*$ ]] || {
+    echo "error: --ranks $ranks: a number of ranks; use 1 or more" >&2
+    exit 2
+}
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"

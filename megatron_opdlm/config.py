@@ -290,6 +290,10 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
     defaults = dataclasses.asdict(Config())
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, *trees), resolve=True)
+    except TypeError as error:  # of OmegaConf's: the types that it cannot merge
+        raise InputError(
+            "configuration: a list stands where a section is needed; write section: {key: value}"
+        ) from error
     except OmegaConfBaseException as error:
         raise InputError(f"configuration: {_first_line(error)}") from error
     assert isinstance(merged, dict)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_opdlm.config import Config, load_config, require
-from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 
 def run(config: Config) -> None:
@@ -73,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.dry_run:
         from megatron_opdlm.dry_run import describe
 
+        if options.world_size is not None and options.world_size < 1:
+            raise InputError(f"--world-size {options.world_size}: a number of ranks; use 1 or more")
         world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
         if int(os.environ.get("RANK", "0")) == 0:
             print(describe(config, world_size))
