@@ -122,7 +122,7 @@ def test_file_keeps_the_rules_of_its_place(file):
         assert not outside(names, MATHS)
     if parts[0] == "megatron_opdlm" and place in ("config", "config_rules", "errors", "records"):
         light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.config_rules")
-            light += ("megatron_opdlm.yaml_text",)
+        light += ("megatron_opdlm.yaml_text",)
         assert not outside(names, light) - {"megatron_opdlm"}
     if parts[0] == "megatron_opdlm" and place in FLOW:
         later = FLOW[FLOW.index(place) + 1 :]
