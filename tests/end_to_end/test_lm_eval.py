@@ -183,12 +183,12 @@ def test_the_command_on_two_ranks(
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--master-port", "0", "-m", "evaluation.lm_eval_model", "--model", "opdlm"),
+            *("--standalone", "-m", "evaluation.lm_eval_model", "--model", "opdlm"),
             *("--model_args", f"pretrained={export},denoising_steps=2,tp=2"),
             *("--tasks", "own_rows", "--include_path", tasks, "--apply_chat_template"),
             *("--output_path", tmp_path / "out", "--log_samples"),
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
