@@ -16,12 +16,7 @@ from typing import Any
 from checkpoint_tools import engine_settings
 from checkpoint_tools.formats import FORMATS, LAYOUTS
 from checkpoint_tools.hf_files import has_our_code, read_contract
-from checkpoint_tools.quantized_demands import (
-    problem_of_lmdeploy,
-    quantized_weights,
-    read_by_sglang,
-    read_by_transformers,
-)
+from checkpoint_tools.quantized_demands import QUANTIZED_READERS, quantized_weights
 from checkpoint_tools.quantized_export import is_quantized
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.safetensors_dir import open_weights
@@ -86,7 +81,6 @@ def demands(directory: Directory) -> Iterator[Finding]:
     yield from _layout(directory)
     served = ENGINES if directory.is_served else ()
     everyone = (*served, TRANSFORMERS)
-    quantized = is_quantized(directory.path)
     yield from _code(directory)
     for engines, name, check, remedy in (
         (served, "lm_head", _head, EXPORT_AGAIN),
@@ -97,24 +91,6 @@ def demands(directory: Directory) -> Iterator[Finding]:
         (everyone, "end tokens", _end_tokens, "list all of them in generation_config.json"),
         (everyone, "weights", _weights, EXPORT_AGAIN),
         (served, "weight type", _weight_type, ""),
-        (
-            (SGLANG,) if served and quantized else (),
-            "quantisation",
-            _quantized_sglang,
-            EXPORT_AGAIN,
-        ),
-        (
-            (LMDEPLOY,) if served and quantized else (),
-            "quantisation",
-            _quantized_lmdeploy,
-            UNQUANTIZED,
-        ),
-        (
-            (TRANSFORMERS,) if quantized else (),
-            "quantisation",
-            _quantized_transformers,
-            UNQUANTIZED,
-        ),
         (everyone, "chat template", _chat_template, "add the base model's chat_template.jinja"),
         (everyone, "block contract", _contract, "decode it with evaluation.sample"),
         ((SGLANG,) if served else (), engine_settings.SGLANG, _sglang, EXPORT_AGAIN),
@@ -123,6 +99,8 @@ def demands(directory: Directory) -> Iterator[Finding]:
     ):
         if engines:
             yield from _of_all(engines, name, remedy, *_result(check, directory))
+    if is_quantized(directory.path):
+        yield from _quantization(directory, everyone)
 
 
 def _result(check: Any, directory: Directory) -> tuple[str, str]:
@@ -296,16 +274,14 @@ def _weights(directory: Directory) -> tuple[str, str]:
         return "", f"{len(weights.names())} tensors"
 
 
-def _quantized_sglang(directory: Directory) -> tuple[str, str]:
-    return read_by_sglang(directory.path, directory.config)
-
-
-def _quantized_lmdeploy(directory: Directory) -> str:
-    return problem_of_lmdeploy(directory.config)
-
-
-def _quantized_transformers(directory: Directory) -> tuple[str, str]:
-    return read_by_transformers(directory.config)
+def _quantization(directory: Directory, engines: Sequence[str]) -> Iterator[Finding]:
+    """Whether an engine reads ModelOpt's FP8 checkpoints."""
+    for engine in engines:
+        found = _result(
+            lambda d, engine=engine: QUANTIZED_READERS[engine](d.path, d.config), directory
+        )
+        remedy = EXPORT_AGAIN if engine == SGLANG else UNQUANTIZED
+        yield from _of_all((engine,), "quantisation", remedy, *found)
 
 
 def _weight_type(directory: Directory) -> tuple[str, str]:

@@ -27,7 +27,7 @@ def quantized_weights(directory: Path) -> tuple[str, str]:
         return "", f"{len(weights.quantized)} linears in FP8"
 
 
-def read_by_sglang(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+def _sglang(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     """(problem, note): it takes ``quant_algo`` and ``ignore`` from config.json, older versions what
     hf_quant_config.json says. Raises InputError where that is missing.
     """
@@ -46,14 +46,17 @@ def read_by_sglang(directory: Path, config: Mapping[str, Any]) -> tuple[str, str
     return "", "GPUs from compute capability 8.9"
 
 
-def problem_of_lmdeploy(config: Mapping[str, Any]) -> str:
+def _lmdeploy(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     """Its linears know other checkpoints."""
     method = config["quantization_config"].get("quant_method")
-    return f"quant_method={method!r} is none of awq, smooth_quant and fp8"
+    return f"quant_method={method!r} is none of awq, smooth_quant and fp8", ""
 
 
-def read_by_transformers(config: Mapping[str, Any]) -> tuple[str, str]:
+def _transformers(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     """(problem, note): it skips a ``quant_method`` that it does not know; our code does not."""
     if config.get("model_type") in ("qwen3", "qwen3_moe"):
         return "it does not know quant_method='modelopt' and would read FP8 numbers unscaled", ""
     return "", "the export's own FP8 linears; slow"
+
+
+QUANTIZED_READERS = {"SGLang": _sglang, "LMDeploy": _lmdeploy, "transformers": _transformers}

@@ -7,6 +7,7 @@ Hugging Face's Qwen3 with hooks is the independent side: it knows neither ModelO
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from checkpoint_tools import export_hf, import_hf, serve_check, verify
 from checkpoint_tools.engine_demands import read_directory
+from checkpoint_tools.formats import LAYOUTS, Layout
 from evaluation import sample
 from megatron_opdlm.errors import InputError, RunError
 from tests.tiny_models import make_qwen3
@@ -341,6 +343,18 @@ def test_rollouts_without_passes_and_with_messages(
     assert (record["calibration_samples"], record["held_out_samples"]) == (5, 1)
     problems = [f for f in serve_check.check(read_directory(out)) if f.problem]
     assert ("transformers", "quantisation") in [(f.engine, f.check) for f in problems]
+
+
+@pytest.mark.parametrize(
+    "layout", [one for one in LAYOUTS.values() if one.code], ids=lambda one: one.model_type
+)
+def test_modelling_files_name_every_file_beside_them(layout: Layout) -> None:
+    """Claim: transformers 4 finds the whole code of an export: of a local directory it copies what
+    the modelling and the configuration file import, and nothing that those files import in turn.
+    """
+    texts = [file.read_text() for file in layout.code[:2]]
+    named = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)}
+    assert named >= {file.stem for file in layout.code[2:]}
 
 
 def test_experts_and_ranks_are_refused(
