@@ -320,7 +320,7 @@ def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
 
 
 def _number(value: object, key: str, path: Path) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= sys.float_info.max:  # NaN is in no range
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong or not 0 < value <= sys.float_info.max:  # NaN is in no range
         raise InputError(f"{path}: {key}={value!r:.60} is not a positive number; correct the file")
     return float(value)

@@ -15,6 +15,7 @@ from tests.conftest import TinyModels
 from tests.distributed.workers import WorkerGroups
 from tests.faults import disturbed
 from tests.faults.disturbed import Disturbance, Ended
+from tests.faults.refusals import Runner
 
 
 def free_port() -> int:
@@ -98,3 +99,8 @@ def undisturbed(
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     arguments = training_run.overrides(fault_model, fault_prompts, out)
     return Job(groups=forks, ranks=2, arguments=arguments, out=out).continued()
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(monkeypatch, capsys)

@@ -16,11 +16,6 @@ from tests.faults.refusals import Runner
 from tests.tiny_models import edit_json
 
 
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
-
-
 @pytest.fixture(scope="module")
 def imported(models: TinyModels) -> Path:
     return models.imported("student", tied=True)

@@ -17,11 +17,6 @@ SECONDS = 240  # for a command that only has to read its command line
 GOOD = '{"question": "1+1=", "answer": "2"}\n'
 
 
-@pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
-
-
 @pytest.fixture(scope="module")
 def model(models: TinyModels) -> Path:
     return models.hf("student", tied=True, layers=2)
