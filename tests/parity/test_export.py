@@ -244,7 +244,7 @@ def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
     edit_json(changed / "config.json", rms_norm_eps=0.1)
     with pytest.raises(InputError, match=r"rms_eps=0\.1"):
         list(verify.compare(changed, exported.checkpoint, manifest))
-    monkeypatch.setattr(verify, "read_shape", lambda directory: read_shape(exported.source))
+    monkeypatch.setattr(verify, "read_shape", lambda *_, **__: read_shape(exported.source))
     with pytest.raises(RunError, match=r"config\.json disagree"):
         list(verify.compare(changed, exported.checkpoint, manifest))
 
