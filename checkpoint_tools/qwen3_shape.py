@@ -319,8 +319,8 @@ def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
     return value
 
 
-def _number(value: object, key: str, path: Path) -> float:
-    wrong = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong or not 0 < value <= sys.float_info.max:  # NaN is in no range
-        raise InputError(f"{path}: {key}={value!r:.60} is not a positive number; correct the file")
-    return float(value)
+def _number(value: Any, key: str, path: Path) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and 0 < value <= sys.float_info.max:  # NaN is in no range
+        return float(value)
+    raise InputError(f"{path}: {key}={value!r:.60} is not a positive number; correct the file")

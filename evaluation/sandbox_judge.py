@@ -159,7 +159,7 @@ class Proxy:
     def __bool__(self) -> bool:
         if _has(self, "__bool__"):
             return _method(self, "__bool__")
-        return len(self) > 0 if _has(self, "__len__") else True
+        return _method(self, "__len__") > 0 if _has(self, "__len__") else True
 
     def __instancecheck__(self, instance: object) -> bool:
         if not isinstance(instance, Proxy):

@@ -120,7 +120,7 @@ def _amend_last(file: Path, step: int, metrics: Mapping[str, Any]) -> None:
         return
     draft = file.with_name(file.name + ".tmp")
     draft.write_bytes(b"".join(lines[:-1]))
-    _append(draft, [last | metrics])
+    _append(draft, [{**last, **metrics}])
     os.replace(draft, file)
 
 
