@@ -3,7 +3,6 @@ checked first.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +14,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
-from checkpoint_tools.manifest import BlockContract, LowRank, is_checkpoint, read_manifest
-from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, read_shape
-from checkpoint_tools.safetensors_dir import open_weights
-from checkpoint_tools.vocabulary import load_tokenizer, read_vocabulary
-from megatron_opdlm.checkpoint import Checkpoints, dtype_name, huggingface_dir, load_model
+from checkpoint_tools.manifest import BlockContract, LowRank
+from checkpoint_tools.qwen3_shape import check_layout
+from checkpoint_tools.vocabulary import load_tokenizer
+from megatron_opdlm.checkpoint import Checkpoints, dtype_name, load_model
 from megatron_opdlm.config import Config, to_yaml
 from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.errors import InputError
@@ -28,67 +26,16 @@ from megatron_opdlm.model import lora
 from megatron_opdlm.model.flops import layer_linear_parameters
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
+from megatron_opdlm.model_source import ModelSource, open_model, require_same_tokens
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_opdlm.quantization import require_modelopt
-from megatron_opdlm.records import Vocabulary
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.update import Objective, Student
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """A checked model directory: everything but the weights' values is known."""
-
-    directory: Path
-    shape: Qwen3Shape
-    vocabulary: Vocabulary
-    contract: BlockContract | None  # of a Megatron checkpoint
-    low_rank: LowRank | None  # terms that a Megatron checkpoint has beside its weights
-
-    @property
-    def files(self) -> Path:
-        """Config and tokenizer."""
-        return huggingface_dir(self.directory)
-
-
-def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSource:
-    """Check a Hugging Face directory or Megatron checkpoint. InputError names ``key``, the option
-    that gave the path.
-    """
-    if not path:
-        raise InputError(
-            f"{key} is empty: give a Hugging Face Qwen3 directory or a Megatron checkpoint"
-        )
-    directory = Path(path)
-    if not directory.is_dir():
-        raise InputError(
-            f"{key}={path} is not a directory: give a Hugging Face Qwen3 "
-            "directory or a Megatron checkpoint"
-        )
-    manifest = read_manifest(directory) if is_checkpoint(directory) else None
-    contract = manifest.block_contract if manifest else None
-    files = huggingface_dir(directory)
-    shape = read_shape(files)
-    if contract is None:
-        open_weights(
-            directory, shape
-        ).close()  # missing, truncated or misshaped tensors are found here
-    vocabulary = read_vocabulary(
-        files,
-        mask_token_id if mask_token_id is not None or contract is None else contract.mask_token_id,
-    )
-    return ModelSource(
-        directory=directory,
-        shape=shape,
-        vocabulary=vocabulary,
-        contract=contract,
-        low_rank=manifest.low_rank if manifest else None,
-    )
 
 
 def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSource, ModelSource]:
@@ -331,29 +278,6 @@ def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -
         low_rank=low_rank_of(config),
         in_background=config.checkpoint.async_save,
     )
-
-
-def require_same_tokens(student: ModelSource, teacher: ModelSource) -> None:
-    """Teacher and student must speak the same token ids."""
-    if student.vocabulary.size != teacher.vocabulary.size:
-        raise InputError(
-            f"teacher.path={teacher.directory} has vocab_size={teacher.vocabulary.size}, "
-            f"model.path={student.directory} has "
-            f"{student.vocabulary.size}; use a teacher with the student's tokenizer"
-        )
-    pair = [load_tokenizer(source.files) for source in (student, teacher)]
-    if all(tokenizer is not None for tokenizer in pair):
-        ours, theirs = (
-            {k: v for k, v in t.get_vocab().items() if v != student.vocabulary.mask_id}
-            for t in pair
-            if t is not None
-        )
-        if ours != theirs:
-            raise InputError(
-                f"teacher.path={teacher.directory} has another tokenizer than "
-                f"model.path={student.directory}; "
-                "use a teacher with the student's tokenizer"
-            )
 
 
 def require_layout(config: Config, source: ModelSource, key: str, world_size: int) -> None:

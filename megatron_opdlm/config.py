@@ -6,22 +6,18 @@ before anything slow is loaded.
 """
 
 import dataclasses
-import io
-import json
-import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_opdlm import config_rules, yaml_text
-from megatron_opdlm.errors import InputError, nearest
+from megatron_opdlm import config_rules
+from megatron_opdlm.config_values import first_line, read_file, read_override, show, typed
+from megatron_opdlm.errors import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
 Curve = Literal["linear", "sin", "cos"]
@@ -285,8 +281,8 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
 
     A value may refer to another key: ``${model.path}``.
     """
-    trees = [_read_file(file)] if file is not None else []
-    trees += [_read_override(text) for text in overrides]
+    trees = [read_file(file)] if file is not None else []
+    trees += [read_override(text) for text in overrides]
     defaults = dataclasses.asdict(Config())
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, *trees), resolve=True)
@@ -295,7 +291,7 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
             "configuration: a list stands where a section is needed; write section: {key: value}"
         ) from error
     except OmegaConfBaseException as error:
-        raise InputError(f"configuration: {_first_line(error)}") from error
+        raise InputError(f"configuration: {first_line(error)}") from error
     assert isinstance(merged, dict)
     config = _build_tree(merged)
     config_rules.check(flatten(config))
@@ -332,56 +328,6 @@ def differing_keys(a: Config, b: Config) -> list[str]:
     return [key for key, value in values_a.items() if value != values_b[key]]
 
 
-def _read_file(file: Path) -> Any:
-    try:
-        text = file.read_text(encoding="utf-8")
-        yaml_text.check(text)
-        tree = OmegaConf.load(io.StringIO(text))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"configuration file {file} does not exist; configs/ holds ready ones"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"configuration file {file} cannot be read: {_first_line(error)}"
-        ) from error
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"configuration file {file}: {_yaml_line(error)}{_yaml_problem(error)}"
-        ) from error
-    except (OmegaConfBaseException, ValueError) as error:  # e.g. "!!int x"
-        raise InputError(f"configuration file {file}: {_first_line(error)}") from error
-    if not OmegaConf.is_dict(tree):
-        raise InputError(f"configuration file {file} must hold sections (model:, data:, ...)")
-    return tree
-
-
-def _read_override(text: str) -> Any:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"override {text!r} is not of the form section.key=value")
-    try:
-        yaml_text.check(value)
-        return OmegaConf.from_dotlist([text])
-    except yaml.YAMLError as error:
-        raise InputError(f"override {text!r}: {_yaml_problem(error)}") from error
-    except (OmegaConfBaseException, ValueError, TypeError) as error:  # e.g. "!!int x", "a[0]=1"
-        raise InputError(f"override {text[:200]!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    return "not valid YAML: " + (getattr(error, "problem", None) or _first_line(error))
-
-
-def _yaml_line(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f"line {mark.line + 1}: " if mark else ""
-
-
 def _build_tree(tree: dict[Any, Any]) -> Config:
     """Plain tree -> typed tree: every section and key exists and every value has its type."""
     sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
@@ -393,7 +339,7 @@ def _build_tree(tree: dict[Any, Any]) -> Config:
         if values is None:  # `model:` with every line under it commented out
             continue
         if not isinstance(values, dict):
-            raise InputError(f"{name}={_show(values)} is a section; write {name}.KEY=value")
+            raise InputError(f"{name}={show(values)} is a section; write {name}.KEY=value")
         built[name] = _build_section(name, typing.cast(type, sections[name]), values)
     return Config(**built)
 
@@ -404,7 +350,7 @@ def _build_section(section: str, section_type: type, values: dict[Any, Any]) -> 
         if name not in hints:
             raise _unknown_key(f"{section}.{name}")
     return section_type(
-        **{name: _typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()}
+        **{name: typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()}
     )
 
 
@@ -414,49 +360,3 @@ def _unknown_key(key: str) -> InputError:
     same_name = [known for known in valid if known.partition(".")[2] == key.rpartition(".")[2]]
     closest = max(same_name or valid, key=lambda known: SequenceMatcher(None, key, known).ratio())
     return InputError(f"configuration key {key!r} does not exist (did you mean {closest!r}?)")
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """``value`` if it has the type that ``hint`` names; an integer may stand for a float."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:  # X | None
-        return None if value is None else _typed(key, value, arguments[0])
-    if origin is Literal:
-        return _one_of(key, value, arguments)
-    if origin is list and isinstance(value, list):
-        return [_typed(f"{key}[{i}]", item, arguments[0]) for i, item in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {
-            _typed(f"a name in {key}", name, arguments[0]): _typed(
-                f"{key}.{name}", item, arguments[1]
-            )
-            for name, item in value.items()
-        }
-    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    if hint is str and value is None:  # `train.out=` on a command line
-        return ""
-    if hint in (bool, int, str) and type(value) is hint:
-        return value
-    raise InputError(f"{key}={_show(value)} must be {_TYPE_NAMES[origin or hint]}")
-
-
-_TYPE_NAMES = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a finite number",
-    str: "text (quote it if it looks like a number)",
-    list: "a list, such as [a, b]",
-    dict: "a mapping, such as {name: 1}",
-}
-
-
-def _one_of(key: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if value not in allowed:
-        hint = nearest(value, allowed) if isinstance(value, str) else ""
-        raise InputError(f"{key}={_show(value)} must be one of {', '.join(allowed)}{hint}")
-    return value
-
-
-def _show(value: Any) -> str:
-    return json.dumps(value, default=str)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opdlm import build, parallel, replay, rollout, train, truncation
-from megatron_opdlm.checkpoint import load_model
+from megatron_opdlm.checkpoint import huggingface_dir, load_model
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.diffusion import denoising
 from megatron_opdlm.diffusion.blocks import block_lengths
@@ -56,7 +56,7 @@ def join(layout: Layout) -> Hardware:
 def load(layout: Layout, model_dir: Path, **options: Any) -> Qwen3:
     """A float32 model on a layout, ready for forwards."""
     hardware = join(layout)
-    shape = read_shape(build.huggingface_dir(model_dir))
+    shape = read_shape(huggingface_dir(model_dir))
     model = build_model(shape, layout, torch.float32, hardware, **options)
     load_model(model, model_dir)
     return model.requires_grad_(False).eval()

@@ -24,6 +24,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 180  # imports of several ranks on a busy machine
+MOST_THREADS = 300  # of a rank, before its group is started anew; a fresh one has about 65
 GRACE_SECONDS = 2  # for the others' reports once one rank has failed
 LOG_TAIL = 3000  # characters of a rank's output shown after a failure
 
@@ -59,6 +60,13 @@ class WorkerGroup:
     def process_ids(self) -> list[int]:
         """Of the ranks, in their order."""
         return [process.pid for process in self._processes]
+
+    @property
+    def threads(self) -> int:
+        """Most of a rank. Whatever a job leaves behind keeps its gloo groups alive, whose threads
+        wake 100 times a second: hundreds of them slow everything down.
+        """
+        return max(len(os.listdir(f"/proc/{pid}/task")) for pid in self.process_ids)
 
     def run(self, function: Callable[..., Any], *, timeout: float = 60, **arguments: Any) -> list:
         """Call a module-level function with picklable arguments on every rank; results by rank."""
@@ -160,7 +168,7 @@ class WorkerGroups:
 
     def __call__(self, ranks: int) -> WorkerGroup:
         group = self._groups.get(ranks)
-        if group is None or not group.alive:
+        if group is None or not group.alive or group.threads > MOST_THREADS:
             if group is not None:
                 group.close()
             group = self._groups[ranks] = WorkerGroup(ranks, **self._options)

@@ -309,7 +309,7 @@ def test_a_header_that_lies(tmp_path: Path) -> None:
     header[first]["data_offsets"][1] -= 4
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(InputError, match="are not those of its shape"):
+    with pytest.raises(InputError, match="no safetensors file"):
         open_weights(hf)
 
 

@@ -36,6 +36,8 @@ WIRING = (
 COMMANDS = ("import_hf", "export_hf", "verify", "serve_check", "inspect")
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.truncation", "megatron_opdlm.diffusion.denoising")
+# Read before anything slow is loaded.
+LIGHT = ("config", "config_values", "config_rules", "errors", "records")
 # Copied into exported directories, so they stand alone.
 COPIED = ("blocks", "denoising", "randomness")
 
@@ -120,9 +122,9 @@ def test_file_keeps_the_rules_of_its_place(file):
         assert not outside(names, ("torch", *(() if parts[-1] in COPIED else pure)))
     if parts in (("megatron_opdlm", "divergence"), ("megatron_opdlm", "truncation")):
         assert not outside(names, MATHS)
-    if parts[0] == "megatron_opdlm" and place in ("config", "config_rules", "errors", "records"):
+    if parts[0] == "megatron_opdlm" and place in LIGHT:
         light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.config_rules")
-        light += ("megatron_opdlm.yaml_text",)
+        light += ("megatron_opdlm.yaml_text", "megatron_opdlm.config_values")
         assert not outside(names, light) - {"megatron_opdlm"}
     if parts[0] == "megatron_opdlm" and place in FLOW:
         later = FLOW[FLOW.index(place) + 1 :]

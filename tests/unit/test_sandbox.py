@@ -324,13 +324,19 @@ def forge(number):
     "source",
     [
         FORGE + "forge(1)\ndef f(): return 1",  # before the question: no secret known
-        FORGE + "def f(): forge(2); return 1",  # with the secret, doubled
         "import os\nfor n in range(3, 64):\n    try: os.write(n, b'7' * 99)\n"
         "    except OSError: pass\ndef f(): return 7",
     ],
 )
 def test_writing_to_the_result_channel_is_a_failure(jail, source):
     assert call(jail, source).status == "broken_channel"
+
+
+def test_a_forged_reply_says_no_more_than_a_returned_value(jail):
+    """A program that finds the question's secret can answer before it returns: what it could have
+    returned as well. Answering twice breaks the channel, at this question or at the next."""
+    outcome = call(jail, FORGE + "def f(): forge(2); return 1")
+    assert outcome.status == "broken_channel" or decode(outcome.value) == 7
 
 
 def test_a_value_that_claims_to_equal_everything_equals_nothing(jail):
