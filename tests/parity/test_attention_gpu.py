@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.build import huggingface_dir
-from megatron_opdlm.checkpoint import load_weights, save_weights
+from megatron_opdlm.checkpoint import huggingface_dir, load_weights, save_weights
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed
