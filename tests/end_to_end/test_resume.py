@@ -85,7 +85,9 @@ def test_killed_again_and_again(
     every bit of the final weights are those of the undisturbed run, and nothing half-written is
     left."""
     out = tmp_path / "run"
-    command = training_run.overrides(model, prompts, out, "checkpoint.keep=1")
+    # Saves in the background are killed in tests/faults/test_kills.py.
+    keys = ["checkpoint.keep=1", "checkpoint.async_save=false"]
+    command = training_run.overrides(model, prompts, out, *keys)
     steps_done = 0
     for kill in KILLS:
         (ended,) = forks.run(killed.run, overrides=command, kill=kill, timeout=150)
