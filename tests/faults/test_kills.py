@@ -4,6 +4,8 @@ The short form kills 20 times. The long one, ``FAULT_KILLS=200 pytest -s`` on th
 was hit.
 """
 
+import functools
+import importlib
 import os
 import random
 from collections import Counter
@@ -27,7 +29,7 @@ SECONDS = 300  # for one start on a busy machine
 # Where a kill's clock starts, and how long it may run (seconds): together they cover a run from its
 # first file to its last, each phase about as often as another.
 MOMENTS = {
-    "set-up": ("megatron_opdlm.session:build_student", 1, 0.3),
+    "set-up": ("megatron_opdlm.opening:build_student", 1, 0.3),
     "loading": ("megatron_opdlm.sharded_load:verify", 1, 0.2),
     "rollout": ("megatron_opdlm.session:generate", 3, 0.2),
     "teacher": ("megatron_opdlm.session:score", 3, 0.05),
@@ -52,6 +54,13 @@ def random_kill(draw: random.Random) -> tuple[str, KillWithin]:
         seconds=seconds,
         seed=draw.randrange(1 << 30),
     )
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_moments_exist(name: str):
+    """Claim: the functions at which clocks start are there: a drawn moment never fails by its name."""
+    module, _, path = MOMENTS[name][0].partition(":")
+    assert callable(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
 
 
 def newest(out: Path) -> int:
