@@ -56,7 +56,7 @@ class Settings:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the results: a directory holds those of one such command."""
-        config = load_config(self.recipe, [*self.overrides, f"train.out={self.out / 'run'}"])
+        config = load_config(self.recipe, self.keys)
         return {
             "hf": str(self.hf.resolve()),
             "data": str(self.data.resolve()),
@@ -69,8 +69,18 @@ class Settings:
 
     def training(self, model: Path) -> list[str]:
         """Arguments of the training command."""
-        keys = [*self.overrides, f"model.path={model}", f"train.out={self.out / 'run'}"]
+        keys = [*self.keys, f"model.path={model}"]
         return ["--config", str(self.recipe), *keys]
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the recipe that the command line decides; --data is that of evaluation in
+        training too, unless key=value names another.
+        """
+        recipe = load_config(self.recipe, self.overrides)
+        named = any(pair.startswith("evaluation.data=") for pair in self.overrides)
+        data = [] if named or not recipe.evaluation.every else [f"evaluation.data={self.data}"]
+        return [*data, *self.overrides, f"train.out={self.out / 'run'}"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,10 @@ def read_evaluation(config: Config) -> InTrainingEvaluation:
     section = config.evaluation
     if not section.every:
         return InTrainingEvaluation(config=config, tasks=[])
-    tasks = load_tasks(section.tasks, Path(section.data), section.limit)
+    try:
+        tasks = load_tasks(section.tasks, Path(section.data), section.limit)
+    except InputError as error:
+        raise InputError(f"{error}; or train without it: evaluation.every=0") from None
     for task, rows in tasks:
         lacks = task.missing(rows)
         if lacks:

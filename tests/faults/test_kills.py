@@ -58,7 +58,7 @@ def random_kill(draw: random.Random) -> tuple[str, KillWithin]:
 
 @pytest.mark.parametrize("name", MOMENTS)
 def test_moments_exist(name: str):
-    """Claim: the functions at which clocks start are there: a drawn moment never fails by its name."""
+    """Claim: the functions at which clocks start are there, so no drawn moment fails by name."""
     module, _, path = MOMENTS[name][0].partition(":")
     assert callable(functools.reduce(getattr, path.split("."), importlib.import_module(module)))
 

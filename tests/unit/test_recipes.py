@@ -55,6 +55,10 @@ COMMON = {
     "curriculum.start": 100,
     "data.max_prompt_tokens": 2000,
     "checkpoint.every": 10,
+    "evaluation.every": 10,
+    "evaluation.tasks": ["GSM8K"],
+    "evaluation.remasking": "low_confidence_static",
+    "evaluation.temperature": 0.0,
 }
 # stem: (top-k, curriculum's end, its steps, thinking, epochs, training steps)
 DIFFERENT = {
@@ -112,6 +116,7 @@ def test_values_are_the_published_ones(stem):
         "train.steps": steps,
         "rollout.max_new_tokens_by_domain": CAPS if "math" not in stem else {},
         "states.block_alignment": "absolute",
+        "evaluation.max_new_tokens": 500 if thinking else 1000,
     }
     assert {key: values[key] for key in expected} == expected
     size = stem.rpartition("_")[2].upper()
@@ -173,9 +178,17 @@ def test_an_unknown_model_is_refused_by_the_dry_run():
 
 
 def test_a_published_name_is_no_model_to_train(capsys):
-    arguments = ["--config", str(CONFIGS / "opdlm_8b.yaml"), "model.path=Qwen/Qwen3-8B"]
+    keys = "model.path=Qwen/Qwen3-8B", "evaluation.every=0"
+    arguments = ["--config", str(CONFIGS / "opdlm_8b.yaml"), *keys]
     with pytest.raises(InputError, match=r"model\.path=Qwen/Qwen3-8B is not a directory"):
         train.main(arguments)
+
+
+def test_missing_data_of_the_evaluation_is_said_before_any_model_is_read():
+    """Claim: a recipe without its benchmark's file says how to get it and how to do without."""
+    message = r"GSM8K: needs data/evaluation/GSM8K\.json.*evaluation\.download.*evaluation\.every=0"
+    with pytest.raises(InputError, match=message):
+        train.main(["--config", str(CONFIGS / "opdlm_8b.yaml")])
 
 
 def test_a_layout_that_does_not_divide_is_refused_without_weights():
