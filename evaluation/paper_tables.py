@@ -78,6 +78,15 @@ def _others(results: Sequence[Result]) -> list[str]:
     ]
 
 
+def not_graded(results: Sequence[Result]) -> list[str]:
+    """The tasks that have no figure, and why."""
+    if not results:
+        return []
+    lines = _header(["model", "task", "reason"])
+    lines += [_row([r.model, r.task, str(r.row.get("skipped", ""))]) for r in results]
+    return ["## Not graded", "", *lines, ""]
+
+
 def _cost(model: str, which: int) -> str:
     cost = training_cost(model)
     return "" if cost is None else f"{cost[which]:.2g}"

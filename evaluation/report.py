@@ -56,12 +56,14 @@ def _number(value: float | None, form: str) -> str:
 def write_report(arguments: list[str], out: Path) -> None:
     """``report.md`` and its pictures, in a new directory."""
     from evaluation.figures import draw
-    from evaluation.paper_tables import paper_tables, parallelism_tables
+    from evaluation.paper_tables import not_graded, paper_tables, parallelism_tables
 
-    results = read_results(arguments)
+    read = read_results(arguments)
+    results = [result for result in read if result.is_graded]
     out.mkdir(parents=True, exist_ok=True)
     pictures = [f"![{file.stem}]({file.name})\n" for file in draw(results, out)]
-    parts = ["# Results", "", paper_tables(results), parallelism_tables(results), *pictures]
+    parts = ["# Results", "", paper_tables(results), parallelism_tables(results)]
+    parts += [*not_graded([result for result in read if not result.is_graded]), *pictures]
     write_text(out / "report.md", "\n".join(parts))
 
 

@@ -25,8 +25,13 @@ class Result:
         return self.row["task"]
 
     @property
+    def is_graded(self) -> bool:
+        """Whether it has an accuracy: the scorer of a skipped task was not there."""
+        return self.row["accuracy"] is not None
+
+    @property
     def accuracy(self) -> float:
-        """From 0 to 1."""
+        """From 0 to 1; of graded results only."""
         return self.row["accuracy"]
 
     @property

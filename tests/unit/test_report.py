@@ -82,6 +82,21 @@ def test_measured_beside_published(tmp_path: Path):
     assert "7.6e+07" in first and "2.4e+18" in first
 
 
+def test_a_skipped_task_is_listed_with_its_reason(tmp_path: Path):
+    """Claim: a task whose scorer was missing stands in the report as not graded, never as 0, also
+    beside a graded result of the same task under other decoding."""
+    skipped = {"n": 0, "accuracy": None, "stderr": None, "skipped": "install livebench"}
+    rows = summary_row("LiveBench", 0.4), summary_row("LiveBench", 0.0) | skipped
+    file = write(tmp_path / "summary.json", *rows, summary_row("MMLU", 0.0) | skipped)
+    report.write_report([f"OPDLM-4B={file}"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| OPDLM-4B | LiveBench | install livebench |" in text
+    assert "| OPDLM-4B | MMLU | install livebench |" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("| LiveBench |")]
+    assert "**40.0 ± 1.0**" in line and "**0.0" not in text
+    assert report.table([row.row for row in read_results([str(file)])]).count(" - ") >= 2
+
+
 def test_curves_and_areas(tmp_path: Path):
     """Points at 1 and 2 tokens a step: area 0.8 + 0.7; the picture is a picture."""
     fast = {"remasking": "low_confidence_dynamic", "speed": 2.0}
