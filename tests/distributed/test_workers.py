@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,22 @@ def test_results_come_by_rank_and_the_group_is_kept(light_ranks: WorkerGroups):
     for _ in range(2):
         assert group.run(misbehaviour.rank) == [0, 1, 2]
         assert light_ranks(3) is group
+
+
+def test_ranks_rest_between_jobs(light_ranks: WorkerGroups):
+    """Claim: ranks take no time between two jobs, and the next job wakes them."""
+    group = light_ranks(2)
+    for _ in range(2):
+        assert group.run(misbehaviour.rank) == [0, 1]
+        deadline = time.monotonic() + misbehaviour.FOREVER
+        while any(_state(process) != "T" for process in group.process_ids):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def _state(process: int) -> str:
+    """As /proc has it: T is stopped."""
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 RAISED = r"(?s)fail failed.*rank 1: .*ValueError: as the test"

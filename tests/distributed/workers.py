@@ -8,6 +8,8 @@ long all end the job with ``RanksFailed``, and the group with it: after a failur
 collective the others are in.
 """
 
+import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -24,7 +26,6 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 START_SECONDS = 180  # imports of several ranks on a busy machine
-MOST_THREADS = 300  # of a rank, before its group is started anew; a fresh one has about 65
 GRACE_SECONDS = 2  # for the others' reports once one rank has failed
 LOG_TAIL = 3000  # characters of a rank's output shown after a failure
 
@@ -50,6 +51,7 @@ class WorkerGroup:
             self._connections.append(ours)
             theirs.close()  # so that a rank's death is the end of its connection
         self._collect("start", START_SECONDS)
+        self._signal(signal.SIGSTOP)
 
     @property
     def alive(self) -> bool:
@@ -61,31 +63,35 @@ class WorkerGroup:
         """Of the ranks, in their order."""
         return [process.pid for process in self._processes]
 
-    @property
-    def threads(self) -> int:
-        """Most of a rank. Whatever a job leaves behind keeps its gloo groups alive, whose threads
-        wake 100 times a second: hundreds of them slow everything down.
-        """
-        return max(len(os.listdir(f"/proc/{pid}/task")) for pid in self.process_ids)
-
     def run(self, function: Callable[..., Any], *, timeout: float = 60, **arguments: Any) -> list:
-        """Call a module-level function with picklable arguments on every rank; results by rank."""
+        """Call a module-level function with picklable arguments on every rank; results by rank.
+
+        Between two jobs the ranks are stopped: the threads of their gloo groups would wake 100
+        times a second, which with the groups of many tests takes a third of a core.
+        """
         assert self.alive, "the group was closed after a failure; ask for a new one"
         job = (function.__module__, function.__qualname__, arguments)
+        self._signal(signal.SIGCONT)
         for connection in self._connections:
             connection.send(job)
-        return self._collect(function.__qualname__, timeout)
+        results = self._collect(function.__qualname__, timeout)
+        self._signal(signal.SIGSTOP)
+        return results
 
     def close(self) -> None:
         """End every rank now, whatever it is doing."""
-        for process in self._processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         for process in self._processes:
             process.wait()
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To every rank and what it has started."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, number)
 
     def _start(self, rank: int, port: int, theirs: Connection) -> subprocess.Popen[bytes]:
         environment = os.environ | {
@@ -168,7 +174,7 @@ class WorkerGroups:
 
     def __call__(self, ranks: int) -> WorkerGroup:
         group = self._groups.get(ranks)
-        if group is None or not group.alive or group.threads > MOST_THREADS:
+        if group is None or not group.alive:
             if group is not None:
                 group.close()
             group = self._groups[ranks] = WorkerGroup(ranks, **self._options)
@@ -192,6 +198,7 @@ def serve(connection: Connection, imports: str) -> None:
     closes.
     """
     importlib.import_module(imports)
+    gc.freeze()  # modules stay: a collection need not look at them
     connection.send((True, None))
     while True:
         try:
@@ -204,8 +211,17 @@ def serve(connection: Connection, imports: str) -> None:
         except BaseException:
             reply = (False, "raised\n" + traceback.format_exc())
         connection.send(reply)
+        # Models and optimizers are cycles that hold gloo groups, and their threads, until then.
+        del reply, arguments
+        gc.collect()
+
+
+def _die_with_parent() -> None:
+    """A rank that is stopped does not notice that nobody is left to wake it (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 if __name__ == "__main__":
+    _die_with_parent()
     serve(Connection(int(sys.argv[1])), sys.argv[2])
     os._exit(0)  # without the process group's farewell, which waits for the others
