@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from checkpoint_tools.files.safetensors_writer import write_weights
 from checkpoint_tools.qwen3_shape import hf_names, read_shape
-from checkpoint_tools.safetensors_writer import write_weights
 
 SMALLEST = {  # Qwen3-0.6B
     "hidden_size": 1024,
@@ -48,8 +48,8 @@ import sys, time
 from pathlib import Path
 from checkpoint_tools import import_hf
 from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.safetensors_dir import open_weights
-import checkpoint_tools.weight_writer
+from checkpoint_tools.files.safetensors_dir import open_weights
+import checkpoint_tools.streaming.weight_writer
 with open_weights(sys.argv[1]) as weights:
     start = time.perf_counter()
     import_hf.convert(weights, Path(sys.argv[2]), BlockContract(mask_token_id=7), sys.argv[3])

@@ -16,11 +16,11 @@ import torch
 from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.records import Prompt, Vocabulary
 from megatron_opdlm.rollout import Rollout, generate
-from megatron_opdlm.slots import Request
 
 SHAPES = {  # the published configurations
     "qwen3-0.6b": Qwen3Shape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960),

@@ -24,10 +24,10 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.model.qwen3 import Qwen3, build_model, fill
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Rollout, generate
-from megatron_opdlm.slots import Request
 
 SHAPES = {
     "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),

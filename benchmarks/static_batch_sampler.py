@@ -16,12 +16,12 @@ from torch import Tensor
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.blocks import first_block_start
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.model.attention_plan import cached_plan
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import project
 from megatron_opdlm.records import Vocabulary
-from megatron_opdlm.slots import Request
 
 
 @dataclass

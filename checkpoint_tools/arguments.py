@@ -4,7 +4,7 @@ import argparse
 import os
 import warnings
 
-from checkpoint_tools.team import Team, from_environment
+from checkpoint_tools.streaming.team import Team, from_environment
 from megatron_opdlm.errors import InputError
 
 DTYPES = ("bf16", "fp32")

@@ -12,14 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
-from checkpoint_tools.export_files import CardFacts, write_files
+from checkpoint_tools.files.export_files import CardFacts, write_files
+from checkpoint_tools.files.hf_files import DEFAULT_BLOCK_SIZE
+from checkpoint_tools.files.publish import check_free
+from checkpoint_tools.files.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from checkpoint_tools.formats import FORMATS, check_format, with_explicit_head
-from checkpoint_tools.hf_files import DEFAULT_BLOCK_SIZE
 from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
 from checkpoint_tools.model_card import read_evaluation
-from checkpoint_tools.progress import Progress, progress_bar
-from checkpoint_tools.publish import check_free
-from checkpoint_tools.quantized_export import (
+from checkpoint_tools.quantization.export import (
     DEFAULT_CALIBRATION,
     DEFAULT_HELD_OUT,
     KINDS,
@@ -28,8 +28,8 @@ from checkpoint_tools.quantized_export import (
     read_quantization,
 )
 from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_shape
-from checkpoint_tools.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from checkpoint_tools.team import Team, shared_directory
+from checkpoint_tools.streaming.progress import Progress, progress_bar
+from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import compare
 from megatron_opdlm.errors import Arguments, InputError, command
 
@@ -141,8 +141,8 @@ def _check_files(checkpoint: Path, manifest: Manifest, team: Team) -> None:
     """This process's share of the files that weights are in. Raises InputError where a checksum is
     another than when the file was written.
     """
-    from checkpoint_tools.megatron_weights import weight_files
-    from checkpoint_tools.weight_writer import THREADS
+    from checkpoint_tools.streaming.megatron_weights import weight_files
+    from checkpoint_tools.streaming.weight_writer import THREADS
 
     names = [name for name in weight_files(checkpoint) if name in manifest.sha256]
     share = team.share([manifest.files[name] for name in names])
@@ -160,8 +160,8 @@ def _write(
     progress: Progress,
 ) -> None:
     """Write this process's share of the tensors."""
-    from checkpoint_tools.megatron_weights import read_weights
     from checkpoint_tools.qwen3_names import hf_parts, megatron_names, sources
+    from checkpoint_tools.streaming.megatron_weights import read_weights
 
     get = with_explicit_head(read_weights(checkpoint, shape), shape)
     names, sizes = megatron_names(exported), hf_names(exported)

@@ -7,13 +7,18 @@ parallelism.
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
-from checkpoint_tools.hf_files import carry_over, plain_qwen3_config, read_contract, write_json
+from checkpoint_tools.files.hf_files import (
+    carry_over,
+    plain_qwen3_config,
+    read_contract,
+    write_json,
+)
+from checkpoint_tools.files.publish import check_free
+from checkpoint_tools.files.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.manifest import BlockContract, write_manifest
-from checkpoint_tools.progress import progress_bar
-from checkpoint_tools.publish import check_free
 from checkpoint_tools.qwen3_shape import read_json, read_shape
-from checkpoint_tools.safetensors_dir import HFWeights, open_weights
-from checkpoint_tools.team import Team, shared_directory
+from checkpoint_tools.streaming.progress import progress_bar
+from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.vocabulary import end_tokens, known_mask_token, pad_token
 from megatron_opdlm.errors import Arguments, command
 
@@ -53,8 +58,8 @@ def convert(
     """Write the checkpoint directory ``out`` whole or not at all, all processes of ``team``
     together.
     """
-    from checkpoint_tools.megatron_weights import DTYPES as TORCH_DTYPES
-    from checkpoint_tools.weight_writer import write_weights
+    from checkpoint_tools.streaming.megatron_weights import DTYPES as TORCH_DTYPES
+    from checkpoint_tools.streaming.weight_writer import write_weights
 
     torch_dtype = TORCH_DTYPES[dtype]
     team.join()

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint_tools.hf_files import CONTRACT_KEYS
+from checkpoint_tools.files.hf_files import CONTRACT_KEYS
+from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.manifest import is_checkpoint, read_manifest
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
-from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.errors import Arguments, InputError, command
 
 

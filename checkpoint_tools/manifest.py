@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.checksums import sha256_of
+from checkpoint_tools.files.checksums import sha256_of
 from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm.errors import InputError
 

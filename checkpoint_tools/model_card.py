@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.engine_settings import LMDEPLOY, SGLANG, EngineSettings
+from checkpoint_tools.engines.settings import LMDEPLOY, SGLANG, EngineSettings
 from checkpoint_tools.formats import Format
 from checkpoint_tools.manifest import BlockContract
 from checkpoint_tools.qwen3_shape import Qwen3Shape

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.file_kinds import foreign_kind
 
 DENSE_TYPES = ("qwen3", "a2d-qwen3", "sdar")
 EXPERT_TYPES = ("qwen3_moe", "sdar_moe")

@@ -9,7 +9,7 @@ other code is not run. With --checkpoint the weights, logits and greedy tokens a
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint_tools.engine_demands import (
+from checkpoint_tools.engines.demands import (
     EXPORT_AGAIN,
     TRANSFORMERS,
     Directory,
@@ -55,7 +55,7 @@ def check(
 
 
 def _loading(directory: Directory) -> Finding:
-    from checkpoint_tools.engine_load import problem_of_loading
+    from checkpoint_tools.engines.load import problem_of_loading
 
     problem = problem_of_loading(directory.path)
     return Finding(

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.arguments import start_alone
+from checkpoint_tools.files.hf_files import has_our_code
+from checkpoint_tools.files.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.formats import LAYOUTS, with_explicit_head
-from checkpoint_tools.hf_files import has_our_code
 from checkpoint_tools.manifest import Manifest, read_manifest
-from checkpoint_tools.quantized_export import is_quantized, read_record
+from checkpoint_tools.quantization.export import is_quantized, read_record
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
-from checkpoint_tools.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.vocabulary import read_vocabulary
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.records import Prompt, Vocabulary
@@ -57,8 +57,8 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
 
     Raises RunError at the first that does not, InputError for models of different shapes.
     """
-    from checkpoint_tools.megatron_weights import read_weights
-    from checkpoint_tools.streamed_models import streamed_megatron
+    from checkpoint_tools.streaming.megatron_weights import read_weights
+    from checkpoint_tools.streaming.streamed_models import streamed_megatron
 
     quantized = is_quantized(hf_dir)
     shape = read_shape(hf_dir, allow_quantized=True)
@@ -82,8 +82,8 @@ def _compare_quantized(
     hf_dir: Path, checkpoint: Path, shape: Qwen3Shape, stored: Qwen3Shape
 ) -> str:
     """Its logits and tokens are not the checkpoint's: ``quantization.json`` says how far off."""
-    from checkpoint_tools.fp8_weights import Fp8Weights, compare_fp8
-    from checkpoint_tools.megatron_weights import read_weights
+    from checkpoint_tools.quantization.fp8_weights import Fp8Weights, compare_fp8
+    from checkpoint_tools.streaming.megatron_weights import read_weights
 
     record = read_record(hf_dir)
     get = with_explicit_head(read_weights(checkpoint, stored), stored)
@@ -95,8 +95,8 @@ def compare_weights(
     weights: HFWeights, checkpoint: Path, get: "Callable[[str], Tensor]", narrow: str
 ) -> str:
     """Bit equality in the narrower type. Raises RunError with the first tensor that differs."""
-    from checkpoint_tools.megatron_weights import DTYPES
     from checkpoint_tools.qwen3_names import hf_from_megatron
+    from checkpoint_tools.streaming.megatron_weights import DTYPES
 
     dtype = DTYPES[narrow]
     for name, tensor in hf_from_megatron(weights.model_shape, get):
@@ -121,7 +121,7 @@ def compare_logits(weights: HFWeights, model: "Qwen3", narrow: str) -> str:
     """Causal logits of both implementations on a random sequence; RunError when they differ."""
     import torch
 
-    from checkpoint_tools.streamed_models import streamed_transformers
+    from checkpoint_tools.streaming.streamed_models import streamed_transformers
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.model.attention_plan import causal_plan
     from megatron_opdlm.model.vocab_parallel import project
@@ -163,7 +163,7 @@ def compare_tokens(weights: HFWeights, model: "Qwen3", narrow: str) -> str:
     """Greedy tokens of ``generate`` and of the rollout engine; RunError when they differ."""
     import torch
 
-    from checkpoint_tools.streamed_models import streamed_transformers
+    from checkpoint_tools.streaming.streamed_models import streamed_transformers
     from megatron_opdlm.hardware import select_hardware
 
     hf_dir = weights.directory

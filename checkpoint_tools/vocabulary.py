@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.qwen3_shape import read_json, read_shape
+from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.file_kinds import foreign_kind
 from megatron_opdlm.records import Vocabulary
 
 if TYPE_CHECKING:

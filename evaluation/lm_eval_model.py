@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.decoding_flags import Loading, check_model
+from evaluation.generation.task_run import sample_key
 from evaluation.grading.response import without_thinking
 from evaluation.prompting import prompt_from
 from evaluation.sample import open_generator, response_text
-from evaluation.task_run import sample_key
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, RunError, command, nearest
 from megatron_opdlm.records import Prompt

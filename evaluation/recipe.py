@@ -20,15 +20,15 @@ import yaml
 from evaluation.decoding_flags import Loading, check_model, loading_from
 from evaluation.jsonl import write_json
 from evaluation.report import table
-from evaluation.results import SUMMARY
+from evaluation.reporting.results import SUMMARY
 from evaluation.run import evaluate, load_tasks
 from evaluation.sample import open_generator
 from evaluation.sweep import finished
 from evaluation.tasks import get_task
-from megatron_opdlm import yaml_text
+from megatron_opdlm.configuration import yaml_text
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
-from megatron_opdlm.output_paths import check_place
+from megatron_opdlm.storage.output_paths import check_place
 
 _DECODING = tuple(field.name for field in fields(Decoding) if field.name != "logit_shift")
 _OWN = ("name", "tasks", "samples", "enable_thinking", "thresholds")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.jsonl import check_new_directory, write_text
-from evaluation.results import decoding_label, read_results, read_summary
+from evaluation.reporting.results import decoding_label, read_results, read_summary
 from megatron_opdlm.errors import Arguments, command
 
 __all__ = ["decoding_label", "read_summary", "table"]
@@ -55,8 +55,8 @@ def _number(value: float | None, form: str) -> str:
 
 def write_report(arguments: list[str], out: Path) -> None:
     """``report.md`` and its pictures, in a new directory."""
-    from evaluation.figures import draw
-    from evaluation.paper_tables import not_graded, paper_tables, parallelism_tables
+    from evaluation.reporting.figures import draw
+    from evaluation.reporting.paper_tables import not_graded, paper_tables, parallelism_tables
 
     read = read_results(arguments)
     results = [result for result in read if result.is_graded]

@@ -23,14 +23,14 @@ from evaluation.decoding_flags import (
     decoding_from,
     loading_from,
 )
-from evaluation.identity import recorded_settings
+from evaluation.generation.identity import recorded_settings
+from evaluation.generation.predictions import Predictions, finished_rows
+from evaluation.generation.task_run import TaskRun
 from evaluation.jsonl import write_json, write_jsonl
-from evaluation.predictions import Predictions, finished_rows
 from evaluation.prompting import prompt_from
 from evaluation.report import table
 from evaluation.sample import open_generator
 from evaluation.summary import skipped
-from evaluation.task_run import TaskRun
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -64,10 +64,10 @@ def evaluate(
     """Evaluate every task: summary rows, the same on every rank, and predictions, on the writer
     only. A task that cannot be graded here is skipped and says so.
 
-    ``generator``: an ``evaluation.load.Generator``. ``settings`` describe it in the summary. With
-    ``out`` everything is streamed into that directory, and what is there already is not done again;
-    without, nothing is written. ``show``: how far it is. Raises InputError for an ``out`` with
-    other settings, and where no prompt fits the model.
+    ``generator``: an ``evaluation.generation.load.Generator``. ``settings`` describe it in the
+    summary. With ``out`` everything is streamed into that directory, and what is there already is
+    not done again; without, nothing is written. ``show``: how far it is. Raises InputError for an
+    ``out`` with other settings, and where no prompt fits the model.
     """
     if out is not None:
         recorded = recorded_settings(

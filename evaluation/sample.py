@@ -21,8 +21,8 @@ from evaluation.decoding_flags import (
     decoding_from,
     loading_from,
 )
+from evaluation.generation.progress import Progress
 from evaluation.jsonl import check_new_file, read_jsonl, write_jsonl
-from evaluation.progress import Progress
 from evaluation.prompting import problem_of, prompt_from
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -92,7 +92,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
 
     Called only once every flag and file has been checked: the import brings torch.
     """
-    from evaluation.load import load_generator
+    from evaluation.generation.load import load_generator
 
     return load_generator(
         model,

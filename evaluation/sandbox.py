@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from evaluation import sandbox_channel as channel
-from evaluation.sandbox_isolation import LAYERS, Limits
+from evaluation.jail import channel
+from evaluation.jail.isolation import LAYERS, Limits
 from megatron_opdlm.errors import RunError
 
 __all__ = ["Jail", "JailLost", "Limits", "Outcome", "Sandbox", "default_sandbox"]
@@ -78,7 +78,7 @@ class Outcome:
     cpu_seconds: float
     stdout: str = ""
     stderr: str = ""  # the end of it
-    value: str = ""  # as evaluation.sandbox_values.decode reads it
+    value: str = ""  # as evaluation.jail.values.decode reads it
     detail: str = ""
     failure: str | None = None  # of test code: the first failed test
     passed: int = 0  # of test code: tests passed
@@ -100,7 +100,7 @@ class Jail:
         self.work = "" if settings["own_root"] else tempfile.mkdtemp(prefix="program-")
         ours, theirs = socket.socketpair()
         self.channel = ours
-        script = Path(__file__).with_name("sandbox_jail.py")
+        script = Path(__file__).parent / "jail" / "process.py"
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(script), str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
@@ -163,7 +163,7 @@ class Jail:
     ) -> Outcome:
         """Call a function of the started program, or a method of class ``within`` if it has one.
 
-        ``arguments``: a list, as ``evaluation.sandbox_values.encode`` writes it.
+        ``arguments``: a list, as ``evaluation.jail.values.encode`` writes it.
         """
         request = {"do": "call", "name": name, "args": arguments}
         return self._run({**request, "within": within} if within else request, cpu, wall)
@@ -178,7 +178,7 @@ class Jail:
         cpu: float,
         wall: float | None = None,
     ) -> Outcome:
-        """Run test code against the program (``evaluation.sandbox_judge.run``).
+        """Run test code against the program (``evaluation.jail.judge.run``).
 
         ``ok`` and ``failure is None``: every test passed. ``cpu`` holds for all tests together.
         """

@@ -25,12 +25,12 @@ from evaluation.decoding_flags import (
 )
 from evaluation.jsonl import write_json
 from evaluation.report import table, write_report
-from evaluation.results import SUMMARY, read_summary
+from evaluation.reporting.results import SUMMARY, read_summary
 from evaluation.run import evaluate, load_tasks
 from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.output_paths import check_place
+from megatron_opdlm.storage.output_paths import check_place
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from evaluation.recipe import describe as describe_evaluation
 from evaluation.recipe import read_recipe
 from megatron_opdlm.config import load_config, to_yaml
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, command
-from megatron_opdlm.output_paths import check_place
+from megatron_opdlm.storage.output_paths import check_place
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK_SECONDS = 120  # for the processes of a killed pipeline to be gone

@@ -25,14 +25,14 @@ from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.flops import layer_linear_parameters
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
+from megatron_opdlm.model.quantization import require_modelopt
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
-from megatron_opdlm.model_source import ModelSource, open_model, require_same_tokens
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
-from megatron_opdlm.quantization import require_modelopt
 from megatron_opdlm.step_plan import StepPlan
+from megatron_opdlm.storage.model_source import ModelSource, open_model, require_same_tokens
 from megatron_opdlm.update import Objective, Student
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

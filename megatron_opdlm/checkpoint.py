@@ -16,20 +16,19 @@ from typing import NoReturn
 
 import torch
 
-from checkpoint_tools.hf_files import carry_over
+from checkpoint_tools.files.hf_files import carry_over
+from checkpoint_tools.files.publish import publish
 from checkpoint_tools.manifest import (
     BlockContract,
     LowRank,
     is_checkpoint,
     write_manifest,
 )
-from checkpoint_tools.publish import publish
 from megatron_opdlm import parallel
-from megatron_opdlm.agreement import first_problem
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.qwen3 import Qwen3, load_hf
-from megatron_opdlm.model_state import (
+from megatron_opdlm.storage.model_state import (
     PREFIX,
     fill,
     layout_metadata,
@@ -37,9 +36,10 @@ from megatron_opdlm.model_state import (
     training_state,
     weights_state,
 )
-from megatron_opdlm.run_state import Progress, RunIdentity, read_state, write_state
-from megatron_opdlm.sharded_load import load, verify
-from megatron_opdlm.sharded_save import HostCopies, ShardedSave, Written
+from megatron_opdlm.storage.run_state import Progress, RunIdentity, read_state, write_state
+from megatron_opdlm.storage.sharded_load import load, verify
+from megatron_opdlm.storage.sharded_save import HostCopies, ShardedSave, Written
+from megatron_opdlm.supervision.agreement import first_problem
 from megatron_opdlm.update import Student
 
 WEIGHTS, HUGGINGFACE, CONFIG = "weights", "huggingface", "config.yaml"

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_opdlm import config_rules
-from megatron_opdlm.config_values import first_line, read_file, read_override, show, typed
+from megatron_opdlm.configuration import rules as config_rules
+from megatron_opdlm.configuration.values import first_line, read_file, read_override, show, typed
 from megatron_opdlm.errors import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -111,7 +111,7 @@ class RolloutConfig:
     slots: int = 128  # sequences decoded at once on a data-parallel rank
     kv_cache_tokens: int | None = None  # cached positions of all slots; null: half the free memory
     prefill_tokens: int = 8192  # of prompts that join one forward; a longer prompt joins alone
-    # auto: rows on GPUs that have flash-attn, else buckets (megatron_opdlm/decode_forward.py)
+    # auto: rows on GPUs that have flash-attn, else buckets (engine/decode_forward.py)
     attention: Literal["auto", "buckets", "rows"] = "auto"
     graphs: bool = True  # replay forwards captured in CUDA graphs, with rows on GPUs
 

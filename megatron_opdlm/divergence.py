@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
-from megatron_opdlm.truncation import FLOOR, log_sum, nucleus, row_max, top_k
+from megatron_opdlm.diffusion.truncation import FLOOR, log_sum, nucleus, row_max, top_k
 
 TEACHER_FAULT, STUDENT_FAULT = 1, 2  # bits of ``Loss.fault_M``
 

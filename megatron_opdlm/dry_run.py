@@ -11,7 +11,7 @@ from megatron_opdlm.errors import InputError
 
 if TYPE_CHECKING:
     from megatron_opdlm.build import ModelSource
-    from megatron_opdlm.rank_memory import Split
+    from megatron_opdlm.planning.rank_memory import Split
 
 GIB = 2**30
 
@@ -25,7 +25,7 @@ def describe(config: Config, world_size: int) -> str:
     from checkpoint_tools.qwen3_shape import padded_vocab
     from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.run_directory import check_run_directory
+    from megatron_opdlm.storage.run_directory import check_run_directory
 
     check_run_directory(config)
     source, teacher, notes = _open_pair(config, world_size)
@@ -80,7 +80,7 @@ def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSour
 
 def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str]]":
     from megatron_opdlm import build
-    from megatron_opdlm.public_shapes import (
+    from megatron_opdlm.planning.public_shapes import (
         public_name,
         public_names,
         public_shape,
@@ -108,7 +108,7 @@ def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str
 
 def _split(config: Config, world_size: int) -> "Split":
     from megatron_opdlm import build
-    from megatron_opdlm.rank_memory import Split
+    from megatron_opdlm.planning.rank_memory import Split
 
     layout = build.model_layout(config)
     return Split(
@@ -161,7 +161,7 @@ def _memory(
     from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.model.flops import low_rank_parameters
-    from megatron_opdlm.rank_memory import (
+    from megatron_opdlm.planning.rank_memory import (
         GRADIENT_BYTES,
         RankNumbers,
         optimizer_bytes_per_number,
@@ -211,7 +211,7 @@ def _memory(
 
 def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes: int) -> str:
     """What the cache takes when every slot is as long as it can get, beside its budget."""
-    from megatron_opdlm.rank_memory import kv_bytes_per_token
+    from megatron_opdlm.planning.rank_memory import kv_bytes_per_token
 
     rollout = config.rollout
     token = kv_bytes_per_token(source.shape, split, item_bytes)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_opdlm import parallel, preemption, watchdog
+from megatron_opdlm import parallel
 from megatron_opdlm.errors import RunError, Stopped
-from megatron_opdlm.failed_batch import FailedBatch
 from megatron_opdlm.session import Session
+from megatron_opdlm.supervision import preemption, watchdog
+from megatron_opdlm.supervision.failed_batch import FailedBatch
 from megatron_opdlm.update import NonFiniteError
 
 

@@ -20,15 +20,16 @@ from typing import Any
 import torch.distributed as dist
 
 from checkpoint_tools.vocabulary import load_tokenizer
-from evaluation.load import Generator
+from evaluation.generation.load import Generator
 from evaluation.run import evaluate, load_tasks
 from evaluation.tasks import Row, Task, get_task
-from megatron_opdlm import activity, parallel, preemption
+from megatron_opdlm import parallel
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.metrics import EVALUATION
 from megatron_opdlm.session import Session
+from megatron_opdlm.supervision import activity, preemption
 
 _POLL_SECONDS = 0.2
 _LIFE_SECONDS = 1.0  # between signs of life while the writer grades

@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.tracking import Tracker
+from megatron_opdlm.reporting.tracking import Tracker
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_opdlm import parallel, watchdog
+from megatron_opdlm import parallel
 from megatron_opdlm.build import (
     build_checkpoints,
     build_objective,
@@ -19,14 +19,15 @@ from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config, flatten
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
+from megatron_opdlm.model.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.offload import HOST, move_layers
-from megatron_opdlm.provenance import record_start
-from megatron_opdlm.quantization import calibration_sequences, quantize_fp8
-from megatron_opdlm.run_directory import check_run_directory, prepare_run_directory
-from megatron_opdlm.run_state import RunIdentity
+from megatron_opdlm.reporting.tracking import Tracker, open_tracker
 from megatron_opdlm.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
-from megatron_opdlm.tracking import Tracker, open_tracker
+from megatron_opdlm.storage.provenance import record_start
+from megatron_opdlm.storage.run_directory import check_run_directory, prepare_run_directory
+from megatron_opdlm.storage.run_state import RunIdentity
+from megatron_opdlm.supervision import watchdog
 
 
 def open_session(config: Config) -> Session:

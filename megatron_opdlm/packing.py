@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_opdlm.balance import fill_bins
 from megatron_opdlm.diffusion.blocks import block_lengths, block_shift
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
 from megatron_opdlm.model.row_split import RowSplit, split_row
+from megatron_opdlm.planning.balance import fill_bins
 from megatron_opdlm.states import State
 
 

@@ -18,7 +18,7 @@ from megatron_opdlm.hardware import Hardware, select_hardware
 # isort: split
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_opdlm.layout import Layout
+from megatron_opdlm.planning.layout import Layout
 
 _groups_of: Layout | None = None  # the layout that Megatron's groups stand for
 

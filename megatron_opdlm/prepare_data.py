@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.data_checks import EvaluationProblems, duplicates, question_of
-from megatron_opdlm.data_hash import content_hash
-from megatron_opdlm.data_sources import PUBLISHED, TEMPLATES, ask, fetch
+from megatron_opdlm.data.checks import EvaluationProblems, duplicates, question_of
+from megatron_opdlm.data.content_hash import content_hash
+from megatron_opdlm.data.rows import Row, read_rows
+from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, ask, fetch
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.output_paths import check_place
 from megatron_opdlm.prompts import check_vocabulary, render
-from megatron_opdlm.rows import Row, read_rows
+from megatron_opdlm.storage.output_paths import check_place
 
 _SHOWN = 3  # faulty rows named in an error
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.data.rows import Row, read_rows
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.records import Prompt
-from megatron_opdlm.rows import Row, read_rows
 
 SOURCES = ("messages", "question", "prompt_ids", "prompt")
 

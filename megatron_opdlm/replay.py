@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.output_paths import check_place
-from megatron_opdlm.rows import read_rows
+from megatron_opdlm.storage.output_paths import check_place
 
 
 def read_states(path: Path, vocab_size: int, max_positions: int) -> list[dict[str, list[int]]]:
@@ -57,9 +57,10 @@ def _require_ids(where: str, key: str, value: Any, limit: int) -> None:
 
 def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     """Loss of fixed states under ``config``'s loss and layout; the same on every rank."""
-    from megatron_opdlm import accounting, build, parallel
+    from megatron_opdlm import build, parallel
+    from megatron_opdlm.model.quantization import quantize_fp8
     from megatron_opdlm.packing import pack_step
-    from megatron_opdlm.quantization import quantize_fp8
+    from megatron_opdlm.reporting import accounting
     from megatron_opdlm.session import my_share, packing_of
     from megatron_opdlm.states import make_state
     from megatron_opdlm.teacher import score

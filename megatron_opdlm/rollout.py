@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opdlm import activity, parallel
-from megatron_opdlm.decode_forward import BucketForward, Capture, DecodeForward, RowForward
+from megatron_opdlm import parallel
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.decode_forward import BucketForward, Capture, DecodeForward, RowForward
+from megatron_opdlm.engine.slots import Masked, Request, SlotTable, Windows
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.flops import forward_flops
@@ -31,7 +32,7 @@ from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.qwen3 import Qwen3, without_sequence_parallel
 from megatron_opdlm.model.vocab_parallel import project
 from megatron_opdlm.records import Trajectory, Vocabulary
-from megatron_opdlm.slots import Masked, Request, SlotTable, Windows
+from megatron_opdlm.supervision import activity
 
 __all__ = ["Request", "Rollout", "generate"]
 

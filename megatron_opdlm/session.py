@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import accounting, balance, parallel, preemption, watchdog
+from megatron_opdlm import parallel
 from megatron_opdlm.build import ModelSource, kernels_of, low_rank_of
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
+from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import Stopped
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
@@ -25,12 +26,14 @@ from megatron_opdlm.packing import (
     pack_step,
     student_tokens,
 )
+from megatron_opdlm.planning import balance
 from megatron_opdlm.records import Trajectory
+from megatron_opdlm.reporting import accounting
+from megatron_opdlm.reporting.sample_texts import sample_rows
 from megatron_opdlm.rollout import Rollout, generate
-from megatron_opdlm.sample_texts import sample_rows
-from megatron_opdlm.slots import split_over_replicas
 from megatron_opdlm.states import State
 from megatron_opdlm.step_plan import StepPlan
+from megatron_opdlm.supervision import preemption, watchdog
 from megatron_opdlm.teacher import score
 from megatron_opdlm.update import Objective, Student, UpdateReport
 

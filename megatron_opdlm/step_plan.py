@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from megatron_opdlm import curriculum
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.off_policy import Recorded, is_off_policy, recorded_trajectory
 from megatron_opdlm.prompts import PromptOrder, PromptSet
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.slots import Request
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_opdlm import activity, parallel
+from megatron_opdlm import parallel
 from megatron_opdlm.model.lora import base_only
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import FinishedBatch
 from megatron_opdlm.parallel import Sending
+from megatron_opdlm.supervision import activity
 
 
 @torch.inference_mode()

@@ -15,10 +15,10 @@ from megatron_opdlm.errors import Arguments, InputError, command
 def run(config: Config) -> None:
     """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
     from megatron_opdlm.endings import kept
-    from megatron_opdlm.failures import reported
     from megatron_opdlm.in_training_evaluation import read_evaluation
     from megatron_opdlm.opening import open_session
     from megatron_opdlm.states import choose_states
+    from megatron_opdlm.supervision.failures import reported
     from megatron_opdlm.update import update
 
     with reported():

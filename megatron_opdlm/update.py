@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opdlm import activity, parallel
+from megatron_opdlm import parallel
+from megatron_opdlm.supervision import activity
 
 # isort: split
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads

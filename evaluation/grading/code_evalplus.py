@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.grading.code_run import FunctionCall, Verdict, failed, run_calls
+from evaluation.jail.values import decode, encode
 from evaluation.sandbox import Jail, Sandbox
-from evaluation.sandbox_values import decode, encode
 from megatron_opdlm.errors import InputError
 
 MINIMUM_SECONDS, TIMES_CANONICAL = 1.0, 4.0  # CPU time of a test

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from evaluation.jail.values import decode, encode
 from evaluation.sandbox import Jail, Outcome
-from evaluation.sandbox_values import decode, encode
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from checkpoint_tools.manifest import LowRank
 from megatron_opdlm import parallel
-from megatron_opdlm.config_rules import LORA_TARGETS
+from megatron_opdlm.configuration.rules import LORA_TARGETS
 from megatron_opdlm.diffusion.randomness import INITIALISE, uniform
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from checkpoint_tools import qwen3_names
+from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, padded_vocab
-from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.attention import AttentionPlan

@@ -13,26 +13,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm import build, parallel, replay, rollout, train, truncation
+from megatron_opdlm import build, parallel, replay, rollout, train
 from megatron_opdlm.checkpoint import huggingface_dir, load_model
 from megatron_opdlm.config import Config, load_config
-from megatron_opdlm.diffusion import denoising
+from megatron_opdlm.diffusion import denoising, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
+from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
+from megatron_opdlm.model.quantization import quantize_fp8
 from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
-from megatron_opdlm.quantization import quantize_fp8
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
 from megatron_opdlm.session import my_share, packing_of
-from megatron_opdlm.slots import split_over_replicas
 from megatron_opdlm.states import State, choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.update import Student, UpdateReport, update

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint_tools.hf_files import carry_over
+from checkpoint_tools.files.hf_files import carry_over
 from checkpoint_tools.manifest import BlockContract, write_manifest
 from megatron_opdlm import build, parallel, replay
 from megatron_opdlm.checkpoint import save_weights

@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm import build, quantization
+from megatron_opdlm import build
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.model import quantization
 from megatron_opdlm.opening import open_session
 from tests import oracle, training_run
 from tests.conftest import END_IDS, MASK, TinyModels

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from checkpoint_tools.manifest import read_manifest
-from checkpoint_tools.megatron_weights import read_weights
 from checkpoint_tools.qwen3_names import hf_from_megatron
 from checkpoint_tools.qwen3_shape import read_shape
+from checkpoint_tools.streaming.megatron_weights import read_weights
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.parallel import Layout

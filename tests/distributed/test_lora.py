@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.manifest import LowRank
-from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model import lora

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_opdlm import truncation
-from megatron_opdlm.diffusion import denoising, randomness
+from megatron_opdlm.diffusion import denoising, randomness, truncation
 from megatron_opdlm.parallel import Layout
 from tests.distributed import jobs
 from tests.distributed.layouts import TP2

@@ -14,7 +14,7 @@ from typing import Any
 
 from evaluation import run
 from evaluation.decoding_flags import Loading
-from evaluation.predictions import Predictions
+from evaluation.generation.predictions import Predictions
 from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import command

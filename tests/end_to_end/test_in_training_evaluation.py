@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.load import load_generator
+from evaluation.generation.load import load_generator
 from evaluation.sample import sample
-from megatron_opdlm import in_training_evaluation, preemption, train
+from megatron_opdlm import in_training_evaluation, train
 from megatron_opdlm.config import load_config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, Stopped
+from megatron_opdlm.supervision import preemption
 from tests import training_run
 from tests.conftest import MASK, TinyModels
 from tests.distributed import jobs

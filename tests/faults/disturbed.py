@@ -22,10 +22,6 @@ from typing import Any, NoReturn
 import transformers.models.auto.tokenization_auto
 import transformers.models.qwen2.tokenization_qwen2  # noqa: F401
 
-import megatron_opdlm.endings
-import megatron_opdlm.failures
-import megatron_opdlm.replay
-import megatron_opdlm.session  # noqa: F401
 from megatron_opdlm import train
 from megatron_opdlm.errors import command
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import yaml
 
+from checkpoint_tools.files.safetensors_dir import TensorEntry, read_header
 from checkpoint_tools.manifest import FORMAT, Manifest, read_manifest
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_shape
-from checkpoint_tools.safetensors_dir import TensorEntry, read_header
 from evaluation import jsonl
 from evaluation.recipe import read_recipe
-from evaluation.results import read_summary
+from evaluation.reporting.results import read_summary
 from evaluation.score import read_predictions
 from evaluation.tasks import get_task
-from megatron_opdlm import rows
 from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.data import rows
 from megatron_opdlm.prompts import load_prompts
 from megatron_opdlm.replay import read_states
 

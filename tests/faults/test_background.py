@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from checkpoint_tools.manifest import read_manifest
-from megatron_opdlm import sharded_save
 from megatron_opdlm.checkpoint import Checkpoints
+from megatron_opdlm.storage import sharded_save
 from tests import training_run
 from tests.conftest import TinyModels
 from tests.distributed import jobs
@@ -99,7 +99,9 @@ def test_nothing_outlives_a_killed_rank(job: Any, function: str):
     """Claim: a rank that is killed in the middle of a save leaves no process behind, and the same
     command goes on."""
     command: Job = job(1, "checkpoint.every=2")
-    kill = Disturbance(function=f"megatron_opdlm.sharded_save:{function}", call=2, action="kill")
+    kill = Disturbance(
+        function=f"megatron_opdlm.storage.sharded_save:{function}", call=2, action="kill"
+    )
     (ended,) = command(disturbance=kill)
     assert ended.code == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
@@ -117,7 +119,7 @@ def test_a_run_directory_holds_no_pickle_but_the_index(
 
     import torch
 
-    from checkpoint_tools.safe_metadata import read_common, read_metadata
+    from checkpoint_tools.files.safe_metadata import read_common, read_metadata
 
     out = tmp_path / "run"
     options = "train.steps=2", "logging.tensorboard=true", "logging.samples_every=1"

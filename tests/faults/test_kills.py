@@ -30,14 +30,14 @@ SECONDS = 300  # for one start on a busy machine
 # first file to its last, each phase about as often as another.
 MOMENTS = {
     "set-up": ("megatron_opdlm.opening:build_student", 1, 0.3),
-    "loading": ("megatron_opdlm.sharded_load:verify", 1, 0.2),
+    "loading": ("megatron_opdlm.storage.sharded_load:verify", 1, 0.2),
     "rollout": ("megatron_opdlm.session:generate", 3, 0.2),
     "teacher": ("megatron_opdlm.session:score", 3, 0.05),
     "update": ("megatron_opdlm.update:update", 5, 0.1),
     "metrics": ("megatron_opdlm.metrics:_append", 3, 0.01),
     "begin of a save": ("megatron_opdlm.checkpoint:Checkpoints.save", 3, 0.1),
-    "writing tensors": ("megatron_opdlm.sharded_save:_File.write", 4, 0.01),
-    "index": ("megatron_opdlm.sharded_save:ShardedSave.write_index", 3, 0.01),
+    "writing tensors": ("megatron_opdlm.storage.sharded_save:_File.write", 4, 0.01),
+    "index": ("megatron_opdlm.storage.sharded_save:ShardedSave.write_index", 3, 0.01),
     "manifest": ("megatron_opdlm.checkpoint:write_manifest", 3, 0.01),
     "publishing": ("megatron_opdlm.checkpoint:publish", 3, 0.01),
     "latest": ("megatron_opdlm.checkpoint:replace_text", 3, 0.01),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from checkpoint_tools.manifest import read_manifest
-from megatron_opdlm import activity, failures
+from megatron_opdlm.supervision import activity, failures
 from tests import training_run
 from tests.conftest import LAST_TOKEN
 from tests.faults.conftest import Job

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from checkpoint_tools import export_hf, import_hf, verify
+from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.manifest import BlockContract, read_manifest
 from checkpoint_tools.qwen3_shape import read_shape
-from checkpoint_tools.safetensors_dir import open_weights
 from megatron_opdlm.errors import InputError, RunError
 from tests.tiny_models import edit_json, make_qwen3
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from checkpoint_tools import export_hf, import_hf, serve_check, verify
-from checkpoint_tools.engine_demands import read_directory
+from checkpoint_tools.engines.demands import read_directory
 from checkpoint_tools.formats import LAYOUTS, Layout
 from evaluation import sample
 from megatron_opdlm.errors import InputError, RunError

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_opdlm.decode_forward import graph_sizes
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.decode_forward import graph_sizes
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from checkpoint_tools import export_hf, import_hf
+from checkpoint_tools.files.hf_files import has_our_code, read_contract
 from checkpoint_tools.formats import LAYOUTS
-from checkpoint_tools.hf_files import has_our_code, read_contract
 from checkpoint_tools.manifest import read_manifest
 from evaluation import sample
 from megatron_opdlm.errors import InputError

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.slots import Request, SlotTable, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt
 from megatron_opdlm.rollout import generate
-from megatron_opdlm.slots import Request, SlotTable, split_over_replicas
 from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.tiny_requests import IDS, request

@@ -11,21 +11,22 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import conversion
-from checkpoint_tools import export_hf, weight_writer
+from checkpoint_tools import export_hf
+from checkpoint_tools.files.safetensors_dir import open_weights
+from checkpoint_tools.files.safetensors_writer import write_weights
 from checkpoint_tools.import_hf import convert
 from checkpoint_tools.manifest import BlockContract, read_manifest, write_manifest
-from checkpoint_tools.megatron_weights import DTYPES, read_weights, stored_key
 from checkpoint_tools.qwen3_names import hf_from_megatron
 from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_shape
-from checkpoint_tools.safetensors_dir import open_weights
-from checkpoint_tools.safetensors_writer import write_weights
-from checkpoint_tools.weight_reader import StoredWeights
+from checkpoint_tools.streaming import weight_writer
+from checkpoint_tools.streaming.megatron_weights import DTYPES, read_weights, stored_key
+from checkpoint_tools.streaming.weight_reader import StoredWeights
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import load_weights, save_weights
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model.qwen3 import build_model, load_hf
 from megatron_opdlm.parallel import Layout
-from megatron_opdlm.public_shapes import SHAPES
+from megatron_opdlm.planning.public_shapes import SHAPES
 
 # isort: split
 from megatron.core import dist_checkpointing

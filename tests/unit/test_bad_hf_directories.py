@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools.safetensors_dir import open_weights
-from checkpoint_tools.safetensors_writer import write_weights
+from checkpoint_tools.files.safetensors_dir import open_weights
+from checkpoint_tools.files.safetensors_writer import write_weights
 from checkpoint_tools.vocabulary import (
     end_tokens,
     forbidden_ids,

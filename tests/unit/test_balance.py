@@ -5,8 +5,8 @@ import random
 import pytest
 
 from checkpoint_tools.qwen3_shape import Qwen3Shape
-from megatron_opdlm.accounting import state_cost
-from megatron_opdlm.balance import fill_bins, share_out
+from megatron_opdlm.planning.balance import fill_bins, share_out
+from megatron_opdlm.reporting.accounting import state_cost
 from megatron_opdlm.states import State
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check
-from checkpoint_tools.checksums import sha256_of
+from checkpoint_tools.files.checksums import sha256_of
+from checkpoint_tools.files.publish import new_directory
 from checkpoint_tools.formats import check_format
 from checkpoint_tools.manifest import BlockContract, Manifest, read_manifest, write_manifest
-from checkpoint_tools.publish import new_directory
 from checkpoint_tools.qwen3_shape import Experts, read_shape
 from megatron_opdlm.errors import InputError
 from tests.tiny_models import edit_json, make_qwen3

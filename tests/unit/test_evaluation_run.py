@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
-from evaluation.progress import Progress
+from evaluation.generation.progress import Progress
 from evaluation.prompting import prompt_from
 from evaluation.run import evaluate, load_tasks, prompts_of
 from evaluation.sample import read_prompts, sample
@@ -248,7 +248,7 @@ def test_a_line_now_and_then(monkeypatch, capsys):
     """Claim: without a terminal there is a line after half a minute, with rate and time left of
     this process."""
     now = 0.0
-    monkeypatch.setattr("evaluation.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("evaluation.generation.progress.time.monotonic", lambda: now)
     with Progress("GSM8K", 10, 4, show=True) as progress:
         now = 10.0
         progress.advance(40)

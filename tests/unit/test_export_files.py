@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checkpoint_tools.engine_settings import (
+from checkpoint_tools.engines.settings import (
     EngineSettings,
     engine_settings,
     read_lmdeploy,
@@ -16,11 +16,11 @@ from checkpoint_tools.engine_settings import (
     write_engine_settings,
 )
 from checkpoint_tools.formats import FORMATS
-from checkpoint_tools.lockstep import Lockstep
 from checkpoint_tools.manifest import BlockContract
 from checkpoint_tools.mask_registration import register_mask
 from checkpoint_tools.model_card import model_card, read_evaluation
 from checkpoint_tools.qwen3_shape import Qwen3Shape
+from checkpoint_tools.streaming.lockstep import Lockstep
 from checkpoint_tools.training_record import TrainingRecord, read_training_record
 from checkpoint_tools.vocabulary import load_tokenizer, mask_token
 from megatron_opdlm.errors import InputError, RunError

@@ -19,7 +19,7 @@ PACKAGES = ("megatron_opdlm", "checkpoint_tools", "evaluation")
 
 # Each may import those before it.
 FLOW = (
-    *("rows", "prompts", "off_policy", "rollout", "states", "packing"),
+    *("data", "prompts", "off_policy", "rollout", "states", "packing"),
     *("teacher", "divergence", "update", "checkpoint"),
 )
 # What wires a run together; nothing but these and the commands imports them.
@@ -35,9 +35,9 @@ WIRING = (
 )
 COMMANDS = ("import_hf", "export_hf", "verify", "serve_check", "inspect")
 # What the losses may import: no process group, no model.
-MATHS = ("torch", "megatron_opdlm.truncation", "megatron_opdlm.diffusion.denoising")
+MATHS = ("torch", "megatron_opdlm.diffusion.truncation", "megatron_opdlm.diffusion.denoising")
 # Read before anything slow is loaded.
-LIGHT = ("config", "config_values", "config_rules", "errors", "records")
+LIGHT = ("config", "configuration", "errors", "records")
 # Copied into exported directories, so they stand alone.
 COPIED = ("blocks", "denoising", "randomness")
 
@@ -120,11 +120,10 @@ def test_file_keeps_the_rules_of_its_place(file):
     if file.parent.name == "diffusion":
         pure = "megatron_opdlm.diffusion", "megatron_opdlm.errors"
         assert not outside(names, ("torch", *(() if parts[-1] in COPIED else pure)))
-    if parts in (("megatron_opdlm", "divergence"), ("megatron_opdlm", "truncation")):
+    if parts == ("megatron_opdlm", "divergence"):
         assert not outside(names, MATHS)
     if parts[0] == "megatron_opdlm" and place in LIGHT:
-        light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.config_rules")
-        light += ("megatron_opdlm.yaml_text", "megatron_opdlm.config_values")
+        light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.configuration")
         assert not outside(names, light) - {"megatron_opdlm"}
     if parts[0] == "megatron_opdlm" and place in FLOW:
         later = FLOW[FLOW.index(place) + 1 :]
@@ -148,7 +147,7 @@ def test_cuda_is_named_only_under_hardware(file):
 
 
 def test_prompts_and_rows_do_not_need_megatron():
-    for name in ("prompts", "rows", "curriculum", "metrics"):
+    for name in ("prompts", "data/rows", "curriculum", "metrics"):
         names = imports_of(Path("megatron_opdlm") / f"{name}.py")
         assert not {module for module in names if module.startswith("megatron.")}
 

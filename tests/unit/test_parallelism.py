@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evaluation.parallelism import Point, accuracy_under_parallelism, area, curve
+from evaluation.reporting.parallelism import Point, accuracy_under_parallelism, area, curve
 
 
 def point(accuracy: float, parallelism: float) -> Point:

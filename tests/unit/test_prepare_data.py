@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import prepare_data, run_directory
+from megatron_opdlm import prepare_data
 from megatron_opdlm.config import load_config
-from megatron_opdlm.data_checks import EvaluationProblems, duplicates, words
-from megatron_opdlm.data_hash import content_hash
-from megatron_opdlm.data_sources import ask, fetch
+from megatron_opdlm.data.checks import EvaluationProblems, duplicates, words
+from megatron_opdlm.data.content_hash import content_hash
+from megatron_opdlm.data.sources import ask, fetch
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.storage import run_directory
 from tests.conftest import TinyModels
 
 LONG = "a b c d e f g h i j k l m n o"

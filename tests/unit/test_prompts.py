@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts, render
-from megatron_opdlm.rows import read_rows
 from tests.tiny_models import make_tokenizer
 
 ROWS = [

@@ -9,8 +9,8 @@ import matplotlib.image
 import pytest
 
 from evaluation import report, sweep
-from evaluation.published import sweeps, tables
-from evaluation.results import read_results
+from evaluation.reporting.published import sweeps, tables
+from evaluation.reporting.results import read_results
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from tests.unit.test_evaluation_run import AnsweringGenerator

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools import safe_metadata
+from checkpoint_tools.files import safe_metadata
 
 # isort: split
 from megatron.core import dist_checkpointing

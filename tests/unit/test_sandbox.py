@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import sandbox_seccomp
+from evaluation.jail import seccomp as sandbox_seccomp
+from evaluation.jail.values import Opaque, decode, encode
 from evaluation.sandbox import Jail, JailLost, Limits, Outcome, Sandbox
-from evaluation.sandbox_values import Opaque, decode, encode
 from megatron_opdlm.errors import RunError
 
 CPU = 20.0  # seconds, where the limit is not the claim

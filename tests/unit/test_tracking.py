@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import provenance
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.metrics import MetricsWriter
-from megatron_opdlm.tracking import open_tracker
+from megatron_opdlm.reporting.tracking import open_tracker
+from megatron_opdlm.storage import provenance
 
 # One start of a run: W&B serves one run a process well, and takes its service down with it.
 START = """
 import sys
 from pathlib import Path
 from megatron_opdlm.metrics import MetricsWriter
-from megatron_opdlm.tracking import open_tracker
+from megatron_opdlm.reporting.tracking import open_tracker
 run_dir, first, last, known = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 tracker = open_tracker(
     run_dir, mode="offline", project="p", settings={"train.seed": 3}, run_id=(known or [None])[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm import truncation
+from megatron_opdlm.diffusion import truncation
 from megatron_opdlm.diffusion.denoising import WHOLE
 from tests import oracle
 

@@ -1,0 +1,1 @@
+"""What serving engines ask of a directory."""

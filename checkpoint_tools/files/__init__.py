@@ -1,0 +1,1 @@
+"""Files of model directories: reading, writing, publishing."""

@@ -1,0 +1,85 @@
+"""Everything of an export that is not weights: configuration, code, tokenizer, generation config,
+engine settings and model card.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.engines.settings import engine_settings, write_engine_settings
+from checkpoint_tools.files.hf_files import (
+    DEFAULT_BLOCK_SIZE,
+    carry_over,
+    copy_code,
+    export_config,
+    write_generation_config,
+    write_json,
+)
+from checkpoint_tools.formats import Format
+from checkpoint_tools.manifest import BlockContract
+from checkpoint_tools.mask_registration import register_mask, write_for_transformers_4
+from checkpoint_tools.model_card import model_card
+from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json
+from checkpoint_tools.training_record import read_training_record
+from checkpoint_tools.vocabulary import forbidden_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a model card can only know from its author."""
+
+    base_model: str = (
+        ""  # name of the pretrained model; empty: as the training configuration has it
+    )
+    evaluation: tuple[dict[str, Any], ...] = ()  # rows of summary.json files
+
+
+def write_files(
+    directory: Path,
+    checkpoint: Path,
+    contract: BlockContract,
+    shape: Qwen3Shape,
+    *,
+    model_format: Format,
+    dtype: str,
+    card: CardFacts,
+) -> None:
+    """Fill ``directory`` with all files of the export but the weights.
+
+    ``shape`` is the export's. Raises InputError where the tokenizer has no room for the mask token
+    or no end token is named.
+    """
+    source, record = checkpoint / "huggingface", read_training_record(checkpoint)
+    layout = model_format.layout(shape)
+    carry_over(source, directory)
+    config = export_config(
+        read_json(source / "config.json"),
+        shape,
+        contract,
+        forbidden_ids(source, contract.mask_token_id),
+        model_format=model_format,
+        dtype=dtype,
+        trained_thresholds=record.thresholds,
+    )
+    write_json(directory / "config.json", config)
+    copy_code(layout, directory)
+    write_for_transformers_4(directory)
+    write_generation_config(directory)
+    if contract.mask_token_id is not None:
+        register_mask(directory, contract.mask_token_id)
+    settings = engine_settings(contract.block_size or DEFAULT_BLOCK_SIZE, record)
+    if model_format.served:
+        write_engine_settings(directory, settings)
+    (directory / "README.md").write_text(
+        model_card(
+            shape,
+            contract,
+            record,
+            settings,
+            model_format=model_format,
+            dtype=dtype,
+            base_model=card.base_model,
+            evaluation=card.evaluation,
+        ),
+        encoding="utf-8",
+    )

@@ -1,0 +1,1 @@
+"""Exports with quantised weights."""

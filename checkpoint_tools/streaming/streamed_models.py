@@ -1,0 +1,153 @@
+"""The two implementations that ``verify`` compares, with one layer's weights in memory at a time.
+
+Both are built without memory for their weights (on the meta device). Before a layer runs, its
+weights are read from the files and converted to float32; those of the layer before are dropped. So
+a forward costs one pass over the files and the memory of one layer; of our model the embedding and
+the output layer stay.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint_tools.files.safetensors_dir import HFWeights
+from checkpoint_tools.qwen3_names import EMBEDDING, OUTPUT
+from checkpoint_tools.qwen3_shape import Qwen3Shape
+from checkpoint_tools.streaming.lockstep import Lockstep
+from checkpoint_tools.streaming.megatron_weights import DTYPES
+from megatron_opdlm import parallel
+from megatron_opdlm.errors import RunError
+from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
+
+Loader = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """How stored values become those that are computed with."""
+
+    narrow: str  # "bf16" | "fp32": both sides are rounded to the narrower of their stored types
+    device: torch.device
+
+    def __call__(self, stored: Tensor) -> Tensor:
+        return stored.to(DTYPES[self.narrow]).to(device=self.device, dtype=torch.float32)
+
+
+class WeightStream:
+    """Fills each part of a model when it is about to run, and empties the one before."""
+
+    def __init__(self, parts: Sequence[tuple[nn.Module, Mapping[str, Loader]]]) -> None:
+        """``parts``: modules in the order in which they run, each with the loaders of its
+        parameters by their names inside the module.
+        """
+        self.lockstep = Lockstep()
+        self._filled: tuple[nn.Module, dict[str, Any]] | None = None
+        for module, loaders in parts:
+            module.register_forward_pre_hook(self._hook(module, loaders))
+
+    def _hook(self, module: nn.Module, loaders: Mapping[str, Loader]) -> Callable[..., None]:
+        def bring(*_: Any) -> None:
+            self.lockstep.arrive(lambda: self._fill(module, loaders))
+
+        return bring
+
+    def _fill(self, module: nn.Module, loaders: Mapping[str, Loader]) -> None:
+        if self._filled is not None:
+            _set(*self._filled)
+        self._filled = module, {name: module.get_parameter(name) for name in loaders}
+        for name, load in loaders.items():  # one by one: the stored tensor goes before the next
+            _set(module, {name: load()})
+
+
+def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        expected = holder._parameters[leaf]
+        if expected is None or expected.shape != value.shape:
+            raise RunError(f"{name} of {type(module).__name__} is not of shape {value.shape}")
+        if not isinstance(value, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        holder._parameters[leaf] = value
+
+
+def streamed_megatron(
+    shape: Qwen3Shape, get: Callable[[str], Tensor], narrow: str, name: str
+) -> Qwen3:
+    """The checkpoint's GPTModel in float32; ``get`` reads a tensor by its global Megatron name."""
+    hardware = parallel.init(parallel.Layout())
+    precision = Precision(narrow=narrow, device=hardware.device)
+    options = {**hardware.transformer_options, "use_cpu_initialization": True}
+    nowhere = dataclasses.replace(
+        hardware, device=torch.device("meta"), transformer_options=options
+    )
+    with torch.device("meta"):
+        model = build_model(shape, parallel.Layout(), torch.float32, nowhere, name=name)
+    paths = {id(parameter): path for path, parameter in model.named_parameters()}
+    layers: list[dict[str, Loader]] = [{} for _ in model.decoder.layers]
+    for global_name, parameter in named_global_parameters(model):
+        path = paths[id(parameter)]
+        rows = shape.vocab_size if global_name in (EMBEDDING, OUTPUT) else None
+
+        def load(global_name: str = global_name, rows: int | None = rows) -> Tensor:
+            return precision(get(global_name)[:rows])
+
+        if path.startswith("decoder.layers."):
+            number, _, inside = path.removeprefix("decoder.layers.").partition(".")
+            layers[int(number)][inside] = load
+        else:
+            _set(model, {path: load()})
+    WeightStream(list(zip(model.decoder.layers, layers, strict=True)))
+    return model.requires_grad_(False).eval()
+
+
+def streamed_transformers(
+    model_class: Any, config: Any, weights: HFWeights, narrow: str
+) -> tuple[Any, Lockstep]:
+    """A causal language model of transformers in float32, and where its runs meet."""
+    precision = Precision(narrow=narrow, device=select_hardware().device)
+    with torch.device("meta"):
+        model = model_class(config).to(torch.float32)
+    inner = model.model
+    inner.rotary_emb = type(inner.rotary_emb)(config=config).to(precision.device)
+    parts = []
+    for prefix, module in (
+        ("model.embed_tokens.", inner.embed_tokens),
+        *((f"model.layers.{number}.", layer) for number, layer in enumerate(inner.layers)),
+        ("model.norm.", inner.norm),
+        ("lm_head.", model.lm_head),
+    ):
+        loaders = {
+            name: _loader(prefix + name, parameter.shape, weights, precision)
+            for name, parameter in module.named_parameters()
+        }
+        parts.append((module, loaders))
+    stream = WeightStream(parts)
+    return model.requires_grad_(False).eval(), stream.lockstep
+
+
+def _loader(name: str, size: torch.Size, weights: HFWeights, precision: Precision) -> Loader:
+    """Reads a parameter of transformers from the files, where experts are stored one by one."""
+    if name == "lm_head.weight" and weights.model_shape.tied:
+        name = "model.embed_tokens.weight"
+    if name in weights.names():
+        return lambda: precision(weights.get(name))
+    prefix, _, joined = name.rpartition(".")
+    kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(joined)
+    if kinds is None or not prefix.endswith(".experts"):
+        raise RunError(f"{weights.directory} holds nothing for transformers' {name}")
+
+    def load() -> Tensor:
+        """Transformers 5 keeps all experts of a layer in one tensor [E, rows, columns]."""
+        together = torch.empty(size, dtype=torch.float32, device=precision.device)
+        for expert, into in enumerate(together):
+            parts = [weights.get(f"{prefix}.{expert}.{kind}.weight") for kind in kinds]
+            into.copy_(precision(torch.cat(parts)))
+        return together
+
+    return load

@@ -1,0 +1,1 @@
+"""What runs around and inside a generated program (docs/sandbox.md)."""

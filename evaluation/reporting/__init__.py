@@ -1,0 +1,1 @@
+"""Tables, figures and the published results beside the measured ones."""

@@ -1,0 +1,1 @@
+"""Training data before it is prompts: files, rows, checks."""

@@ -1,0 +1,1 @@
+"""What is decided before anything is built: layouts, memory, shares of the work."""

@@ -1,0 +1,1 @@
+"""Figures of a step on their way to people."""

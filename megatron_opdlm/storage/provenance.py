@@ -1,0 +1,93 @@
+"""What a run was made with: code, packages, machine and command, for each of its starts."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ENVIRONMENT = "environment.json"
+REVISION_VARIABLE = "MEGATRON_OPDLM_REVISION"  # a container has the code without its repository
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "transformers",
+    "transformer-engine",
+    "flash-attn",
+    "nvidia-modelopt",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+)
+
+
+def record_start(run_dir: Path, *, hardware: str, devices: Sequence[str], world_size: int) -> None:
+    """Append this start to ``environment.json``, a list; the file is replaced as a whole.
+
+    ``hardware``: why this hardware was chosen; ``devices``: names of this node's accelerators.
+    """
+    file = run_dir / ENVIRONMENT
+    starts = json.loads(file.read_text()) if file.is_file() else []
+    starts.append(
+        {
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "revision": revision(),
+            "python": platform.python_version(),
+            "packages": packages(),
+            "world_size": world_size,
+            "hardware": hardware,
+            "devices": list(devices),
+            "cpu_cores": psutil.cpu_count(logical=True),
+            "memory_bytes": psutil.virtual_memory().total,
+            "kernel": platform.release(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        }
+    )
+    draft = file.with_name(f".{file.name}.tmp")
+    draft.write_text(json.dumps(starts, indent=2) + "\n")
+    os.replace(draft, file)
+
+
+def packages() -> dict[str, str]:
+    """Versions of what decides results and speed; packages that are not here are left out."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def revision() -> dict[str, Any] | None:
+    """The code's git commit and whether files differ from it; a container's build argument; or
+    None where neither is known.
+    """
+    if os.environ.get(REVISION_VARIABLE):
+        return {"commit": os.environ[REVISION_VARIABLE], "modified": None}
+    root = Path(__file__).resolve().parents[2]
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None or not (root / ".git").exists():
+        return None
+    return {"commit": commit, "modified": bool(changes)}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None without git, a repository, or an answer in time."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,90 @@
+"""A run directory and whether this command may use it: a new one, or the one that the same
+configuration made.
+"""
+
+import json
+from pathlib import Path
+
+from megatron_opdlm.checkpoint import CONFIG, replace_text
+from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
+from megatron_opdlm.data.content_hash import content_hash
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.storage.output_paths import check_place
+
+DATA = "data.json"  # {path: SHA-256} of the files that the run reads
+
+# Keys that may change between two starts of one run: they decide where and how fast, never what is
+# computed.
+_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "evaluation", "logging")
+_FREE_KEYS = {
+    "model.tensor_parallel",
+    "model.pipeline_parallel",
+    "model.context_parallel",
+    "model.expert_parallel",
+    "model.sequence_parallel",
+    "model.recompute",
+    "model.spec",
+    "teacher.offload_targets",
+    "teacher.offload_weights",
+    "optimizer.cpu_offload",
+    "lora.share_teacher",
+    "rollout.slots",
+    "rollout.kv_cache_tokens",
+    "rollout.prefill_tokens",
+    "rollout.attention",
+    "rollout.graphs",
+    "loss.chunk_rows",
+    "update.tokens_per_microbatch",
+}
+
+
+def check_run_directory(config: Config) -> None:
+    """InputError where ``train.out`` holds something else, or a run of another configuration
+    (naming the differing keys).
+    """
+    out = Path(config.train.out)
+    check_place(out, f"train.out={out}")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"train.out={out} is a file; choose another directory")
+    if not (out / CONFIG).is_file():
+        begun = f".{CONFIG}.tmp"  # all that a start leaves that was killed at once
+        if any(item.name != begun for item in out.iterdir()):
+            raise InputError(
+                f"train.out={out} already holds something that is no run of ours; "
+                "choose another directory or empty it"
+            )
+        return
+    differing = [
+        key
+        for key in differing_keys(load_config(out / CONFIG, []), config)
+        if key not in _FREE_KEYS
+        and key.partition(".")[0] not in _FREE_SECTIONS
+        and key != "train.out"
+    ]
+    if differing:
+        raise InputError(
+            f"train.out={out} was made by another configuration, which differs in "
+            f"{', '.join(differing)}; "
+            "use that configuration to resume, or another directory"
+        )
+
+
+def prepare_run_directory(config: Config) -> None:
+    """Create the directory and record the resolved configuration (rank 0 only)."""
+    out = Path(config.train.out)
+    out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / CONFIG, to_yaml(config))
+    record = out / DATA
+    hashes = {
+        path: content_hash(Path(path)) for path in (config.data.path, config.mixing.path) if path
+    }
+    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else hashes
+    for path, digest in hashes.items():
+        if found.get(path) != digest:
+            raise InputError(
+                f"data.path={path} has changed since train.out={out} was started (sha256 {digest}, "
+                f"then {found.get(path)}); restore the file, or use another directory"
+            )
+    replace_text(record, json.dumps(hashes, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""How a job notices that it must end, and how it ends."""

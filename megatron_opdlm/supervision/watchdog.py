@@ -1,0 +1,271 @@
+"""Every rank knows within ``distributed.timeout_seconds`` that another one died or hangs, and which
+one, in which phase; then all of them end.
+
+A collective cannot tell: it waits, or fails with an address. So each rank has a thread with a
+connection to rank 0 over which both say once a second what they are doing. A connection that ends
+is a death, one that stays silent a hung process or machine, and a rank whose own main thread gets
+nowhere, without waiting for others in a collective, accuses itself. Whatever rank 0 learns, it
+tells all. Requests to stop (``preemption.py``) travel the same way. Rank 0 listens only until the
+others are connected.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_opdlm.errors import FAILURE, report_failure
+from megatron_opdlm.supervision import activity, preemption
+from megatron_opdlm.supervision.star import connect
+
+# The watchdog speaks before the collectives' own time-outs, which know less.
+_PATIENCE = 0.75  # of timeout_seconds
+_BEAT_SECONDS = 1.0  # at most
+_GRACE_SECONDS = 5.0  # at most, in which the main thread may end the process in good order
+# Python files whose frames mean that a rank waits for others.
+_WAITING = (
+    "torch/distributed/distributed_c10d.py",
+    "megatron_opdlm/parallel.py",
+    "megatron/core/pipeline_parallel/p2p_communication.py",
+    "megatron/core/distributed/param_and_grad_buffer.py",
+)
+_INNERMOST = 3  # frames looked at
+_PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass
+class _Peer:
+    """The other end of a connection."""
+
+    connection: Connection
+    heard: float = field(default_factory=time.monotonic)
+    doing: str = f"phase {activity.SET_UP}"
+
+
+class Watchdog:
+    """This rank's thread. ``peers``: on rank 0 all others, on the others rank 0."""
+
+    def __init__(self, rank: int, connections: dict[int, Connection], timeout_seconds: float):
+        self.rank, self.timeout = rank, timeout_seconds
+        self.patience = _PATIENCE * timeout_seconds
+        self.beat = min(_BEAT_SECONDS, self.patience / 10)
+        self.grace = min(_GRACE_SECONDS, (timeout_seconds - self.patience) / 2)
+        self.peers = {other: _Peer(connection) for other, connection in connections.items()}
+        self._sending = threading.Lock()
+        self._found = threading.Event()
+        self._ended, self._ending = Pipe(duplex=False)
+        self._verdict, self._deadline = "", float("inf")
+        self._stop_sent = False
+        # Only an elastic launcher is a parent whose death means something.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take leave of the others and end the thread."""
+        self._ending.close()
+        self._thread.join()
+        self._tell("bye")
+        self.close()
+
+    def close(self) -> None:
+        """Drop the connections without a word."""
+        for connection in (self._ended, *(peer.connection for peer in self.peers.values())):
+            connection.close()
+        self.peers = {}
+
+    def say(self) -> None:
+        """Tell the others what this rank is doing."""
+        self._tell("beat", doing=str(activity.current()))
+
+    def fail(self, message: str) -> None:
+        """Tell the others that this rank ends with an error, unless they know of another."""
+        if not self._found.is_set():
+            text = f"rank {self.rank} failed in {activity.current()}: {message}"
+            self._tell("failed", text=text)
+
+    def verdict(self, seconds: float = 0.0) -> str:
+        """What is known to have gone wrong elsewhere, waiting for it; empty: nothing."""
+        self._found.wait(min(seconds, self.grace))
+        return self._verdict
+
+    def _run(self) -> None:
+        last = time.monotonic()
+        while self._listen():
+            now = time.monotonic()
+            self._forgive(now - last - self.beat)
+            last = now
+            self.say()
+            self._pass_requests_on()
+            self._look_around()
+            if time.monotonic() > self._deadline:
+                report_failure(self._verdict)
+                os._exit(FAILURE)
+
+    def _listen(self) -> bool:
+        """Take the messages of one beat; False once the watch has ended."""
+        until = time.monotonic() + self.beat
+        while (left := until - time.monotonic()) > 0:
+            known = {peer.connection: rank for rank, peer in self.peers.items()}
+            for connection in wait([self._ended, *known], left):
+                if connection is self._ended:
+                    return False
+                assert isinstance(connection, Connection)
+                self._read(known[connection])
+        return True
+
+    def _read(self, rank: int) -> None:
+        peer = self.peers[rank]
+        try:
+            message = json.loads(peer.connection.recv_bytes())
+        except (EOFError, OSError):
+            del self.peers[rank]
+            self._condemn(
+                f"rank {rank} has died in {peer.doing}; its own output or the machine's log (out "
+                "of memory?) says why. The same command continues from the newest checkpoint"
+            )
+            return
+        peer.heard = time.monotonic()
+        if message["kind"] == "beat":
+            peer.doing = message["doing"]
+        elif message["kind"] == "stop":
+            preemption.request(message["text"])
+        elif message["kind"] == "failed":
+            self._condemn(message["text"])
+        else:
+            del self.peers[rank]
+
+    def _forgive(self, gap: float) -> None:
+        """This process itself was stopped: what it did not hear meanwhile says nothing."""
+        if gap > self.patience / 2:
+            activity.advance()
+            for peer in self.peers.values():
+                peer.heard += gap
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        for rank, peer in list(self.peers.items()):
+            if now - peer.heard > self.patience:
+                self._condemn(
+                    f"rank {rank} has not been heard of for {now - peer.heard:.0f} s, in "
+                    f"{peer.doing}: its process or machine hangs or cannot be reached "
+                    f"(distributed.timeout_seconds={self.timeout:g}). Once it is away, the same "
+                    "command continues from the newest checkpoint"
+                )
+        doing = activity.current()
+        if doing.phase != activity.SET_UP and doing.idle_seconds > self.patience:
+            waiting, place = main_thread()
+            if not waiting:
+                self._condemn(
+                    f"rank {self.rank} has got nowhere for {doing.idle_seconds:.0f} s in {doing}, "
+                    f"at {place} (distributed.timeout_seconds={self.timeout:g}). The same command "
+                    "continues from the newest checkpoint; raise the key if the work takes longer"
+                )
+
+    def _pass_requests_on(self) -> None:
+        if self._launcher is not None and os.getppid() != self._launcher:
+            preemption.request("the death of its launcher")
+        if preemption.requested() and not self._stop_sent:
+            self._stop_sent = True
+            self._tell("stop", text=preemption.reason())
+
+    def _condemn(self, verdict: str) -> None:
+        """The run is over: all shall know, and the main thread may still end in good order."""
+        if self._found.is_set():
+            return
+        self._verdict = verdict
+        self._deadline = time.monotonic() + self.grace
+        self._found.set()
+        self._tell("failed", text=verdict)
+
+    def _tell(self, kind: str, **content: Any) -> None:
+        """Send to all; who has been silent is not sent to, its buffers may be full."""
+        message = json.dumps({"kind": kind, **content}).encode()
+        now = time.monotonic()
+        with self._sending:
+            for peer in list(self.peers.values()):
+                if now - peer.heard < max(self.patience / 2, 3 * self.beat):
+                    try:
+                        peer.connection.send_bytes(message)
+                    except OSError:
+                        continue  # it has left: reading says so, and how
+
+
+def main_thread() -> tuple[bool, str]:
+    """Whether the main thread waits for other ranks, and its innermost place in this package."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    files, place, found = [], "an unknown place", False
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        files.append(file.as_posix())
+        if not found and file.is_relative_to(_PACKAGE):
+            place, found = _describe(frame, file), True
+        frame = frame.f_back
+    waiting = any(file.endswith(_WAITING) for file in files[:_INNERMOST])
+    return waiting, place
+
+
+def _describe(frame: FrameType, file: Path) -> str:
+    return f"{file.relative_to(_PACKAGE.parent)}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+_current: Watchdog | None = None
+
+
+def start(timeout_seconds: float, share: Callable[[Any], Any]) -> None:
+    """Watch from now on; all ranks together. ``share`` gives rank 0's value to all of them."""
+    global _current
+    stop()
+    rank = dist.get_rank()
+    connections = connect(rank, dist.get_world_size(), timeout_seconds, share)
+    _current = Watchdog(rank, connections, timeout_seconds)
+    _current.start()
+
+
+def stop() -> None:
+    """End the watch in good order; nothing where there is none."""
+    global _current
+    ending, _current = _current, None
+    if ending is not None:
+        ending.stop()
+
+
+def enter(phase: str, step: int) -> None:
+    """Begin a phase, and say so at once: a death is named with the phase it came in."""
+    activity.enter(phase, step)
+    if _current is not None:
+        _current.say()
+
+
+def fail(message: str) -> None:
+    """Tell the other ranks that this one ends with an error."""
+    if _current is not None:
+        _current.fail(message)
+
+
+def verdict(*, wait: bool) -> str:
+    """What is known to have gone wrong on another rank, waiting a moment for it; else empty."""
+    return "" if _current is None else _current.verdict(_GRACE_SECONDS if wait else 0.0)
+
+
+def _forget_in_child() -> None:
+    """A forked child must not keep the connections open: their end is how a death is known."""
+    global _current
+    if _current is not None:
+        _current.close()
+        _current = None
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
