@@ -6,17 +6,16 @@ before anything slow is loaded.
 """
 
 import dataclasses
-import typing
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_opdlm.configuration import rules as config_rules
-from megatron_opdlm.configuration.values import first_line, read_file, read_override, show, typed
+from megatron_opdlm.configuration import rules
+from megatron_opdlm.configuration.tree import build, flatten
+from megatron_opdlm.configuration.values import first_line, read_file, read_override
 from megatron_opdlm.errors import InputError
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -293,8 +292,8 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise InputError(f"configuration: {first_line(error)}") from error
     assert isinstance(merged, dict)
-    config = _build_tree(merged)
-    config_rules.check(flatten(config))
+    config = build(Config, merged)
+    rules.check(flatten(config))
     return config
 
 
@@ -313,50 +312,7 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """``{"model.path": "...", ...}``: every leaf by its dotted key, in the order of the tree."""
-    return {
-        f"{section}.{key}": value
-        for section, values in dataclasses.asdict(config).items()
-        for key, value in values.items()
-    }
-
-
 def differing_keys(a: Config, b: Config) -> list[str]:
     """Dotted keys whose values differ, in the order of the tree."""
     values_a, values_b = flatten(a), flatten(b)
     return [key for key, value in values_a.items() if value != values_b[key]]
-
-
-def _build_tree(tree: dict[Any, Any]) -> Config:
-    """Plain tree -> typed tree: every section and key exists and every value has its type."""
-    sections = {section.name: section.default_factory for section in dataclasses.fields(Config)}
-    built = {}
-    for name, values in tree.items():
-        if name not in sections:
-            first_key = next(iter(values), "") if isinstance(values, dict) else ""
-            raise _unknown_key(f"{name}.{first_key}" if first_key else str(name))
-        if values is None:  # `model:` with every line under it commented out
-            continue
-        if not isinstance(values, dict):
-            raise InputError(f"{name}={show(values)} is a section; write {name}.KEY=value")
-        built[name] = _build_section(name, typing.cast(type, sections[name]), values)
-    return Config(**built)
-
-
-def _build_section(section: str, section_type: type, values: dict[Any, Any]) -> Any:
-    hints = typing.get_type_hints(section_type)
-    for name in values:
-        if name not in hints:
-            raise _unknown_key(f"{section}.{name}")
-    return section_type(
-        **{name: typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()}
-    )
-
-
-def _unknown_key(key: str) -> InputError:
-    """Names the nearest valid key: first among those of the same name in another section."""
-    valid = list(flatten(Config()))
-    same_name = [known for known in valid if known.partition(".")[2] == key.rpartition(".")[2]]
-    closest = max(same_name or valid, key=lambda known: SequenceMatcher(None, key, known).ratio())
-    return InputError(f"configuration key {key!r} does not exist (did you mean {closest!r}?)")

@@ -1,0 +1,57 @@
+"""The tree of sections and keys: from plain values to typed ones and back to dotted keys."""
+
+import dataclasses
+import typing
+from difflib import SequenceMatcher
+from typing import Any, TypeVar
+
+from megatron_opdlm.configuration.values import show, typed
+from megatron_opdlm.errors import InputError
+
+Tree = TypeVar("Tree")
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """``{"model.path": "...", ...}``: every leaf by its dotted key, in the order of the tree."""
+    return {
+        f"{section}.{key}": value
+        for section, values in dataclasses.asdict(config).items()
+        for key, value in values.items()
+    }
+
+
+def build(kind: type[Tree], tree: dict[Any, Any]) -> Tree:
+    """Plain tree -> typed tree of ``kind``, a dataclass of sections that are dataclasses: every
+    section and key exists and every value has its type; else InputError.
+    """
+    sections = typing.get_type_hints(kind)
+    built = {}
+    for name, values in tree.items():
+        if name not in sections:
+            first_key = next(iter(values), "") if isinstance(values, dict) else ""
+            raise _unknown_key(kind, f"{name}.{first_key}" if first_key else str(name))
+        if values is None:  # `model:` with every line under it commented out
+            continue
+        if not isinstance(values, dict):
+            raise InputError(f"{name}={show(values)} is a section; write {name}.KEY=value")
+        built[name] = _build_section(kind, name, values)
+    return kind(**built)
+
+
+def _build_section(kind: type, section: str, values: dict[Any, Any]) -> Any:
+    section_type = typing.get_type_hints(kind)[section]
+    hints = typing.get_type_hints(section_type)
+    for name in values:
+        if name not in hints:
+            raise _unknown_key(kind, f"{section}.{name}")
+    return section_type(
+        **{name: typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()}
+    )
+
+
+def _unknown_key(kind: type, key: str) -> InputError:
+    """Names the nearest valid key: first among those of the same name in another section."""
+    valid = list(flatten(kind()))
+    same_name = [known for known in valid if known.partition(".")[2] == key.rpartition(".")[2]]
+    closest = max(same_name or valid, key=lambda known: SequenceMatcher(None, key, known).ratio())
+    return InputError(f"configuration key {key!r} does not exist (did you mean {closest!r}?)")
