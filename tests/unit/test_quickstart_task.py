@@ -37,7 +37,7 @@ def test_the_held_out_file_is_what_the_evaluation_task_reads(tmp_path):
     """Every row of addition.jsonl is graded right against its own response."""
     task.write_data(tmp_path)
     evaluation = get_task("addition")
-    rows = evaluation.generation.load(tmp_path)
+    rows = evaluation.load(tmp_path)
     assert len(rows) == 770
     assert all(evaluation.grade(row, row["response"]).correct for row in rows)
     training = [json.loads(line) for line in (tmp_path / "train.jsonl").open()]
