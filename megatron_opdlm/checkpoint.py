@@ -221,10 +221,16 @@ class Checkpoints:
             )
         return "no other checkpoint of this run is whole; start again in another train.out"
 
+    def discard_leftovers(self) -> None:
+        """Remove what a save or a removal that was cut short has left. Rank 0 only."""
+        for stale in self.directory.glob(".step_*"):
+            shutil.rmtree(stale)
+        for pointer in (LATEST, BEST):
+            _half_written(self.directory / pointer).unlink(missing_ok=True)
+
     def _start(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for stale in self.directory.glob(".step_*"):  # left by a save or a removal cut short
-            shutil.rmtree(stale)
+        self.discard_leftovers()
         temporary.mkdir()
         carry_over(self.source, temporary / HUGGINGFACE)
         (temporary / CONFIG).write_text(self.config_yaml)
@@ -314,12 +320,16 @@ def _save(student: Student, temporary: Path, copies: HostCopies | None) -> Shard
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that readers see the old or the new content, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _half_written(path)
     with temporary.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def _half_written(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -57,6 +57,7 @@ def open_session(config: Config) -> Session:
     tracker = None
     if parallel.is_writer():
         prepare_run_directory(config)
+        checkpoints.discard_leftovers()
         _announce(config, hardware, plan, progress)
         tracker = _open_tracker(config, checkpoints)
     parallel.barrier()
