@@ -58,7 +58,8 @@ with open_weights(sys.argv[1]) as weights:
 _EXPORT = """
 import sys, time
 from pathlib import Path
-from checkpoint_tools import export_hf, megatron_weights
+from checkpoint_tools import export_hf
+import checkpoint_tools.streaming.megatron_weights
 from checkpoint_tools.manifest import read_manifest
 from checkpoint_tools.qwen3_shape import read_shape
 export_hf.compare = lambda *arguments, **options: []

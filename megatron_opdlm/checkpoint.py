@@ -8,6 +8,7 @@ a save that was cut short is a directory that no reader accepts.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import NoReturn
 import torch
 
 from checkpoint_tools.files.hf_files import carry_over
-from checkpoint_tools.files.publish import publish
+from checkpoint_tools.files.publish import publish, sync
 from checkpoint_tools.manifest import (
     BlockContract,
     LowRank,
@@ -44,6 +45,7 @@ from megatron_opdlm.update import Student
 
 WEIGHTS, HUGGINGFACE, CONFIG = "weights", "huggingface", "config.yaml"
 LATEST, BEST = "latest", "best"
+_NAME = re.compile(r"step_\d{7,}")
 
 
 def huggingface_dir(model_dir: Path) -> Path:
@@ -210,7 +212,7 @@ class Checkpoints:
 
     def _way_out(self, damaged: str) -> str:
         """The newest other checkpoint that is whole, found by all ranks together."""
-        names = sorted(path.name for path in self.directory.glob("step_*") if path.name != damaged)
+        names = [path.name for path in self._published() if path.name != damaged]
         for name in reversed(names):
             try:
                 verify(self.directory / name)
@@ -221,8 +223,14 @@ class Checkpoints:
             )
         return "no other checkpoint of this run is whole; start again in another train.out"
 
+    def _published(self) -> list[Path]:
+        """The run's own checkpoints, oldest first; what users keep beside them is theirs."""
+        return sorted(path for path in self.directory.glob("step_*") if _NAME.fullmatch(path.name))
+
     def discard_leftovers(self) -> None:
         """Remove what a save or a removal that was cut short has left. Rank 0 only."""
+        if not self.directory.is_dir():
+            return
         for stale in self.directory.glob(".step_*"):
             shutil.rmtree(stale)
         for pointer in (LATEST, BEST):
@@ -259,7 +267,7 @@ class Checkpoints:
         replace_text(self.directory / LATEST, final.name + "\n")
         self._point_to_best()
         # Later ones, if any, are what a run left that went back; they are replaced as it comes by.
-        done = [path for path in sorted(self.directory.glob("step_*")) if path.name <= final.name]
+        done = [path for path in self._published() if path.name <= final.name]
         best = self._pointed_to(BEST)
         for old in done[: -self.keep]:
             if old.name != best:
@@ -326,6 +334,7 @@ def replace_text(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def _half_written(path: Path) -> Path:

@@ -26,6 +26,7 @@ from megatron_opdlm.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.storage.provenance import record_start
 from megatron_opdlm.storage.run_directory import check_run_directory, prepare_run_directory
+from megatron_opdlm.storage.run_lock import hold_run_directory
 from megatron_opdlm.storage.run_state import RunIdentity
 from megatron_opdlm.supervision import watchdog
 
@@ -42,6 +43,7 @@ def open_session(config: Config) -> Session:
         model_layout(config), seed=config.train.seed, timeout_seconds=timeout_seconds
     )
     watchdog.start(timeout_seconds, parallel.broadcast_object)
+    hold_run_directory(Path(config.train.out))
     checkpoints = build_checkpoints(config, source, hardware)
     checkpoints.identity = RunIdentity.of(plan.prompts.prompts, config.train.seed)
     latest = checkpoints.latest()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_opdlm.errors import InputError
-from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.storage.output_paths import check_place, is_refused_write
 
 
 def check_free(out: Path) -> None:
@@ -15,9 +15,12 @@ def check_free(out: Path) -> None:
     empty directory is free.
     """
     check_place(out, f"--out {out}")
+    out = Path(os.path.realpath(out))
+    if os.path.ismount(out):
+        raise InputError(f"--out {out} is a mount point; name a directory inside it")
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.exists() or out.is_symlink():
+    if out.exists():
         kind = "already holds files" if out.is_dir() else "is a file"
         raise InputError(f"--out {out} {kind}; choose another directory, or remove it first")
 
@@ -29,14 +32,21 @@ def new_directory(out: Path) -> Iterator[Path]:
 
     Only the rank that writes may call this. Raises InputError when ``out`` already holds something.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link is followed: its target gets the name
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if not is_refused_write(error):
+                raise
+            raise RunError(
+                f"--out {out} not written: {error}; make room, or choose another place"
+            ) from error
         check_free(out)  # someone else may have been quicker
         publish(temporary, out)
     finally:
@@ -46,12 +56,13 @@ def new_directory(out: Path) -> Iterator[Path]:
 def publish(temporary: Path, out: Path) -> None:
     """Give a finished directory its final name, its bytes on disk before the name is."""
     for path in [temporary, *temporary.rglob("*")]:
-        _sync(path)
+        sync(path)
     os.rename(temporary, out)
-    _sync(out.parent)
+    sync(out.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,19 @@
-"""Whether an output can be written where the user wants it, before anything is computed."""
+"""Whether an output can be written where the user wants it, before anything is computed, and what
+it means when it could not.
+"""
 
+import errno
 import os
 from pathlib import Path
 
 from megatron_opdlm.errors import InputError
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def is_refused_write(error: BaseException) -> bool:
+    """Whether the file system took no more bytes: full, over quota, read-only, broken."""
+    return isinstance(error, OSError) and error.errno in _REFUSALS
 
 
 def check_place(out: Path, what: str) -> None:

@@ -10,6 +10,7 @@ from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.storage.run_lock import LOCK
 
 DATA = "data.json"  # {path: SHA-256} of the files that the run reads
 
@@ -49,8 +50,8 @@ def check_run_directory(config: Config) -> None:
     if not out.is_dir():
         raise InputError(f"train.out={out} is a file; choose another directory")
     if not (out / CONFIG).is_file():
-        begun = f".{CONFIG}.tmp"  # all that a start leaves that was killed at once
-        if any(item.name != begun for item in out.iterdir()):
+        begun = f".{CONFIG}.tmp", LOCK  # all that a start leaves that was killed at once
+        if any(item.name not in begun for item in out.iterdir()):
             raise InputError(
                 f"train.out={out} already holds something that is no run of ours; "
                 "choose another directory or empty it"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_opdlm.errors import InputError, RunError, Stopped
+from megatron_opdlm.storage.output_paths import is_refused_write
 from megatron_opdlm.supervision import activity, preemption, watchdog
 
 _MODEL = (
@@ -74,6 +75,11 @@ def name(error: Exception) -> Exception:
     doing = activity.current()
     if is_out_of_memory(error):
         return RunError(out_of_memory(error, doing))
+    if is_refused_write(error):
+        return RunError(
+            f"{error}, in {doing}; make room or mend the file system: the same command continues "
+            "from the newest checkpoint"
+        )
     if isinstance(error, (RunError, OSError)) and not isinstance(error, ConnectionError):
         return error
     elsewhere = watchdog.verdict(wait=True)  # a death makes the collectives of the others fail

@@ -30,7 +30,7 @@ SECONDS = 300  # for one start on a busy machine
 # first file to its last, each phase about as often as another.
 MOMENTS = {
     "set-up": ("megatron_opdlm.opening:build_student", 1, 0.3),
-    "loading": ("megatron_opdlm.storage.sharded_load:verify", 1, 0.2),
+    "loading": ("megatron_opdlm.checkpoint:verify", 1, 0.2),
     "rollout": ("megatron_opdlm.session:generate", 3, 0.2),
     "teacher": ("megatron_opdlm.session:score", 3, 0.05),
     "update": ("megatron_opdlm.update:update", 5, 0.1),

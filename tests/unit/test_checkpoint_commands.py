@@ -2,9 +2,13 @@
 leaves nothing behind, neither under the final nor under a temporary name; a save that was cut
 short is recognised."""
 
+import errno
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +17,13 @@ import pytest
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check
 from checkpoint_tools.files.checksums import sha256_of
-from checkpoint_tools.files.publish import new_directory
+from checkpoint_tools.files.publish import check_free, new_directory
 from checkpoint_tools.formats import check_format
 from checkpoint_tools.manifest import BlockContract, Manifest, read_manifest, write_manifest
 from checkpoint_tools.qwen3_shape import Experts, read_shape
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.checkpoint import Checkpoints
+from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.storage import run_lock
 from tests.tiny_models import edit_json, make_qwen3
 
 
@@ -31,6 +37,59 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         (temporary / "part").write_text("half")
         raise RuntimeError("halfway")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """Claim: where the file system takes no more, the line names the output and the remedy."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    message = r"out not written: .*No space left.*make room"
+    with pytest.raises(RunError, match=message), new_directory(tmp_path / "out"):
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_is_followed_and_a_mount_point_refused(tmp_path: Path) -> None:
+    """Claim: a link to an empty directory gets the result in its place; a place that cannot be
+    renamed to is refused before any work."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with new_directory(tmp_path / "link") as temporary:
+        (temporary / "part").write_text("whole")
+    assert (tmp_path / "there" / "part").read_text() == "whole"
+    with pytest.raises(InputError, match="/proc is a mount point; name a directory inside it"):
+        check_free(Path("/proc"))
+
+
+def test_only_the_runs_own_checkpoints_count(tmp_path: Path) -> None:
+    """Claim: a copy that a user keeps under another name is never counted, never removed."""
+    for name in ("step_0000002", "step_0000004", "step_0000002_good", ".step_0000006.tmp"):
+        (tmp_path / name).mkdir()
+    contract = BlockContract(mask_token_id=7)
+    kept = Checkpoints(
+        directory=tmp_path,
+        keep=1,
+        source=tmp_path,
+        config_yaml="",
+        dtype="fp32",
+        block_contract=contract,
+    )
+    assert [path.name for path in kept._published()] == ["step_0000002", "step_0000004"]
+    kept.discard_leftovers()
+    assert not (tmp_path / ".step_0000006.tmp").exists()
+    assert (tmp_path / "step_0000002_good").exists()
+
+
+def test_one_job_at_a_time(tmp_path: Path) -> None:
+    """Claim: a second job waits for the first to end, and names it where it does not."""
+    first = os.open(tmp_path / run_lock.LOCK, os.O_RDWR | os.O_CREAT)
+    os.write(first, b"process 12 on here\n")
+    fcntl.flock(first, fcntl.LOCK_EX)
+    problem = run_lock._take(tmp_path, 0.3)
+    assert problem is not None and "another job works there (process 12 on here)" in problem
+    threading.Timer(0.3, os.close, [first]).start()
+    assert run_lock._take(tmp_path, 30) is None
+    assert f"process {os.getpid()}" in (tmp_path / run_lock.LOCK).read_text()
+    assert "another job" in (run_lock._take(tmp_path, 0.0) or "")
 
 
 @pytest.mark.parametrize("occupied", ["directory", "file"])

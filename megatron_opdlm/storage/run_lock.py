@@ -1,0 +1,64 @@
+"""One job at a time in a run directory."""
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+
+from megatron_opdlm import parallel
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.supervision import activity
+from megatron_opdlm.supervision.agreement import first_problem
+
+LOCK = ".lock"
+WAIT_SECONDS = 60  # for a job that is leaving: what a killed launcher started saves first
+_POLL_SECONDS = 0.2
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
+_held: dict[str, int] = {}  # descriptors: the system lets go of the lock when this process ends
+
+
+def hold_run_directory(out: Path, *, wait_seconds: float = WAIT_SECONDS) -> None:
+    """Keep every other job out of ``out`` until this process ends; all ranks call it.
+
+    Raises InputError, on all ranks, where another job still works there after ``wait_seconds``.
+    """
+    problem = None
+    if parallel.is_writer() and os.path.realpath(out) not in _held:
+        try:
+            problem = _take(out, wait_seconds)
+        except OSError as error:
+            problem = f"train.out={out} cannot be written to: {error}; choose another directory"
+    problem = first_problem(problem)
+    if problem is not None:
+        raise InputError(problem)
+
+
+def _take(out: Path, wait_seconds: float) -> str | None:
+    """The lock, or what is in its way."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    end = time.monotonic() + wait_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > end:
+                holder = os.read(descriptor, 200).decode(errors="replace").strip()
+                os.close(descriptor)
+                return (
+                    f"train.out={out}: another job works there ({holder or 'unnamed'}); wait for "
+                    "it or end it, or use another directory"
+                )
+            activity.advance()
+            time.sleep(_POLL_SECONDS)
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                break  # nothing to be had here
+            raise
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    _held[os.path.realpath(out)] = descriptor
+    return None
