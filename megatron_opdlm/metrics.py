@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.reporting.tracking import Tracker
 
 METRICS = "metrics.jsonl"
@@ -103,10 +103,13 @@ class MetricsWriter:
 
 
 def forget_after(file: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut short; atomic."""
+    """Drop the lines of later steps, and a last line that was cut short; atomic. RunError for a
+    line that is damaged otherwise: what it held cannot be made again.
+    """
     if not file.exists():
         return
-    kept = [line for line in file.read_bytes().splitlines(keepends=True) if _is_of(line, step)]
+    lines = enumerate(file.read_bytes().splitlines(keepends=True), start=1)
+    kept = [line for number, line in lines if _is_of(file, number, line, step)]
     draft = file.with_name(file.name + ".tmp")
     draft.write_bytes(b"".join(kept))
     os.replace(draft, file)
@@ -124,9 +127,15 @@ def _amend_last(file: Path, step: int, metrics: Mapping[str, Any]) -> None:
     os.replace(draft, file)
 
 
-def _is_of(line: bytes, last_step: int) -> bool:
+def _is_of(file: Path, number: int, line: bytes, last_step: int) -> bool:
     """The line is whole and its step is not later."""
-    return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+    except (ValueError, KeyError, TypeError):
+        raise RunError(
+            f"{file} line {number} is damaged; restore the file or remove that line, and start the "
+            "same command again"
+        ) from None
 
 
 def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

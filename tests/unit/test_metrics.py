@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.errors import RunError
 from megatron_opdlm.metrics import MetricsWriter, forget_after, scalars
 
 
@@ -88,6 +89,17 @@ def test_start_at_zero_forgets_everything(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     forget_after(tmp_path / "nowhere.jsonl", 0)
     assert not (tmp_path / "nowhere.jsonl").exists()
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"loss": 1}', "\udcff"])
+def test_a_damaged_line_is_named(tmp_path, damaged):
+    """Claim: only a last line that was cut short is dropped in silence."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + damaged.encode(errors="surrogateescape") + b"\n")
+    before = file.read_bytes()
+    with pytest.raises(RunError, match=r"metrics\.jsonl line 2 is damaged"):
+        forget_after(file, 1)
+    assert file.read_bytes() == before
 
 
 def test_numbers_that_json_has_not_are_null(tmp_path):
