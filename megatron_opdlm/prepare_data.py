@@ -15,10 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.data.checks import EvaluationProblems, duplicates, question_of
+from megatron_opdlm.data.checks import (
+    MANIFEST,
+    EvaluationProblems,
+    Identity,
+    duplicates,
+    evaluation_files,
+    question_of,
+)
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.data.rows import Row, read_rows
-from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, ask, fetch
+from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, Published, ask, fetch, published_as
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.prompts import check_vocabulary, render
 from megatron_opdlm.storage.output_paths import check_place
@@ -49,7 +56,12 @@ class Prepared:
 
 
 def as_training_row(fields: dict[str, Any], template: str) -> dict[str, Any]:
-    """The row with its question as the model is asked it; other keys as they are."""
+    """The row with its question as the model is asked it; other keys as they are. InputError for
+    keys of another type than text.
+    """
+    for key in ("domain", "response"):
+        if key in fields and not isinstance(fields[key], str):
+            raise InputError(f"{key} must be text, not {type(fields[key]).__name__}")
     if "question" not in fields or template == "none":
         return dict(fields)
     question, domain = fields["question"], fields.get("domain")
@@ -78,7 +90,7 @@ def prepare(rows: list[Row], template: str, checks: Checks) -> Prepared:
     limit = checks.max_prompt_tokens
     short = [item for item in good if limit is None or item[2] <= limit]
     dropped["too_long"] = len(good) - len(short)
-    exact, normalised = duplicates([_identity(fields) for _, fields, _ in short])
+    exact, normalised = duplicates([Identity.of(fields) for _, fields, _ in short])
     repeated = set() if checks.keep_duplicates else {*exact, *normalised}
     overlap = _overlap([row for row, _, _ in short], checks.problems)
     foreign = set() if checks.keep_overlap else set(overlap)
@@ -93,6 +105,7 @@ def prepare(rows: list[Row], template: str, checks: Checks) -> Prepared:
         "repeated_exactly": len(exact),
         "repeated_normalised": len(normalised),
         "overlap_by_file": dict(Counter(overlap.values())),
+        "not_compared": checks.problems.passed_over if checks.problems else [],
         "domains": dict(Counter(str(fields.get("domain")) for _, fields, _ in kept)),
         "prompt_tokens": _spread([tokens for _, _, tokens in kept]),
     }
@@ -101,20 +114,11 @@ def prepare(rows: list[Row], template: str, checks: Checks) -> Prepared:
 
 def _tokens(fields: dict[str, Any], checks: Checks) -> int:
     """Length of the rendered prompt; InputError where the row is no training row."""
-    for key in ("domain", "response"):
-        if key in fields and not isinstance(fields[key], str):
-            raise InputError(f"{key} must be text, not {type(fields[key]).__name__}")
     ids = render(fields, checks.tokenizer, checks.enable_thinking)
     check_vocabulary(ids, checks.vocab_size)
     if not ids:
         raise InputError("the prompt is empty")
     return len(ids)
-
-
-def _identity(fields: dict[str, Any]) -> Any:
-    """What makes two rows the same."""
-    ids = fields.get("prompt_ids")
-    return tuple(ids) if ids is not None else question_of(fields)
 
 
 def _overlap(rows: list[Row], problems: EvaluationProblems | None) -> dict[int, str]:
@@ -153,21 +157,22 @@ def write(prepared: Prepared, out: Path, about: dict[str, Any]) -> str:
 
 
 def manifest_of(path: Path) -> Path:
-    return path.with_name(path.name + ".manifest.json")
+    return path.with_name(path.name + MANIFEST)
 
 
 def summary(account: dict[str, Any]) -> str:
     """The account for people."""
     lengths = account["prompt_tokens"]
     dropped = ", ".join(f"{count} {why}" for why, count in account["dropped"].items())
-    overlap = account["overlap_by_file"]
+    overlap = ", ".join(f"{file} {count}" for file, count in account["overlap_by_file"].items())
+    others = ", ".join(account["not_compared"])
     return "\n".join(
         [
             f"rows           {account['rows']} of {account['rows_read']} (dropped: {dropped})",
             f"repetitions    {account['repeated_exactly']} exact, "
-            f"{account['repeated_normalised']} but for case, blanks and punctuation",
-            "overlap        "
-            + (", ".join(f"{file} {count}" for file, count in overlap.items()) or "none found"),
+            f"{account['repeated_normalised']} but for case and blanks",
+            f"overlap        {overlap or 'none found'}"
+            + (f" (not compared with training sets: {others})" if others else ""),
             "domains        " + ", ".join(f"{k} {v}" for k, v in account["domains"].items()),
             f"prompt tokens  mean {lengths['mean']}, median {lengths['median']}, "
             f"p99 {lengths['p99']}, max {lengths['max']}",
@@ -185,7 +190,7 @@ def _parser() -> Arguments:
     add("--source", required=True, help=f"{' or '.join(PUBLISHED)} (fetched), or a local file")
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="model directory")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
-    add("--template", choices=TEMPLATES, help="around a question (default: the set's; none)")
+    add("--template", choices=TEMPLATES, help="around a question (default: docs/data.md)")
     add("--enable-thinking", action="store_true", help="thinking flag of the chat template")
     add("--max-prompt-tokens", type=int, default=2000, help="longer prompts are dropped; 0: none")
     add("--evaluation-data", type=Path, metavar="DIR", help="drop rows that overlap with these")
@@ -207,13 +212,12 @@ def main() -> None:
     check_place(args.out, f"--out {args.out}")
     if args.ngram < 1 or args.max_prompt_tokens < 0:
         raise InputError("--ngram is 1 or more and --max-prompt-tokens 0 or more; correct it")
-    problems = None
-    if args.evaluation_data is not None:
-        problems = EvaluationProblems.read(args.evaluation_data, args.ngram)
+    others = evaluation_files(args.evaluation_data) if args.evaluation_data is not None else []
     local = Path(args.source)
     path = local if local.exists() else fetch(args.source, args.revision, args.cache)
+    problems = EvaluationProblems.read(others, args.ngram, path) if others else None
     published = PUBLISHED.get(args.source) if path is not local else None
-    template = args.template or (published.template if published else "none")
+    template, reason = _template(args.template, published or published_as(path))
     checks = _checks(args, problems)
     prepared = prepare(read_rows(path, "--source"), template, checks)
     about = {
@@ -227,8 +231,18 @@ def main() -> None:
         "ngram": args.ngram if problems else None,
     }
     digest = write(prepared, args.out, about)
+    print(f"template       {template}: {reason}")
     print(summary(prepared.account))
     print(f"wrote {args.out}, sha256 {digest}")
+
+
+def _template(given: str | None, published: Published | None) -> tuple[str, str]:
+    """What goes around a question, and why."""
+    if given is not None:
+        return given, "as --template says"
+    if published is not None:
+        return published.template, f"that of the published {published.file}"
+    return "none", "no published set's name; questions are asked as they are, see --template"
 
 
 def _checks(args: argparse.Namespace, problems: EvaluationProblems | None) -> Checks:

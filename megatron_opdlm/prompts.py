@@ -66,8 +66,10 @@ def render(row: Mapping[str, Any], tokenizer: Any, enable_thinking: bool) -> lis
     if source == "prompt_ids":
         return _checked_ids(row["prompt_ids"])
     if source == "prompt":
-        return _encode(tokenizer, _text(row, "prompt"))
-    return _encode(tokenizer, _chat_text(_messages(row, source), tokenizer, enable_thinking))
+        return _encode(tokenizer, _text(row, "prompt"), "prompt")
+    messages = _messages(row, source)
+    _require_tokenizer(tokenizer, source)
+    return _encode(tokenizer, _chat_text(messages, tokenizer, enable_thinking), source)
 
 
 def check_vocabulary(ids: list[int], vocab_size: int) -> None:
@@ -124,7 +126,7 @@ def _prompt(row: Row, tokenizer: Any, enable_thinking: bool, vocab_size: int) ->
             raise InputError("the prompt is empty; training needs at least one token of context")
         check_vocabulary(ids, vocab_size)
         response = _optional_text(fields, "response")
-        response_ids = None if response is None else _encode(tokenizer, response)
+        response_ids = None if response is None else _encode(tokenizer, response, "response")
         check_vocabulary(response_ids or [], vocab_size)
         return Prompt(
             index=row.index,
@@ -189,8 +191,18 @@ def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, enable_thinking: 
         ) from error
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of the text as it stands: templates bring their own special tokens."""
+def _require_tokenizer(tokenizer: Any, key: str) -> None:
+    if tokenizer is None:
+        instead = "remove it" if key == "response" else "give prompt_ids in its place"
+        raise InputError(
+            f"the model has no tokenizer to read {key!r} with; add its files to the model's "
+            f"directory, or {instead}"
+        )
+
+
+def _encode(tokenizer: Any, text: str, key: str) -> list[int]:
+    """Ids of the text of ``key`` as it stands: templates bring their own special tokens."""
+    _require_tokenizer(tokenizer, key)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

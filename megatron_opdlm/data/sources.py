@@ -34,6 +34,15 @@ PUBLISHED: Mapping[str, Published] = {
     ),
 }
 
+# Data files of these names are trained on; evaluation asks them only to see what a run has learnt.
+_STEMS = (Path(source.file).stem for source in PUBLISHED.values())
+TRAINING_SETS = frozenset([*PUBLISHED, *_STEMS, "DAPO_Math_17k", "GSM8K_train"])
+
+
+def published_as(path: Path) -> Published | None:
+    """The published set whose file a local one is, by its name."""
+    return next((source for source in PUBLISHED.values() if source.file == path.name), None)
+
 
 def ask(question: str, domain: str | None, template: str) -> str:
     """The user's message for a question; a domain that the set does not know asks it as it is."""

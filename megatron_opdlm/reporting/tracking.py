@@ -72,7 +72,7 @@ def open_tracker(
         reason = str(error).splitlines()[0]
         raise InputError(
             f"logging.wandb={mode}: {reason}; log in with 'wandb login' or WANDB_API_KEY, or use "
-            "logging.wandb=noneline"
+            "logging.wandb=offline"
         ) from error
     draft = kept.with_name(f"{kept.name}.tmp")
     draft.write_text(run.id + "\n")

@@ -8,9 +8,9 @@ import pytest
 
 from megatron_opdlm import prepare_data
 from megatron_opdlm.config import load_config
-from megatron_opdlm.data.checks import EvaluationProblems, duplicates, words
+from megatron_opdlm.data.checks import EvaluationProblems, Identity, duplicates, words
 from megatron_opdlm.data.content_hash import content_hash
-from megatron_opdlm.data.sources import ask, fetch
+from megatron_opdlm.data.sources import TRAINING_SETS, ask, fetch
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.storage import run_directory
 from tests.conftest import TinyModels
@@ -28,8 +28,8 @@ def prepared(models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The command on rows; returns (rows written, manifest)."""
     model = models.hf("student", tied=True)
 
-    def run(rows: list[object], *flags: str) -> tuple[list[dict], dict]:
-        source, out = write(tmp_path / "source.jsonl", rows), tmp_path / "data" / "out.jsonl"
+    def run(rows: list[object], *flags: str, name: str = "source.jsonl") -> tuple[list[dict], dict]:
+        source, out = write(tmp_path / name, rows), tmp_path / "data" / "out.jsonl"
         argv = ["--source", str(source), "--tokenizer", str(model), "--out", str(out), *flags]
         monkeypatch.setattr("sys.argv", ["prepare_data", *argv])
         prepare_data.main()
@@ -57,7 +57,7 @@ def test_rows_that_do_not_belong_are_dropped_and_counted(prepared, tmp_path, cap
         {"prompt": "abc", "source": "s", "domain": "math"},
         {"prompt": "abc"},
         {"prompt": "A b c", "domain": "chat"},
-        {"prompt": "a, B C!"},
+        {"prompt": " a  B c"},
         {"prompt": f"z {LONG}"},
         {"prompt": "a " * 60},
     ]
@@ -81,6 +81,14 @@ def test_a_faulty_row_is_named_by_its_line(prepared):
         prepared(rows)
 
 
+def test_a_key_of_the_wrong_type_is_a_faulty_row(prepared):
+    rows: list[object] = [{"question": "a"}, {"question": "b", "domain": ["math"]}]
+    with pytest.raises(InputError, match=r"1 of 2 .*line 2: domain must be text, not list"):
+        prepared(rows, "--template", "by_domain")
+    kept, manifest = prepared(rows, "--template", "by_domain", "--drop-invalid")
+    assert kept == rows[:1] and manifest["dropped"]["faulty"] == 1
+
+
 def test_faulty_rows_can_be_dropped(prepared):
     kept, manifest = prepared([{"prompt": "a"}, {"answer": "b"}], "--drop-invalid")
     assert kept == [{"prompt": "a"}] and manifest["dropped"]["faulty"] == 1
@@ -101,7 +109,87 @@ def test_an_overlap_needs_that_many_words_in_a_row():
 
 def test_words_and_duplicates():
     assert words("\uff28ello,  x^2!") == ["hello", "x", "2"]
-    assert duplicates(["a b", "A, B", "a b", (1,), (1,), "+", "-"]) == ([2, 4], [1])
+    texts = ["a b", "A  B\n", "a b", "a, b", "5-3", "5+3", "x^2-4=0", "x^2+4=0", "3<4", "3>4"]
+    rows: list[dict] = [{"prompt": text} for text in texts]
+    rows += [{"prompt_ids": [1]}, {"prompt_ids": [1]}, {"prompt_ids": [2]}]
+    assert duplicates([Identity.of(row) for row in rows]) == ([2, 11], [1])
+
+
+def test_repetitions_agree_in_every_turn_and_in_the_response():
+    """Claim: one change anywhere in what is asked or answered makes another row; a question is the
+    conversation that it is rendered as."""
+
+    def turns(*contents: str) -> dict:
+        roles = ["user", "assistant", "user"][: len(contents)]
+        pairs = zip(roles, contents, strict=True)
+        return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+    rows = [
+        {"question": "Q", "response": "a"},
+        {"question": "Q", "response": "b"},
+        {"question": "Q"},
+        {"question": "Q", "system": "be brief"},
+        {"question": "Q", "system": "be long"},
+        turns("Q"),
+        turns("Q", "A", "R"),
+        turns("Q", "B", "R"),
+        {"prompt": "Q"},
+        {"question": "q", "response": "b"},
+        {"question": "q", "response": "B"},
+    ]
+    assert duplicates([Identity.of(row) for row in rows]) == ([5], [9])
+
+
+def test_training_sets_among_the_evaluation_data_are_not_compared(prepared, tmp_path, capsys):
+    """Claim: neither the source itself, whatever its name, nor a published or prepared training
+    set beside the benchmarks takes rows away; a benchmark still does."""
+    data = tmp_path / "all"
+    data.mkdir()
+    rows: list[object] = [{"prompt": f"{LONG} {n}"} for n in "pqr"]
+    write(data / "copy.jsonl", rows)
+    write(data / "opdlm_train.json", [*rows, {"prompt": "more"}])
+    write(data / "mine.jsonl", [*rows, {"prompt": "other"}])
+    (data / "mine.jsonl.manifest.json").write_text("{}")
+    with pytest.raises(InputError, match=r"nothing but training sets \(copy\.jsonl, mine\.jsonl, "):
+        prepared(rows, "--evaluation-data", str(data))
+    write(data / "B.jsonl", [{"question": f"{LONG} q"}])
+    rows.append({"prompt": "of its own"})
+    write(data / "copy.jsonl", rows)
+    kept, manifest = prepared(rows, "--evaluation-data", str(data), "--keep-overlap")
+    assert kept == rows
+    assert manifest["overlap_by_file"] == {"B.jsonl": 3}
+    assert manifest["not_compared"] == ["copy.jsonl", "mine.jsonl", "opdlm_train.json"]
+    assert "training sets: copy.jsonl, mine.jsonl, opdlm_train.json" in capsys.readouterr().out
+
+
+def test_the_training_sets_that_evaluation_knows_are_known():
+    from evaluation.tasks import training_probes
+
+    probes = [kind for kind in vars(training_probes).values() if isinstance(kind, type)]
+    files = {kind.file for kind in probes if kind.__module__ == training_probes.__name__}
+    assert {Path(file).stem for file in files} == TRAINING_SETS - {"math_train"}
+
+
+def test_a_local_file_of_a_published_set_is_asked_as_that_set_is(prepared, capsys):
+    """Claim: by its file's name; --template decides otherwise; the output says which."""
+    rows: list[object] = [{"question": "1+2", "domain": "math"}]
+    kept, manifest = prepared(rows, name="opdlm_train.json")
+    assert kept[0]["question"] == ask("1+2", "math", "math")
+    assert manifest["template"] == "by_domain"
+    assert "by_domain: that of the published opdlm_train.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("mine.jsonl", (), "none: no published set's name"),
+        ("opdlm_train.json", ("--template", "none"), "none: as --template says"),
+    ],
+)
+def test_other_files_are_asked_as_they_are(prepared, capsys, name, flags, said):
+    rows: list[object] = [{"question": "1+2", "domain": "math"}]
+    assert prepared(rows, *flags, name=name)[0] == rows
+    assert f"template       {said}" in capsys.readouterr().out
 
 
 def test_an_unknown_set_and_no_network(tmp_path, monkeypatch):

@@ -208,6 +208,23 @@ def test_tokenizer_without_a_chat_template(tmp_path):
     assert render({"prompt": "12"}, tokenizer, False) == tokenizer("12")["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("row", "remedy"),
+    [
+        ({"question": "a"}, "give prompt_ids in its place"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "give prompt_ids in its place"),
+        ({"prompt": "a"}, "give prompt_ids in its place"),
+        ({"prompt_ids": [2], "response": "a"}, "or remove it"),
+    ],
+)
+def test_model_without_a_tokenizer(tmp_path, row, remedy):
+    """Claim: rows of ids need none; a row with text is named, with its key and the remedy."""
+    file = write_jsonl(tmp_path / "a.jsonl", [{"prompt_ids": [1]}, row])
+    with pytest.raises(InputError, match=f"line 2: the model has no tokenizer to read .*{remedy}$"):
+        load(file, None)
+    assert load(write_jsonl(file, [{"prompt_ids": [1]}]), None).prompts[0].ids == [1]
+
+
 def test_template_that_refuses_the_messages(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

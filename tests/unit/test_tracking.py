@@ -70,7 +70,9 @@ def test_online_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(InputError, match=r"logging\.wandb=online: .*; log in with 'wandb login'"):
+    with pytest.raises(
+        InputError, match=r"wandb=online: .*; log in with 'wandb login' .*=offline$"
+    ):
         open_tracker(tmp_path, mode="online", project="p", settings={})
 
 
