@@ -57,6 +57,7 @@ def open_session(config: Config) -> Session:
             sequences = calibration_sequences(plan.prompts.prompts, count, plan.max_positions)
             quantize_fp8(teacher, sequences, packing_of(config, source, hardware))
     tracker = None
+    hold_run_directory(Path(config.train.out), create=True)
     if parallel.is_writer():
         prepare_run_directory(config)
         checkpoints.discard_leftovers()

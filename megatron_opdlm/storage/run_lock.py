@@ -19,13 +19,17 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems wi
 _held: dict[str, int] = {}  # descriptors: the system lets go of the lock when this process ends
 
 
-def hold_run_directory(out: Path, *, wait_seconds: float = WAIT_SECONDS) -> None:
-    """Keep every other job out of ``out`` until this process ends; all ranks call it.
+def hold_run_directory(
+    out: Path, *, create: bool = False, wait_seconds: float = WAIT_SECONDS
+) -> None:
+    """Keep every other job out of ``out`` until this process ends; all ranks call it. Without
+    ``create`` a directory that is not there yet is left to a later call.
 
     Raises InputError, on all ranks, where another job still works there after ``wait_seconds``.
     """
     problem = None
-    if parallel.is_writer() and os.path.realpath(out) not in _held:
+    is_needed = (create or out.is_dir()) and os.path.realpath(out) not in _held
+    if parallel.is_writer() and is_needed:
         try:
             problem = _take(out, wait_seconds)
         except OSError as error:

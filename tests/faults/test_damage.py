@@ -12,6 +12,7 @@ import pytest
 
 from checkpoint_tools.manifest import check_contents, read_manifest
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.storage import run_lock
 from tests import training_run
 from tests.distributed.workers import WorkerGroup, WorkerGroups
 from tests.end_to_end import killed
@@ -61,7 +62,8 @@ def flip(file: Path, draw: random.Random) -> int:
 
 
 def files_of(checkpoint: Path) -> list[Path]:
-    return sorted(file for file in checkpoint.rglob("*") if file.is_file())
+    """All but the file that says who works there."""
+    return sorted(f for f in checkpoint.rglob("*") if f.is_file() and f.name != run_lock.LOCK)
 
 
 def check(checkpoint: Path) -> None:
