@@ -47,9 +47,9 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
         require_modelopt()
     mask = config.model.mask_token_id
     student = open_model(config.model.path, "model.path", mask)
-    teacher = (
-        open_model(config.teacher.path, "teacher.path", mask) if config.teacher.path else student
-    )
+    teacher = student
+    if config.teacher.path:  # never reads a mask token, so it needs none of its own
+        teacher = open_model(config.teacher.path, "teacher.path", need_mask=False)
     require_same_tokens(student, teacher)
     kernels_of(config, select_hardware())
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
@@ -113,7 +113,7 @@ def build_plan(config: Config, student: ModelSource) -> StepPlan:
         order=order,
         recorded=_recorded(config, student, prompts, order),
         total_steps=order.total_steps if steps < 0 else steps,
-    )
+    ).validate()
 
 
 def _max_positions(config: Config, student: ModelSource) -> int:

@@ -109,6 +109,7 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
         f"prompts: {plan.prompts.summary}",
         f"steps: {plan.total_steps}"
         + (f", resuming after step {progress.step}" if progress.step else ""),
+        *plan.notes,
     ]
     print("\n".join(lines), file=sys.stderr, flush=True)
 

@@ -78,8 +78,8 @@ def generate(
     "rows" where the hardware can. ``stop``: asked after every forward on the rank that draws; True
     ends the call early on all ranks of the replica. ``finished``: given each trajectory as it ends.
 
-    Raises InputError for a cache that cannot hold the longest request, and for an empty prompt
-    where logits are read from the position before.
+    Raises RunError for a cache that cannot hold the longest request (other replicas may not find
+    it), InputError for an empty prompt where logits are read from the position before.
     """
     if not requests and parallel.expert_size() == 1:
         return Rollout(trajectories=[], flops=0.0)
@@ -140,9 +140,9 @@ def _fitting_slots(model: Qwen3, positions: int, kv_cache_tokens: int | None) ->
         tokens = parallel.least_over_replica(int(free) // _bytes_per_token(model))
         return max(1, tokens // positions)
     if kv_cache_tokens < positions:
-        raise InputError(
+        raise RunError(
             f"rollout.kv_cache_tokens={kv_cache_tokens} is less than the {positions} positions of "
-            "the longest prompt and response; raise it, or lower rollout.max_new_tokens"
+            "the longest prompt and response; raise it, or lower that max_new_tokens"
         )
     return kv_cache_tokens // positions
 

@@ -3,11 +3,13 @@ rates, and which responses are recorded ones. Nothing here needs a checkpoint to
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 from megatron_opdlm import curriculum
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
+from megatron_opdlm.errors import InputError
 from megatron_opdlm.off_policy import Recorded, is_off_policy, recorded_trajectory
 from megatron_opdlm.prompts import PromptOrder, PromptSet
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
@@ -24,6 +26,50 @@ class StepPlan:
     order: PromptOrder
     recorded: Recorded  # where recorded responses come from; unused at fraction 0
     total_steps: int
+
+    def validate(self) -> Self:
+        """InputError for what would otherwise stop one of the steps, perhaps on some ranks only: a
+        schedule without room, a cache that is too small for the longest request.
+        """
+        self.decoding(1)
+        tokens = self.config.rollout.kv_cache_tokens
+        request = self._longest_request()
+        if tokens is None or request is None:
+            return self
+        positions = request.positions(self.config.rollout.block_size)
+        if tokens < positions:
+            raise InputError(
+                f"rollout.kv_cache_tokens={tokens} is less than the {positions} positions that "
+                f"the longest prompt ({len(request.prompt.ids)} tokens) and its response (up to "
+                f"{request.max_new_tokens}) take; raise it, or lower rollout.max_new_tokens or "
+                "data.max_prompt_tokens"
+            )
+        return self
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the configuration has another effect than it looks like, for people."""
+        curve, cap = self.config.curriculum, self.config.rollout.max_new_tokens
+        if curve.kind == "constant" or curve.end <= cap:
+            return []
+        return [f"note: rollout.max_new_tokens={cap} caps curriculum.end={curve.end}"]
+
+    def _longest_request(self) -> Request | None:
+        """The one that takes most positions of all that any step can make; None: none makes one."""
+        steps = range(1, self.total_steps + 1)
+        mixing = self.config.mixing
+        own = [step for step in steps if curriculum.off_policy_fraction(step, mixing) < 1]
+        if not own:
+            return None
+        last = max(own, key=self.budget)
+        block_size = self.config.rollout.block_size
+        return max(
+            (
+                Request(sample=0, prompt=prompt, max_new_tokens=self._limit(last, prompt))
+                for prompt in self.prompts.prompts
+            ),
+            key=lambda request: request.positions(block_size),
+        )
 
     def budget(self, step: int) -> int:
         """Response tokens that the curriculum allows at this step."""

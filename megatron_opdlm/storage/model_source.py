@@ -28,9 +28,12 @@ class ModelSource:
         return huggingface_dir(self.directory)
 
 
-def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSource:
+def open_model(
+    path: str, key: str, mask_token_id: int | None = None, *, need_mask: bool = True
+) -> ModelSource:
     """Check a Hugging Face directory or Megatron checkpoint. InputError names ``key``, the option
-    that gave the path.
+    that gave the path. ``need_mask`` False: of a model that reads no masked position, so that its
+    vocabulary need not have a mask token.
     """
     if not path:
         raise InputError(
@@ -53,6 +56,7 @@ def open_model(path: str, key: str, mask_token_id: int | None = None) -> ModelSo
     vocabulary = read_vocabulary(
         files,
         mask_token_id if mask_token_id is not None or contract is None else contract.mask_token_id,
+        need_mask=need_mask,
     )
     return ModelSource(
         directory=directory,

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 
 ENVIRONMENT = "environment.json"
+CODE = Path(__file__).resolve().parents[2]  # what runs
 REVISION_VARIABLE = "MEGATRON_OPDLM_REVISION"  # a container has the code without its repository
 _PACKAGES = (
     "torch",
@@ -69,24 +70,30 @@ def packages() -> dict[str, str]:
 
 
 def revision() -> dict[str, Any] | None:
-    """The code's git commit and whether files differ from it; a container's build argument; or
-    None where neither is known.
+    """The code's git commit and whether files differ from it; where it is no repository, a
+    container's build argument; None where neither is known.
+
+    A repository that is mounted over an image's code is not what the image was built of, so the
+    variable never stands in for a repository whose git does not answer.
     """
-    if os.environ.get(REVISION_VARIABLE):
-        return {"commit": os.environ[REVISION_VARIABLE], "modified": None}
-    root = Path(__file__).resolve().parents[2]
-    commit = _git(root, "rev-parse", "HEAD")
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    if commit is None or changes is None or not (root / ".git").exists():
+    if not (CODE / ".git").exists():
+        built_of = os.environ.get(REVISION_VARIABLE)
+        return {"commit": built_of, "modified": None} if built_of else None
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:
         return None
     return {"commit": commit, "modified": bool(changes)}
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     """What git prints; None without git, a repository, or an answer in time."""
+    # A mounted repository may belong to another user than the container's: git asks for leave. It
+    # must not start a program that the repository names.
+    leave = ["-c", "safe.directory=*", "-c", "core.fsmonitor=false"]
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20
+            ["git", *leave, "-C", str(CODE), *arguments], capture_output=True, text=True, timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

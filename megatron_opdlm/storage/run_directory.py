@@ -5,6 +5,7 @@ configuration made.
 import json
 from pathlib import Path
 
+from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm.checkpoint import CONFIG, replace_text
 from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
@@ -40,8 +41,8 @@ _FREE_KEYS = {
 
 
 def check_run_directory(config: Config) -> None:
-    """InputError where ``train.out`` holds something else, or a run of another configuration
-    (naming the differing keys).
+    """InputError where ``train.out`` holds something else, or a run of another configuration or
+    other data (naming the keys).
     """
     out = Path(config.train.out)
     check_place(out, f"train.out={out}")
@@ -70,22 +71,34 @@ def check_run_directory(config: Config) -> None:
             f"{', '.join(differing)}; "
             "use that configuration to resume, or another directory"
         )
+    if (out / DATA).is_file():
+        _check_data(config, read_json(out / DATA))
+
+
+def _check_data(config: Config, recorded: dict[str, str]) -> None:
+    """InputError where a file of the run has changed; one that is not there is its reader's."""
+    for key, path in _data_files(config).items():
+        digest = content_hash(Path(path)) if Path(path).exists() else recorded.get(path)
+        if recorded.get(path) != digest:
+            raise InputError(
+                f"{key}={path} has changed since train.out={config.train.out} was started (sha256 "
+                f"{digest}, then {recorded.get(path)}); restore the file, or use another directory"
+            )
+
+
+def _data_files(config: Config) -> dict[str, str]:
+    """Key and path of the files that a run reads its rows from."""
+    paths = {"data.path": config.data.path, "mixing.path": config.mixing.path}
+    return {key: path for key, path in paths.items() if path}
 
 
 def prepare_run_directory(config: Config) -> None:
-    """Create the directory and record the resolved configuration (rank 0 only)."""
+    """Create the directory and record the resolved configuration, and with the first start what
+    the data is (rank 0 only, after the check).
+    """
     out = Path(config.train.out)
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / CONFIG, to_yaml(config))
-    record = out / DATA
-    hashes = {
-        path: content_hash(Path(path)) for path in (config.data.path, config.mixing.path) if path
-    }
-    found = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else hashes
-    for path, digest in hashes.items():
-        if found.get(path) != digest:
-            raise InputError(
-                f"data.path={path} has changed since train.out={out} was started (sha256 {digest}, "
-                f"then {found.get(path)}); restore the file, or use another directory"
-            )
-    replace_text(record, json.dumps(hashes, indent=2) + "\n")
+    if not (out / DATA).is_file():
+        hashes = {path: content_hash(Path(path)) for path in _data_files(config).values()}
+        replace_text(out / DATA, json.dumps(hashes, indent=2) + "\n")

@@ -19,18 +19,20 @@ import pytest
 from launch.environment import HELD, pins
 
 REPOSITORY = Path(__file__).parents[2]
-# nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default
+# nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default. Which NumPy it has is not published:
+# this is the oldest that the pins go with (pandas 3 needs it), and pip refuses an image with 1.26.
 IMAGE = {
     "torch": "2.10.0a0+b4e4ee81d3",
     "transformer-engine": "2.10.0+769ed778",
     "flash-attn": "2.7.4.post1+25.12",
     "triton": "3.5.1",
+    "numpy": "2.0.2",
 }
 PYTHON = "3.12"
 
 
 # Only their sources are published; pip builds them from Python alone.
-SOURCES = ("rouge-score", "sqlitedict", "word2number")
+SOURCES = ("langdetect", "rouge-score", "sqlitedict", "tempdir", "wget", "word2number")
 
 
 def stand_in(folder: Path, name: str, version: str) -> None:

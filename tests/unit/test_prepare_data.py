@@ -200,14 +200,23 @@ def test_an_unknown_set_and_no_network(tmp_path, monkeypatch):
         fetch("opdlm_train", cache=tmp_path)
 
 
-def test_a_run_records_its_data_and_refuses_other(tmp_path):
-    """Claim: the content's hash is in the run directory; a changed file does not continue it."""
-    data = write(tmp_path / "d.jsonl", [{"prompt": "a"}])
-    config = load_config(None, [f"data.path={data}", f"train.out={tmp_path / 'run'}"])
+@pytest.mark.parametrize("key", ["data.path", "mixing.path"])
+def test_a_run_records_its_data_and_refuses_other(tmp_path, key):
+    """Claim: the contents' hashes are in the run directory; a changed file does not continue it,
+    which is found before any model is read, and named by its key."""
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("data.path", "mixing.path")}
+    for path in paths.values():
+        write(path, [{"prompt": path.name}])
+    keys = [f"{name}={path}" for name, path in paths.items()]
+    config = load_config(None, [*keys, "mixing.fraction=0.5", f"train.out={tmp_path / 'run'}"])
+    run_directory.check_run_directory(config)
     run_directory.prepare_run_directory(config)
     record = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert record == {str(data): content_hash(data)}
+    assert record == {str(path): content_hash(path) for path in paths.values()}
+    run_directory.check_run_directory(config)
     run_directory.prepare_run_directory(config)
-    write(data, [{"prompt": "b"}])
-    with pytest.raises(InputError, match="has changed since"):
-        run_directory.prepare_run_directory(config)
+    write(paths[key], [{"prompt": "b"}])
+    with pytest.raises(InputError, match=rf"^{key}={paths[key]} has changed since"):
+        run_directory.check_run_directory(config)
+    paths[key].unlink()
+    run_directory.check_run_directory(config)  # whoever reads the file says that it is not there

@@ -89,6 +89,7 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     how = {"hardware": "no CUDA device", "devices": [], "world_size": 2}
     provenance.record_start(tmp_path, **how)
     monkeypatch.setenv(provenance.REVISION_VARIABLE, "abc123")
+    monkeypatch.setattr(provenance, "CODE", tmp_path)
     provenance.record_start(tmp_path, **how)
     first, second = json.loads((tmp_path / provenance.ENVIRONMENT).read_text())
     assert first["packages"]["megatron-core"].startswith("0.16")
@@ -98,7 +99,8 @@ def test_each_start_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_revision_is_the_repository_s(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
+    """Claim: of the code that runs, though an image below it says what that was built of."""
+    monkeypatch.setenv(provenance.REVISION_VARIABLE, "abc123")
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         pytest.skip("a copy without its repository")
@@ -109,9 +111,42 @@ def test_revision_is_the_repository_s(monkeypatch: pytest.MonkeyPatch):
         assert found["commit"] == commit
 
 
+def repository(root: Path) -> str:
+    """A git repository of one file; its commit."""
+    name = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    (root / "code.py").write_text("1\n")
+    for command in (["init", "-q"], ["add", "code.py"], ["commit", "-q", "-m", "one"]):
+        subprocess.run(["git", *name, "-C", str(root), *command], check=True, timeout=60)
+    return subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout.strip()
+
+
+def test_a_repository_of_another_user_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Claim: as it is mounted into a container; and changes to it are seen."""
+    monkeypatch.setattr(provenance, "CODE", tmp_path)
+    commit = repository(tmp_path)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert provenance.revision() == {"commit": commit, "modified": False}
+    (tmp_path / "code.py").write_text("2\n")
+    assert provenance.revision() == {"commit": commit, "modified": True}
+
+
 def test_no_git_no_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.delenv(provenance.REVISION_VARIABLE, raising=False)
+    """Claim: nothing is said of a repository that cannot be asked, not even what an image says; of
+    code without a repository, the image's word, if it has one."""
+    monkeypatch.setattr(provenance, "CODE", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(provenance.REVISION_VARIABLE, "abc123")
+    assert provenance.revision() == {"commit": "abc123", "modified": None}
+    (tmp_path / ".git").mkdir()
+    assert provenance.revision() is None
+    (tmp_path / ".git").rmdir()
+    monkeypatch.setenv(provenance.REVISION_VARIABLE, "")
     assert provenance.revision() is None
 
 
