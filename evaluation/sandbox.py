@@ -4,7 +4,8 @@ Each program gets a *jail*: a process tree of its own behind namespaces, a user 
 system-call filter, Landlock and resource limits, as far as the kernel grants them; which are in
 force is probed once and reported by ``Sandbox.describe`` (docs/sandbox.md). A program receives
 inputs and gives back output or values; expected values stay with the grader (or, for test code, in
-a second process of the jail), and results travel over descriptors that the program does not have.
+a second process of the jail, which gets them after the program's process was made), and results
+travel over descriptors that the program does not have.
 
 Time limits are CPU seconds, which do not depend on how busy the machine is; wall time is bounded by
 a generous multiple. The clock starts when the interpreter is ready.
@@ -13,6 +14,7 @@ a generous multiple. The clock starts when the interpreter is ready.
 import itertools
 import os
 import shutil
+import site
 import socket
 import subprocess
 import sys
@@ -30,7 +32,16 @@ from evaluation.jail import channel
 from evaluation.jail.isolation import LAYERS, Limits
 from megatron_opdlm.errors import RunError
 
-__all__ = ["Jail", "JailLost", "Limits", "Outcome", "Sandbox", "default_sandbox"]
+__all__ = [
+    "Jail",
+    "JailLost",
+    "Limits",
+    "Outcome",
+    "Sandbox",
+    "default_sandbox",
+    "package_directories",
+    "sandbox_problem",
+]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,6 +69,15 @@ _NEEDED = {
     "programs could write this user's files": {"mount_namespace", "landlock", "unprivileged_user"},
     "programs could read this user's files": {"mount_namespace", "landlock"},
     "the number of processes is not limited": {*("seccomp", "unprivileged_user", "user_namespace")},
+    "the number of threads is not limited": {"unprivileged_user", "user_namespace"},
+    "programs could fill the disk: each file is limited, their sum is not": {"mount_namespace"},
+}
+
+
+# Limits that hold with one of these layers only.
+_LIMITS_NEED = {
+    "work_space": {"mount_namespace"},
+    "threads": {"unprivileged_user", "user_namespace"},
 }
 
 
@@ -141,12 +161,15 @@ class Jail:
         """The program of the following runs; what ran before is ended."""
         self._exchange({"do": "load", "source": source}, _SLACK_SECONDS)
 
-    def stdio(self, stdin: str, *, cpu: float, wall: float | None = None) -> Outcome:
+    def stdio(
+        self, stdin: str, *, cpu: float, wall: float | None = None, prompts: bool = True
+    ) -> Outcome:
         """Run the program as ``__main__`` on ``stdin``, in a process of its own.
 
-        ``ok``: it ran to its end or left by SystemExit. ``cpu``, ``wall``: seconds.
+        ``ok``: it ran to its end or left by SystemExit. ``cpu``, ``wall``: seconds. ``prompts``:
+        whether what a program asks by ``input(prompt)`` is part of its output, as in Python.
         """
-        return self._run({"do": "stdio", "stdin": stdin}, cpu, wall)
+        return self._run({"do": "stdio", "stdin": stdin, "prompts": prompts}, cpu, wall)
 
     def start(self, *, cpu: float, wall: float | None = None) -> Outcome:
         """Run the program's definitions, to be called afterwards; ``value`` lists its names."""
@@ -178,18 +201,19 @@ class Jail:
         cpu: float,
         wall: float | None = None,
     ) -> Outcome:
-        """Run test code against the program (``evaluation.jail.judge.run``).
+        """Run test code against the program (``evaluation.jail.judge.run``), once in a jail's life.
 
-        ``ok`` and ``failure is None``: every test passed. ``cpu`` holds for all tests together.
+        ``ok`` and ``failure is None``: every test passed. ``cpu`` holds for all tests together. The
+        program's process is made before the tests are sent, and none is made afterwards: a forked
+        process holds whatever the jail's trusted one has held. JailLost: this jail has judged.
         """
+        self._exchange({"do": "stand_by"}, _SLACK_SECONDS)
         tests = {"setup": setup, "functions": functions, "snippets": snippets, "collect": collect}
         return self._run({"do": "judge", "tests": tests}, cpu, wall)
 
     def _run(self, request: dict[str, Any], cpu: float, wall: float | None) -> Outcome:
         wall = wall_limit(cpu) if wall is None else wall
         reply = self._exchange({**request, "cpu": cpu, "wall": wall}, wall + _SLACK_SECONDS)
-        if reply["status"] == "sandbox_failed":
-            raise JailLost(reply["detail"])
         seconds = reply.pop("cpu", 0.0)
         reply.pop("total", None)
         return Outcome(cpu_seconds=seconds, **reply)
@@ -199,15 +223,25 @@ class Jail:
         try:
             channel.send(descriptor, message)
             deadline = time.monotonic() + seconds
-            return channel.receive(descriptor, limit=_REPLY_LIMIT, deadline=deadline)
+            reply = channel.receive(descriptor, limit=_REPLY_LIMIT, deadline=deadline)
         except channel.ChannelClosed as error:
             raise JailLost(f"{error}{self._last_words()}") from error
+        if reply.get("status") == "sandbox_failed":
+            raise JailLost(reply["detail"])
+        return reply
 
     def _last_words(self) -> str:
         if self.process.poll() is None or self.process.stderr is None:
             return ""
         lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
+
+
+def package_directories() -> list[str]:
+    """Where programs find packages: this environment's own, and the system's where it has them."""
+    paths = sysconfig.get_paths()
+    found = dict.fromkeys([paths["purelib"], paths["platlib"], *site.getsitepackages()])
+    return [directory for directory in found if os.path.isdir(directory)]
 
 
 class Sandbox:
@@ -236,8 +270,7 @@ class Sandbox:
     def _open(self, allowed: set[str]) -> Jail:
         with self._lock:
             uid = next(self._users) if os.geteuid() == 0 else os.geteuid()
-        paths = sysconfig.get_paths()
-        packages = list(dict.fromkeys([paths["purelib"], paths["platlib"]]))
+        packages = package_directories()
         trees = list(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix, *packages]))
         return Jail(
             {
@@ -275,13 +308,16 @@ class Sandbox:
         )
 
     def describe(self) -> dict[str, Any]:
-        """What was in force, for a summary's settings."""
+        """What was in force, for a summary's settings. A limit that cannot be held here is None."""
         open_doors = [text for text, any_of in _NEEDED.items() if not any_of & self.layers]
+        limits = asdict(self.limits)
+        for name, any_of in _LIMITS_NEED.items():
+            limits[name] = limits[name] if any_of & self.layers else None
         return {
             "layers": sorted(self.layers),
             "missing": sorted(set(LAYERS) - self.layers - self._spare()),
             "warnings": open_doors,
-            "limits": asdict(self.limits),
+            "limits": limits,
             "workers": self.workers,
         }
 
@@ -307,16 +343,35 @@ class Sandbox:
 
 _default: Sandbox | None = None
 _default_lock = threading.Lock()
+_warned = False
 
 
 def default_sandbox() -> Sandbox:
-    """The process' one sandbox with the default limits, probed on first use."""
+    """The process' one sandbox with the default limits, probed on first use.
+
+    RunError: as of ``Sandbox``. What is open on this machine is said once.
+    """
+    global _warned
+    sandbox = _probed()
+    with _default_lock:
+        doors, _warned = [] if _warned else sandbox.describe()["warnings"], True
+    for door in doors:
+        print(f"warning: the sandbox is open here: {door} (docs/sandbox.md)", file=sys.stderr)
+    return sandbox
+
+
+def sandbox_problem() -> str | None:
+    """Why programs cannot be run on this machine, with the remedy; None: they can."""
+    try:
+        _probed()
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def _probed() -> Sandbox:
     global _default
     with _default_lock:
         if _default is None:
             _default = Sandbox()
-            for door in _default.describe()["warnings"]:
-                print(
-                    f"warning: the sandbox is open here: {door} (docs/sandbox.md)", file=sys.stderr
-                )
         return _default

@@ -1,10 +1,11 @@
 """Runs test code against a program that lives in another process.
 
 Assertions, expected values and the verdict stay in this process; the program's functions and
-objects are stood in for by proxies that send arguments and receive values. So a program cannot
-reach what judges it: not the frames of the tests, not the built-ins they use, not the channel of
-the verdict. Names that the test code does not define itself come from the program, but never
-built-ins, standard modules or ``typing``'s names. Standard library only.
+objects are stood in for by proxies that send arguments and receive values. The program's process is
+forked before the tests are in the jail (``process.Driver.stand_by``). So a program cannot reach
+what judges it: not the text of the tests, not their frames, not the built-ins they use, not the
+channel of the verdict. Names that the test code does not define itself come from the program, but
+never built-ins, standard modules or ``typing``'s names. Standard library only.
 """
 
 import builtins

@@ -49,7 +49,8 @@ class Driver:
         self.packages: list[str] = settings["packages"]
         self.source = ""
         self.server: Child | None = None
-        self.ends: tuple[int, int] = (-1, -1)  # requests to, replies from the server
+        self.ends: tuple[int, ...] = ()  # requests to, replies from the server
+        self.has_held_tests = False
         self.null = os.open(os.devnull, os.O_RDWR)
 
     def loop(self) -> None:
@@ -75,8 +76,12 @@ class Driver:
         if self.server is not None:
             self.server.kill()
             self.server = None
-            close(self.ends)
+        self._let_go()
         self.sweep()
+
+    def _let_go(self) -> None:
+        close(self.ends)
+        self.ends = ()
 
     def leave_if_abandoned(self) -> None:
         """End, and with us every program, when the grader has gone."""
@@ -95,10 +100,16 @@ class Driver:
             except (ProcessLookupError, ChildProcessError):
                 return
 
+    def require_no_tests(self) -> None:
+        """A fork copies this process' memory: no program may get one that has held its tests."""
+        if self.has_held_tests:
+            raise SetUpFailed("this jail has held tests; open another for another run")
+
     # One run of a program that reads standard input and prints.
 
     def stdio(self, request: dict[str, Any]) -> dict[str, Any]:
         self.stop()
+        self.require_no_tests()
         given = os.memfd_create("input")
         with open(given, "wb", closefd=False) as file:
             file.write(request["stdin"].encode(errors="surrogateescape"))
@@ -107,6 +118,8 @@ class Driver:
 
         def body() -> int:
             fresh_interpreter(self.packages)
+            if not request["prompts"]:
+                program.silence_prompts()
             return program.run_as_main(self.source)
 
         try:
@@ -181,6 +194,7 @@ class Driver:
         return self._exchange({"op": "load", "source": self.source}, request)
 
     def _serve(self, *, keeps_objects: bool) -> tuple[Child, int, int]:
+        self.require_no_tests()
         (request_end, requests), (replies, reply_end) = os.pipe(), os.pipe()
 
         def body() -> int:
@@ -253,10 +267,20 @@ class Driver:
 
     # Test code in one process, the program in another.
 
-    def judge(self, request: dict[str, Any]) -> dict[str, Any]:
+    def stand_by(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Make the program's process, while there are no tests in this one to copy."""
         self.stop()
+        self.server, *ends = self._serve(keeps_objects=True)
+        self.ends = tuple(ends)
+        return {"status": "ok"}
+
+    def judge(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.has_held_tests = True
+        server = self.server
+        if server is None:
+            raise SetUpFailed("tests came before the program's process was there")
+        requests, replies = self.ends
         report, report_end = os.pipe()
-        server, requests, replies = self._serve(keeps_objects=True)
 
         def body() -> int:
             fresh_interpreter(self.packages)
@@ -267,19 +291,17 @@ class Driver:
         keep = {0: self.null, 1: self.null, 2: self.null, 3: requests, 4: replies, 5: report_end}
         try:
             tester = Child(self.cell, body, keep)
-        except SetUpFailed:
-            server.kill()
-            raise
         finally:
-            close((requests, replies, report_end))
+            close((report_end,))
+            self._let_go()
+        server.restart_clock()
         server.limit_cpu(request["cpu"])
         tester.limit_cpu(request["cpu"])
         texts = {report: bytearray()}
         over = self._watch([tester, server], texts, request, lambda: not self._open)
         used = server.cpu() + tester.cpu()
         tester.kill()
-        server.kill()
-        self.sweep()
+        self.stop()
         if over:
             return {"status": over, "cpu": used}
         reader = channel.FrameReader(self.cell.limits.output)
@@ -295,6 +317,7 @@ _REQUESTS: dict[str, Callable[[Driver, dict[str, Any]], dict[str, Any]]] = {
     "stdio": Driver.stdio,
     "start": Driver.start,
     "call": Driver.call,
+    "stand_by": Driver.stand_by,
     "judge": Driver.judge,
 }
 

@@ -36,6 +36,18 @@ def run_as_main(source: str) -> int:
     return 0
 
 
+def silence_prompts() -> None:
+    """``input(prompt)`` reads a line of ``sys.stdin``, as ever, but prints no prompt."""
+
+    def read_line(_prompt: object = "", /) -> str:
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError("EOF when reading a line")
+        return line.removesuffix("\n")
+
+    builtins.input = read_line
+
+
 def load_module(source: str) -> types.ModuleType:
     """Run a program's definitions under the module name ``solution``."""
     module = types.ModuleType(MODULE)

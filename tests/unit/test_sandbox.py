@@ -4,6 +4,7 @@ Every attack runs under the layers that this machine grants, with small limits.
 """
 
 import os
+import site
 import socket
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import sandbox as sandbox_module
 from evaluation.jail import seccomp as sandbox_seccomp
 from evaluation.jail.values import Opaque, decode, encode
-from evaluation.sandbox import Jail, JailLost, Limits, Outcome, Sandbox
+from evaluation.sandbox import Jail, JailLost, Limits, Outcome, Sandbox, package_directories
 from megatron_opdlm.errors import RunError
 
 CPU = 20.0  # seconds, where the limit is not the claim
@@ -55,6 +57,23 @@ def test_all_ways_to_read_see_the_same_input(jail):
     for way in ways:
         outcome = run(jail, f"import os, sys\nprint({way}, end='')", "x y\nz")
         assert (outcome.status, outcome.stdout) == ("ok", "x y\nz"), way
+
+
+def test_prompts_are_output_as_in_python_unless_they_are_not_wanted(jail):
+    source = (
+        "a = input('n: ')\nprint(a, input(), end='|')\n"
+        "try: input('more? ')\nexcept EOFError: print('end')"
+    )
+    jail.load(source)
+    assert jail.stdio("1\n 2 \n", cpu=CPU).stdout == "n: 1  2 |more? end\n"
+    assert jail.stdio("1\n 2 \n", cpu=CPU, prompts=False).stdout == "1  2 |end\n"
+
+
+def test_packages_are_those_of_the_environment_and_of_the_system_below_it(monkeypatch, tmp_path):
+    """An environment with --system-site-packages keeps numpy in the system's directory."""
+    monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path), str(tmp_path / "none")])
+    assert package_directories()[-1] == str(tmp_path)
+    assert any((Path(place) / "numpy").is_dir() for place in package_directories()[:-1])
 
 
 def test_a_program_is_main_and_leaves_as_python_does(jail):
@@ -400,9 +419,27 @@ def test_right_programs_pass_their_tests(jail, source, tests, snippets):
     assert (outcome.status, outcome.failure, outcome.passed) == ("ok", None, len(snippets))
 
 
+# Reads the expected value out of the text of the tests, were it anywhere in its process.
+SPY = """
+import gc, re, sys
+def known():
+    frame = sys._getframe()
+    while frame:
+        yield from frame.f_locals.values()
+        frame = frame.f_back
+    yield from gc.get_objects()
+def f():
+    for thing in known():
+        found = isinstance(thing, (dict, list)) and re.search(r'f\\(\\) == (\\d)', repr(thing))
+        if found: return int(found[1])
+"""
+
+
 @pytest.mark.parametrize(
     "source",
     [
+        SPY,
+        SPY + "answer = f()\ndef f(): return answer",
         "def f(): return 1",
         "import sys\nsys.exit(0)",
         "def f(): raise SystemExit(0)",
@@ -423,9 +460,20 @@ def test_right_programs_pass_their_tests(jail, source, tests, snippets):
 )
 def test_cheats_do_not_pass_their_tests(jail, source):
     snippets = ["assert abs(f() - 2) < 1e-6", "assert math.isclose(f(), 2)", "assert f() == 2"]
-    for order in (snippets, snippets[::-1]):
-        outcome = judge(jail, source, "", *order)
-        assert not (outcome.ok and outcome.failure is None)
+    outcome = judge(jail, source, "", *snippets)
+    assert not (outcome.ok and outcome.failure is None)
+
+
+def test_a_jail_that_has_held_tests_runs_no_further_program(jail):
+    """Its trusted process may still hold their text, and a forked program would get a copy."""
+    assert judge(jail, "def f(): return 1", "", "assert f() == 1").passed == 1
+    for again in (
+        lambda: jail.stdio("", cpu=CPU),
+        lambda: jail.start(cpu=CPU),
+        lambda: judge(jail, SPY, "", "assert f() == 1"),
+    ):
+        with pytest.raises(JailLost, match="has held tests"):
+            again()
 
 
 def test_a_program_that_hangs_its_tests_is_ended(jail):
@@ -449,10 +497,12 @@ class Three(unittest.TestCase):
 """
 
 
-def test_pytest_and_unittest_tests_are_collected(jail):
-    right = judge(jail, "def f(x): return x + 1", PYTEST_STYLE, collect=True)
+def test_pytest_and_unittest_tests_are_collected(sandbox):
+    with sandbox.open() as jail:
+        right = judge(jail, "def f(x): return x + 1", PYTEST_STYLE, collect=True)
     assert (right.status, right.failure, right.passed) == ("ok", None, 6)
-    wrong = judge(jail, "def f(x): return 2", PYTEST_STYLE, collect=True)
+    with sandbox.open() as jail:
+        wrong = judge(jail, "def f(x): return 2", PYTEST_STYLE, collect=True)
     assert wrong.failure is not None
 
 
@@ -511,7 +561,30 @@ def test_what_is_in_force_is_described(sandbox):
     assert set(described["layers"]) == sandbox.layers
     bare = Sandbox.__new__(Sandbox)
     bare.layers, bare.limits, bare.workers = set(), SMALL, 1
-    assert len(bare.describe()["warnings"]) == 5
+    described = bare.describe()
+    assert len(described["warnings"]) == 7
+    assert any("fill the disk" in warning for warning in described["warnings"])
+    held = {name for name, value in described["limits"].items() if value is not None}
+    assert held == set(described["limits"]) - {"work_space", "threads"}
+
+
+def test_a_machine_without_a_sandbox_is_told_once_asked(monkeypatch, capsys):
+    """The question prints nothing; the first use prints what is open, once."""
+    monkeypatch.setattr(sandbox_module, "_default", None)
+    monkeypatch.setattr(sandbox_module, "_warned", False)
+    monkeypatch.setattr(sandbox_module, "Sandbox", lambda: _raise(RunError("cannot run; do x")))
+    assert sandbox_module.sandbox_problem() == "cannot run; do x"
+    bare = Sandbox.__new__(Sandbox)
+    bare.layers, bare.limits, bare.workers = {"seccomp"}, SMALL, 1
+    monkeypatch.setattr(sandbox_module, "Sandbox", lambda: bare)
+    assert sandbox_module.sandbox_problem() is None
+    assert capsys.readouterr().err == ""
+    assert sandbox_module.default_sandbox() is sandbox_module.default_sandbox() is bare
+    assert capsys.readouterr().err.count("warning: the sandbox is open here") == 4
+
+
+def _raise(error: Exception) -> None:
+    raise error
 
 
 def test_a_machine_that_cannot_run_programs_is_refused(monkeypatch):
