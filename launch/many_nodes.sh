@@ -5,7 +5,7 @@ set -euo pipefail
 usage() {
     cat <<'TEXT'
 usage: launch/many_nodes.sh --nodes N --rendezvous HOST:PORT [--id NAME] [--ranks N]
-                            [--restarts N] [--logs DIR] MODULE [ARGUMENT ...]
+                  [--restarts N] [--logs DIR] [--grace SECONDS] MODULE [ARGUMENT ...]
 
 Run the same command on every node; the nodes find each other at HOST:PORT, which is a free port of
 one of them.
@@ -16,15 +16,17 @@ one of them.
   --ranks N               ranks on each machine (default: $OPDLM_RANKS, else the GPUs here, else 1)
   --restarts N            times that a failed job starts again, from its checkpoint (default: 0)
   --logs DIR              one log per rank under DIR (default: $OPDLM_LOGS, else none)
+  --grace SECONDS         from SIGTERM to SIGKILL (torch 2.12 and later; see one_node.sh --help)
 TEXT
 }
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 nodes="${OPDLM_NODES:-}" rendezvous="${OPDLM_RENDEZVOUS:-}" id="${OPDLM_JOB:-opdlm}"
 ranks="${OPDLM_RANKS:-}" restarts=0 logs="${OPDLM_LOGS:-}"
+grace="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 while [[ $# -gt 0 ]]; do
     case "$1" in
-        --nodes | --rendezvous | --id | --ranks | --restarts | --logs)
+        --nodes | --rendezvous | --id | --ranks | --restarts | --logs | --grace)
             [[ $# -ge 2 ]] || { echo "error: $1 needs a value; see --help" >&2; exit 2; }
             printf -v "${1#--}" '%s' "$2"
             shift 2
@@ -42,14 +44,11 @@ if [[ -z "$ranks" ]]; then
     ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
     [[ "$ranks" -ge 1 ]] || ranks=1
 fi
-for flag in nodes ranks; do
-    [[ "${!flag}" =~ ^[1-9][0-9]*$ ]] || {
-        echo "error: --$flag ${!flag}: a number; use 1 or more" >&2
-        exit 2
-    }
-done
-[[ "$restarts" =~ ^[0-9]+$ ]] || { echo "error: --restarts $restarts: use 0 or more" >&2; exit 2; }
+refuse() { echo "error: --$1 ${!1}: a number; use $2 or more" >&2; exit 2; }
+for flag in nodes ranks; do [[ "${!flag}" =~ ^[1-9][0-9]*$ ]] || refuse "$flag" 1; done
+for flag in restarts grace; do [[ "${!flag}" =~ ^[0-9]+$ ]] || refuse "$flag" 0; done
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="$grace" # torchrun's; older ones do not look
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 python="$root/.venv/bin/python"

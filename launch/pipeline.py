@@ -5,10 +5,15 @@
 Stages: import, train, export, evaluate, tables, in OUT/imported, run, exported, evaluation and
 report. A stage whose complete output is there is skipped and a killed one goes on, so the same
 command finishes what a kill at any point has left. key=value are keys of RECIPE, for instance
-data.path=FILE. Exit code 75: training was asked to stop and has saved.
+data.path=FILE; those that decide only where and how fast training runs may change between starts.
+Exit code 75: asked to stop (SIGTERM, SIGUSR1), training has saved; the same command goes on.
+
+OPDLM_LAUNCHER: the command that starts a module on all ranks (default: launch/one_node.sh), to
+which MODULE ARGUMENT ... is added; for many nodes see docs/launching.md.
 """
 
 import argparse
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -19,68 +24,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation.jsonl import write_json
 from evaluation.recipe import describe as describe_evaluation
-from evaluation.recipe import read_recipe
-from megatron_opdlm.config import load_config, to_yaml
-from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, command
-from megatron_opdlm.storage.output_paths import check_place
+from launch.pipeline_checks import check_same_command, find_lacks, note_command
+from launch.pipeline_settings import ROOT, Settings, add_flags, read_settings
+from megatron_opdlm.config import load_config
+from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, Stopped, command
 
-ROOT = Path(__file__).resolve().parents[1]
-LOCK_SECONDS = 120  # for the processes of a killed pipeline to be gone
-FORMATS = ("a2d-qwen3", "sdar", "qwen3")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The command line, checked."""
-
-    recipe: Path
-    hf: Path
-    data: Path
-    out: Path
-    evaluation: Path
-    format: str
-    tp: int  # of the evaluation
-    limit: int | None
-    mask_token_id: int | None
-    launcher: list[str]  # starts a module on all ranks
-    ranks: int | None
-    overrides: list[str]  # key=value of the recipe
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the results: a directory holds those of one such command."""
-        config = load_config(self.recipe, self.keys)
-        return {
-            "hf": str(self.hf.resolve()),
-            "data": str(self.data.resolve()),
-            "format": self.format,
-            "limit": self.limit,
-            "mask_token_id": self.mask_token_id,
-            "recipe": to_yaml(config),
-            "evaluation": self.evaluation.read_text(encoding="utf-8"),
-        }
-
-    def training(self, model: Path) -> list[str]:
-        """Arguments of the training command."""
-        keys = [*self.keys, f"model.path={model}"]
-        return ["--config", str(self.recipe), *keys]
-
-    @property
-    def keys(self) -> list[str]:
-        """Keys of the recipe that the command line decides; --data is that of evaluation in
-        training too, unless key=value names another.
-        """
-        recipe = load_config(self.recipe, self.overrides)
-        named = any(pair.startswith("evaluation.data=") for pair in self.overrides)
-        data = [] if named or not recipe.evaluation.every else [f"evaluation.data={self.data}"]
-        return [*data, *self.overrides, f"train.out={self.out / 'run'}"]
+LOCK_SECONDS = 660  # for the processes of a killed pipeline to be gone: ranks may save for 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,46 +52,48 @@ class Stage:
 
 def stages(settings: Settings) -> list[Stage]:
     """Every stage with what tells that its output is whole: names that are only given to that."""
-    out, python = settings.out, [sys.executable, "-m"]
-    imported, exported = out / "imported", out / "exported"
-    trained, tables, partial = out / "trained.json", out / "report", out / ".report"
-    mask = ["--mask-token-id", str(settings.mask_token_id)] if settings.mask_token_id else []
-    limit = ["--limit", str(settings.limit)] if settings.limit else []
+    python = [sys.executable, "-m"]
+    tables, partial = settings.out / "report", settings.out / ".report"
+    mask = _flag("--mask-token-id", settings.mask_token_id)
+    limit = _flag("--limit", settings.limit)
 
     def import_hf() -> list[str]:
-        paths = ["--hf", str(settings.hf), "--out", str(imported)]
+        paths = ["--hf", str(settings.hf), "--out", str(settings.imported)]
         return [*python, "checkpoint_tools.import_hf", *paths, *mask]
 
     def train() -> list[str]:
-        return [*settings.launcher, "megatron_opdlm.train", *settings.training(imported)]
+        arguments = settings.training(settings.imported)
+        return [*settings.launcher, "megatron_opdlm.train", *arguments]
 
     def export() -> list[str]:
+        trained = settings.trained
         name = json.loads(trained.read_text())["checkpoint"] if trained.exists() else "LAST"
-        checkpoint = out / "run" / "checkpoints" / name
-        paths = ["--checkpoint", str(checkpoint), "--out", str(exported)]
+        checkpoint = settings.run / "checkpoints" / name
+        paths = ["--checkpoint", str(checkpoint), "--out", str(settings.exported)]
         return [*python, "checkpoint_tools.export_hf", *paths, "--format", settings.format]
 
     def evaluate() -> list[str]:
-        paths = ["--model", exported, "--data", settings.data, "--out", out / "evaluation"]
-        arguments = [str(settings.evaluation), *map(str, paths), "--tp", str(settings.tp), *limit]
+        paths = ["--model", settings.exported, "--data", settings.data, "--out", settings.results]
+        layout = ["--tp", settings.tp, "--ep", settings.ep]
+        arguments = map(str, (settings.evaluation, *paths, *layout, *limit))
         return [*settings.launcher, "evaluation.recipe", *arguments]
 
     def report() -> list[str]:
-        named = f"{settings.recipe.stem}={out / 'evaluation'}"
+        named = f"{settings.recipe.stem}={settings.results}"
         return [*python, "evaluation.report", named, "--out", str(partial)]
 
     return [
-        Stage(name="import", complete=imported.exists, command=import_hf),
+        Stage(name="import", complete=settings.imported.exists, command=import_hf),
         Stage(
             name="train",
-            complete=trained.exists,
+            complete=settings.trained.exists,
             command=train,
-            finish=lambda: write_json(trained, {"checkpoint": newest(out / "run")}),
+            finish=lambda: write_json(settings.trained, {"checkpoint": newest(settings.run)}),
         ),
-        Stage(name="export", complete=exported.exists, command=export),
+        Stage(name="export", complete=settings.exported.exists, command=export),
         Stage(
             name="evaluate",
-            complete=(out / "evaluation" / "summary.json").exists,
+            complete=(settings.results / "summary.json").exists,
             command=evaluate,
         ),
         Stage(
@@ -148,34 +106,50 @@ def stages(settings: Settings) -> list[Stage]:
     ]
 
 
+def _flag(name: str, value: int | None) -> list[str]:
+    return [] if value is None else [name, str(value)]
+
+
 def newest(run: Path) -> str:
     """Name of the last complete checkpoint of a run."""
-    names = sorted(path.parent.name for path in run.glob("checkpoints/step_*/manifest.json"))
+    names = checkpoints(run)
     if not names:
         raise RunError(f"{run} holds no checkpoint although training ended; see its messages")
     return names[-1]
 
 
+def checkpoints(run: Path) -> list[str]:
+    """Names of the complete checkpoints of a run, oldest first."""
+    return sorted(path.parent.name for path in run.glob("checkpoints/step_*/manifest.json"))
+
+
 def run_pipeline(settings: Settings) -> None:
     """Run every stage that is not complete, alone in OUT."""
+    lacks = find_lacks(settings)
+    if lacks.inputs:
+        raise InputError("; ".join(lacks.inputs))
+    print("".join(f"note: {text}\n" for text in lacks.graders), end="", flush=True)
     settings.out.mkdir(parents=True, exist_ok=True)
     with (settings.out / ".lock").open("w") as lock:
         _only_one(lock, settings.out)
-        _same_command(settings)
+        check_same_command(settings)
+        note_command(settings)
+        requests = Requests.listen()
         for stage in stages(settings):
             if stage.complete():
                 print(f"=== {stage.name}: complete, skipped", flush=True)
                 continue
+            requests.stop_before(stage.name)
             print(f"=== {stage.name}", flush=True)
             stage.prepare()
-            _run(stage.name, stage.command(), lock.fileno())
+            _run(stage.name, stage.command(), lock.fileno(), requests, settings.run)
             stage.finish()
     print(f"report: {settings.out / 'report' / 'report.md'}")
 
 
 def _only_one(lock: Any, out: Path) -> None:
     """Wait until no process of another pipeline in this directory is left."""
-    end = time.monotonic() + LOCK_SECONDS
+    end, said = time.monotonic() + LOCK_SECONDS, False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,44 +158,98 @@ def _only_one(lock: Any, out: Path) -> None:
                 raise InputError(
                     f"--out {out}: another pipeline works there; wait for it, or use another"
                 ) from None
+            if not said:
+                text = "processes of another pipeline still work there; waiting for their end"
+                print(f"{out}: {text}, at most {LOCK_SECONDS} s", flush=True)
+            said = True
             time.sleep(0.2)
 
 
-def _same_command(settings: Settings) -> None:
-    """Note what this directory is of; InputError where it is of something else."""
-    path, wanted = settings.out / "pipeline.json", settings.identity
-    if not path.exists():
-        write_json(path, wanted)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        raise InputError(
-            f"--out {settings.out} was made by another command, which differs in "
-            f"{', '.join(differing)}; repeat that one, or use another directory"
-        )
-
-
-def _run(name: str, argv: list[str], lock: int) -> None:
+def _run(name: str, argv: list[str], lock: int, requests: "Requests", run: Path) -> None:
     """Run a command that ends when we do, and keeps the directory locked until it has ended."""
     print("$ " + shlex.join(argv), flush=True)
-    process = subprocess.Popen(argv, cwd=ROOT, pass_fds=(lock,), preexec_fn=_end_with_parent)
+    before = last_step(run)
+    with requests.handed_on_to(
+        subprocess.Popen(argv, cwd=ROOT, pass_fds=(lock,), preexec_fn=_end_with_parent)
+    ) as process:
+        code = process.wait()
+    if code == 0:
+        return
+    if code == STOPPED:
+        raise Stopped(f"stage {name} was asked to stop; the same command goes on")
+    if requests.asked and (how := _stopped(name, code, run, before)):
+        raise Stopped(f"stage {name} was asked to stop{how}; the same command goes on")
+    asked = ", although it was asked to stop" if requests.asked else ""
+    raise RunError(
+        f"stage {name} ended with code {code}{asked}; see its messages above, the same command "
+        "goes on from there"
+    )
 
-    asked = False
 
-    def hand_on(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        asked = True
-        process.send_signal(signal.SIGTERM)
+def _stopped(name: str, code: int, run: Path, before: int) -> str:
+    """What shows that a stage which was asked to stop ended for that, "" where nothing does: the
+    signal, or, where a launcher hides the ranks' codes behind its 1, what the run has left.
+    """
+    if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return " and ended at once"
+    if code != 1 or name not in ("train", "evaluate"):
+        return ""
+    hidden = "the launcher's code 1 hides whether a rank has failed: see the messages above"
+    step = last_step(run)
+    if name == "evaluate" or step == before:
+        return f" and had nothing to save ({hidden})"
+    if checkpoints(run)[-1:] != [f"step_{step:07d}"]:
+        return ""
+    return f" and has saved step {step} ({hidden})"
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, hand_on)
-    code = process.wait()
-    if code == STOPPED or (asked and code):  # torchrun ends with 1 whatever its ranks end with
-        print(f"stage {name} was asked to stop; the same command goes on", flush=True)
-        sys.exit(STOPPED)
-    if code:
-        raise RunError(f"stage {name} ended with code {code}; the same command goes on from there")
+
+def last_step(run: Path) -> int:
+    """The last step that a run has finished, 0 before the first."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # a line that a kill has cut off
+            return json.loads(line)["step"]
+    return 0
+
+
+class Requests:
+    """Whether the pipeline was asked to stop; the stage under way is asked once, too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._process: subprocess.Popen | None = None
+
+    @classmethod
+    def listen(cls) -> "Requests":
+        """Take SIGTERM and SIGUSR1 from now on."""
+        requests = cls()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, requests._take)
+        return requests
+
+    def _take(self, _signal: int, _frame: object) -> None:
+        self.asked = True
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        process, self._process = self._process, None  # once: a second would cut torchrun's wait off
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def handed_on_to(self, process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+        """Requests reach ``process`` during the body, also one that came while it was started."""
+        self._process = process
+        if self.asked:
+            self._hand_on()
+        yield process
+        self._process = None
+
+    def stop_before(self, stage: str) -> None:
+        """Raise Stopped where somebody has asked."""
+        if self.asked:
+            raise Stopped(f"asked to stop before stage {stage}; the same command goes on")
 
 
 def _end_with_parent() -> None:
@@ -231,14 +259,22 @@ def _end_with_parent() -> None:
 
 def show(settings: Settings) -> str:
     """What would be done: the layout, the evaluation's runs and the commands; writes nothing."""
-    from megatron_opdlm.dry_run import describe
+    from megatron_opdlm.dry_run import describe, usual_ranks
 
-    keys = settings.training(settings.hf)[2:]
-    if settings.mask_token_id:
+    check_same_command(settings)
+    imported = settings.imported.is_dir()
+    keys = settings.training(settings.imported if imported else settings.hf)[2:]
+    if settings.mask_token_id is not None and not imported:
         keys.append(f"model.mask_token_id={settings.mask_token_id}")
     config = load_config(settings.recipe, keys)
-    lines = [describe(config, settings.ranks or 1), "", "evaluation"]
-    lines += [describe_evaluation(read_recipe(settings.evaluation)), ""]
+    lacks = find_lacks(settings)
+    lines = [f"note         {text}" for text in (*lacks.inputs, *lacks.graders)]
+    world = settings.world
+    if world is None:
+        world = usual_ranks(config)
+        lines.append(f"note         {world} ranks are assumed: no GPU is here and no --ranks given")
+    lines += [describe(config, world), "", "evaluation"]
+    lines += [describe_evaluation(settings.runs), ""]
     for stage in stages(settings):
         done = " (complete, skipped)" if stage.complete() else ""
         lines += [f"{stage.name}{done}", f"  {shlex.join(stage.command())}"]
@@ -251,55 +287,14 @@ def _parser() -> Arguments:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("recipe", type=Path, metavar="RECIPE", help="training recipe, e.g. configs/opdlm_8b.yaml")
-    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Qwen3 directory")
-    add("--data", type=Path, required=True, metavar="DIR", help="data files of the benchmarks")
-    add("--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with")
-    add("--evaluation", type=Path, metavar="FILE", help="default: configs/evaluation/RECIPE's name")
-    add("--format", choices=FORMATS, default="a2d-qwen3", help="of the export")
-    add("--ranks", type=int, help="of training and evaluation (default: the GPUs here, else 1)")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks of the evaluation")
-    add("--limit", type=int, help="first problems of each benchmark only")
-    add("--mask-token-id", type=int, help="where the tokenizer has no mask and 151669 no room")
-    add("--dry-run", action="store_true", help="check and show everything, write nothing")
-    add("overrides", nargs="*", metavar="key=value", help="keys of RECIPE")
+    add_flags(parser)
     return parser
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    evaluation = args.evaluation or ROOT / "configs" / "evaluation" / args.recipe.name
-    load_config(args.recipe, args.overrides)
-    read_recipe(evaluation)
-    if not args.dry_run:
-        for flag, path in (("--hf", args.hf), ("--data", args.data)):
-            if not path.is_dir():
-                raise InputError(f"{flag} {path}: no such directory; check the path")
-    check_place(args.out, f"--out {args.out}")
-    if args.out.is_file():
-        raise InputError(f"--out {args.out}: is a file; give a directory")
-    launcher = shlex.split(os.environ.get("OPDLM_LAUNCHER", str(ROOT / "launch" / "one_node.sh")))
-    if args.ranks is not None:
-        launcher += ["--ranks", str(args.ranks)]
-    return Settings(
-        recipe=args.recipe,
-        hf=args.hf,
-        data=args.data,
-        out=args.out,
-        evaluation=evaluation,
-        format=args.format,
-        tp=args.tp,
-        limit=args.limit,
-        mask_token_id=args.mask_token_id,
-        launcher=launcher,
-        ranks=args.ranks,
-        overrides=args.overrides,
-    )
-
-
 def main() -> None:
+    """Check the command line; show or run the stages."""
     args = _parser().parse_intermixed_args()
-    settings = _settings(args)
+    settings = read_settings(args, os.environ)
     if args.dry_run:
         print(show(settings))
     else:

@@ -8,7 +8,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 cd "$OPDLM_ROOT"
 python="$OPDLM_ROOT/.venv/bin/python"
-[[ -x "$python" ]] || python=python
+# A host's environment is not the image's, even where both see its directory.
+[[ -x "$python" && -z "${OPDLM_IMAGE:-}" ]] || python=python
 log="$OPDLM_LOGS_OF_JOB/rank_$(printf '%05d' "$RANK").log"
 if [[ "$RANK" == 0 ]]; then # also what Slurm's own output shows; tee outlives the signals
     exec "$python" -m "$@" > >(trap '' USR1 TERM INT && exec tee -a "$log") 2>&1

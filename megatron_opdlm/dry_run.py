@@ -1,8 +1,10 @@
 """What a training command would do, without doing it: layout, shapes and memory of each rank.
 
-Needs no GPU, and no weights for a model that is named after a published one: its shape is known.
+Needs no GPU, and no weights for a model that is named after a published one or that the quickstart
+makes: their shapes are known.
 """
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,23 @@ if TYPE_CHECKING:
     from megatron_opdlm.planning.rank_memory import Split
 
 GIB = 2**30
+USUAL_RANKS = 8  # of a machine that trains
+# Where launch/quickstart.sh leaves its model, and what stands for that until it is there.
+QUICKSTART = Path("runs/quickstart/imported")
+QUICKSTART_SHAPE = Path(__file__).parents[1] / "configs" / "quickstart_model"
+
+
+def fewest_ranks(config: Config) -> int:
+    """The smallest number of ranks that the layout divides."""
+    m = config.model
+    stages = m.tensor_parallel * m.pipeline_parallel
+    return stages * math.lcm(m.context_parallel, m.expert_parallel)
+
+
+def usual_ranks(config: Config) -> int:
+    """Those of one usual machine, or as many more as the layout needs."""
+    fewest = fewest_ranks(config)
+    return fewest * -(-USUAL_RANKS // fewest)
 
 
 def describe(config: Config, world_size: int) -> str:
@@ -79,6 +98,8 @@ def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSour
 
 
 def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str]]":
+    from checkpoint_tools.qwen3_shape import read_shape
+    from checkpoint_tools.vocabulary import read_vocabulary
     from megatron_opdlm import build
     from megatron_opdlm.planning.public_shapes import (
         public_name,
@@ -90,20 +111,21 @@ def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str
     if Path(path).exists():
         return build.open_model(path, key, mask), []
     name = public_name(path)
-    if name is None:
+    if Path(path) == QUICKSTART:
+        shape, vocabulary = read_shape(QUICKSTART_SHAPE), read_vocabulary(QUICKSTART_SHAPE, mask)
+        why = "launch/quickstart.sh makes it"
+    elif name is not None:
+        shape = public_shape(name)
+        vocabulary, why = public_vocabulary(shape, mask), f"the public shape of {name}"
+    else:
         raise InputError(
             f"{key}={path} is not a directory: give a Hugging Face Qwen3 directory or a Megatron "
             f"checkpoint, or for --dry-run a path named after one of {', '.join(public_names())}"
         )
-    shape = public_shape(name)
     source = build.ModelSource(
-        directory=Path(path),
-        shape=shape,
-        vocabulary=public_vocabulary(shape, mask),
-        contract=None,
-        low_rank=None,
+        directory=Path(path), shape=shape, vocabulary=vocabulary, contract=None, low_rank=None
     )
-    return source, [f"note         {key}={path} is not there yet: the public shape of {name}"]
+    return source, [f"note         {key}={path} is not there yet: {why}"]
 
 
 def _split(config: Config, world_size: int) -> "Split":

@@ -48,6 +48,17 @@ def run(config: Config) -> None:
         session.close()
 
 
+def require_known_tasks(config: Config) -> None:
+    """InputError for an evaluation task that does not exist. Its data may still be missing here."""
+    from evaluation.tasks import get_task
+
+    for name in config.evaluation.tasks:
+        try:
+            get_task(name)
+        except InputError as error:
+            raise InputError(f"evaluation.tasks: {error}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
     parser = Arguments(prog="megatron_opdlm.train", description="On-policy distillation.")
@@ -62,20 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--world-size",
         type=int,
-        help="number of ranks that --dry-run assumes (default: WORLD_SIZE or 1)",
+        help="number of ranks that --dry-run assumes (default: WORLD_SIZE, else the fewest that "
+        "the layout divides)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="dotted.key=value", help="override a key of the recipe"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     require(config, "model.path", "data.path", "train.out")
+    require_known_tasks(config)
     if options.dry_run:
-        from megatron_opdlm.dry_run import describe
+        from megatron_opdlm.dry_run import describe, fewest_ranks
 
         if options.world_size is not None and options.world_size < 1:
             raise InputError(f"--world-size {options.world_size}: a number of ranks; use 1 or more")
-        world_size = options.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = options.world_size or int(os.environ.get("WORLD_SIZE", fewest_ranks(config)))
         if int(os.environ.get("RANK", "0")) == 0:
             print(describe(config, world_size))
         return

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -29,7 +31,7 @@ def main() -> None:
     rank = dist.get_rank()
     total = torch.tensor(rank + 1)
     dist.all_reduce(total)
-    seen = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
+    seen = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", GRACE)
     found = {"sum": int(total)} | {name: os.environ.get(name) for name in seen}
     partial = args.out / f".rank_{rank}"
     partial.write_text(json.dumps(found))

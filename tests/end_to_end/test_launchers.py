@@ -80,6 +80,7 @@ def test_shellcheck_has_nothing_to_say(script):
         (["one_node.sh"], "no module to run"),
         (["one_node.sh", "--ranks"], "--ranks needs a value"),
         (["one_node.sh", "--rank", "2", "x"], "unknown option --rank"),
+        (["one_node.sh", "--grace", "soon", "x"], "--grace soon"),
         (["many_nodes.sh", "--nodes", "2", "x"], "--nodes, --rendezvous and a module are needed"),
     ],
 )
@@ -90,31 +91,33 @@ def test_wrong_options_are_one_line(argv, message):
 
 
 def test_one_node(tmp_path):
-    """Claim: that many ranks, and a log of each."""
+    """Claim: that many ranks, and a log of each; they have ten minutes to save when stopped."""
     logs = tmp_path / "logs"
     argv = [LAUNCH / "one_node.sh", "--ranks", 2, "--logs", logs, PROGRAM, tmp_path]
     finish(start(argv))
     assert_met(tmp_path, 2, 2)
     said = sorted(file.read_text().strip() for file in logs.rglob("stdout.log"))
     assert said == ["rank 0 speaks", "rank 1 speaks"]
+    assert {rank["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] for rank in ranks(tmp_path)} == {"600"}
 
 
 def test_two_nodes_meet(tmp_path):
     """Claim: two "nodes" of one machine find each other at the rendezvous and form one job."""
     place = f"localhost:{free_port()}"
     argv = [LAUNCH / "many_nodes.sh", "--nodes", 2, "--rendezvous", place, "--ranks", 1]
-    nodes = [start([*argv, "--id", "t", PROGRAM, tmp_path]) for _ in range(2)]
+    nodes = [start([*argv, "--id", "t", "--grace", 7, PROGRAM, tmp_path]) for _ in range(2)]
     for node in nodes:
         finish(node)
     assert_met(tmp_path, 2, 1)
+    assert {rank["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] for rank in ranks(tmp_path)} == {"7"}
 
 
 def slurm(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     (tmp_path / "out").mkdir()
     sizes = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "JOB_NUM_NODES": "2", "JOB_ID": "4711"}
+    environment = {"PATH": f"{STUB}:{os.environ['PATH']}", **environment}
     return start(
         [LAUNCH / "slurm.sbatch", PROGRAM, tmp_path / "out", *arguments],
-        PATH=f"{STUB}:{os.environ['PATH']}",
         STUB_CALLS=str(tmp_path / "calls"),
         SLURM_SUBMIT_DIR=str(ROOT),
         SLURM_JOB_NODELIST="node[1-2]",
@@ -126,10 +129,17 @@ def slurm(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Pop
 
 
 def test_slurm_starts_a_rank_a_task_in_the_image(tmp_path):
-    """Claim: ranks meet at the first node, each has its log, the image and the mounts reach srun;
-    a job that ends well is not queued again."""
-    text = finish(slurm(tmp_path, OPDLM_IMAGE="opdlm.sqsh", OPDLM_SRUN="--mpi=none --label"))
+    """Claim: ranks meet at the first node and run the image's python, each has its log, the image
+    and the mounts reach srun; a job that ends well is not queued again."""
+    python = tmp_path / "image" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho used >>"$STUB_CALLS.python"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    path = f"{python.parent}:{STUB}:{os.environ['PATH']}"
+    job = slurm(tmp_path, OPDLM_IMAGE="opdlm.sqsh", OPDLM_SRUN="--mpi=none --label", PATH=path)
+    text = finish(job)
     assert_met(tmp_path / "out", 2, 1)
+    assert (tmp_path / "calls.python").read_text() == "used\n" * 2
     assert "rank 0 speaks" in text and "rank 1 speaks" not in text
     logs = tmp_path / "logs" / "4711"
     assert "rank 0 speaks" in (logs / "rank_00000.log").read_text()

@@ -105,7 +105,7 @@ def test_the_tiny_recipe_goes_through(inputs, undisturbed, tmp_path):
     lock = undisturbed / ".lock"
     assert {p for p in after if after[p] != before.get(p)} <= {lock}
     text = finish(command(inputs, undisturbed, "train.seed=1"), tmp_path / "other", code=2)
-    assert "made by another command, which differs in recipe" in text
+    assert "made by another configuration, which differs in train.seed" in text
 
 
 def test_the_dry_run_writes_nothing(inputs, tmp_path):

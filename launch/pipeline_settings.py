@@ -1,0 +1,270 @@
+"""What a command of the pipeline asks for: its flags, checked, and what follows from them."""
+
+import argparse
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from checkpoint_tools.formats import FORMATS, check_format
+from checkpoint_tools.manifest import BlockContract
+from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, read_shape
+from evaluation.recipe import RecipeRun, read_recipe
+from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.planning.layout import Layout
+from megatron_opdlm.planning.public_shapes import public_name, public_shape
+from megatron_opdlm.storage.output_paths import check_place
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command line, checked. Paths are absolute."""
+
+    recipe: Path
+    hf: Path
+    data: Path
+    out: Path
+    evaluation: Path
+    format: str  # of the export
+    tp: int  # of the evaluation
+    ep: int
+    limit: int | None
+    mask_token_id: int | None
+    launcher: list[str]  # starts a module on all ranks
+    world: int | None  # ranks that it starts; None: only the launcher knows
+    overrides: list[str]  # key=value of the recipe
+
+    @property
+    def imported(self) -> Path:
+        return self.out / "imported"
+
+    @property
+    def run(self) -> Path:
+        """Directory of the training."""
+        return self.out / "run"
+
+    @property
+    def trained(self) -> Path:
+        """Names the checkpoint that training ended with."""
+        return self.out / "trained.json"
+
+    @property
+    def exported(self) -> Path:
+        return self.out / "exported"
+
+    @property
+    def results(self) -> Path:
+        """Directory of the evaluation."""
+        return self.out / "evaluation"
+
+    @cached_property
+    def config(self) -> Config:
+        """Of the training."""
+        return load_config(self.recipe, self.training(self.imported)[2:])
+
+    @cached_property
+    def runs(self) -> list[RecipeRun]:
+        """Of the evaluation."""
+        return read_recipe(self.evaluation)
+
+    def training(self, model: Path) -> list[str]:
+        """Arguments of the training command."""
+        keys = [*keys_of(self.data, self.overrides), f"train.out={self.run}", f"model.path={model}"]
+        return ["--config", str(self.recipe), *keys]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the results, besides the training, whose directory has a rule of its own."""
+        runs = [{**asdict(run), "tasks": list(run.tasks)} for run in self.runs]
+        return {
+            "hf": str(self.hf),
+            "mask_token_id": self.mask_token_id,
+            "format": self.format,
+            "data": str(self.data),
+            "evaluation": runs,
+            "limit": self.limit,
+        }
+
+
+def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """Check everything that the flags, the recipe and the model's config.json can tell: numbers,
+    layouts, the format. InputError before anything runs.
+    """
+    for name, least in (("ranks", 1), ("tp", 1), ("ep", 1), ("limit", 1), ("mask_token_id", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {value}: a whole number; use {least} or more")
+    recipe = load_config(args.recipe, keys_of(args.data.resolve(), args.overrides))
+    check_place(args.out, f"--out {args.out}")
+    if args.out.is_file():
+        raise InputError(f"--out {args.out}: is a file; give a directory")
+    needed = {"hf": args.out / "imported", "data": args.out / "evaluation" / "summary.json"}
+    for flag, made_of_it in needed.items():
+        path = getattr(args, flag)
+        if not (args.dry_run or made_of_it.exists() or path.is_dir()):
+            raise InputError(f"--{flag} {path}: no such directory; check the path")
+    shape = _shape(args)
+    tp, ep = _evaluation_layout(args, recipe, shape)
+    settings = Settings(
+        recipe=args.recipe.resolve(),
+        hf=args.hf.resolve(),
+        data=args.data.resolve(),
+        out=args.out.resolve(),
+        evaluation=args.evaluation or ROOT / "configs" / "evaluation" / args.recipe.name,
+        format=_format(args.format, recipe, shape),
+        tp=tp,
+        ep=ep,
+        limit=args.limit,
+        mask_token_id=args.mask_token_id,
+        launcher=_launcher(args.ranks, environ),
+        world=_world(args.ranks, environ, none_without_gpus=args.dry_run),
+        overrides=args.overrides,
+    )
+    assert settings.runs, "a recipe has at least one run"
+    _check_ranks(settings)
+    return settings
+
+
+def keys_of(data: Path, overrides: list[str]) -> list[str]:
+    """Keys of the recipe that the command line decides: --data is that of evaluations while
+    training, too, unless key=value names another.
+    """
+    named = any(pair.startswith("evaluation.data=") for pair in overrides)
+    return [*([] if named else [f"evaluation.data={data}"]), *overrides]
+
+
+def layout_of(config: Config) -> Layout:
+    """The training's."""
+    m = config.model
+    return Layout(
+        tensor=m.tensor_parallel,
+        pipeline=m.pipeline_parallel,
+        context=m.context_parallel,
+        expert=m.expert_parallel,
+        sequence_parallel=m.sequence_parallel,
+    )
+
+
+def _shape(args: argparse.Namespace) -> Qwen3Shape | None:
+    """Of --hf or what was imported from it; where a dry run has neither, of the published model of
+    that name.
+    """
+    imported = args.out / "imported" / "huggingface"
+    model = imported if imported.is_dir() else args.hf
+    if model.is_dir():
+        shape = read_shape(model)
+        if args.mask_token_id is not None and args.mask_token_id >= shape.vocab_size:
+            raise InputError(
+                f"--mask-token-id {args.mask_token_id}: the model has {shape.vocab_size} ids; use "
+                "one below that"
+            )
+        return shape
+    name = public_name(str(args.hf))
+    return public_shape(name) if name else None
+
+
+def _format(given: str | None, recipe: Config, shape: Qwen3Shape | None) -> str:
+    """--format, or the one that can say what the recipe makes; InputError where it cannot."""
+    contract = BlockContract(
+        mask_token_id=0,  # training has one, or says so itself
+        block_alignment=recipe.states.block_alignment,
+        logit_shift=recipe.loss.logit_shift,
+    )
+    if given is None:
+        plain = contract.logit_shift or contract.block_alignment != "absolute"
+        experts = shape is not None and shape.experts is not None
+        given = "qwen3" if plain else "sdar" if experts else "a2d-qwen3"
+    if shape is not None:
+        check_format(given, contract, shape)
+    return given
+
+
+def _evaluation_layout(
+    args: argparse.Namespace, recipe: Config, shape: Qwen3Shape | None
+) -> tuple[int, int]:
+    """Tensor- and expert-parallel ranks; experts are shared out as in training unless said."""
+    tp, ep = args.tp or 1, args.ep
+    if ep is None:
+        ep = recipe.model.expert_parallel if tp == 1 else 1
+    if shape is not None:
+        check_layout(shape, tp, 1, f"--tp and --ep for --hf {args.hf}", 1, ep)
+    return tp, ep
+
+
+def _launcher(ranks: int | None, environ: Mapping[str, str]) -> list[str]:
+    one_node = str(ROOT / "launch" / "one_node.sh")
+    try:
+        launcher = shlex.split(environ.get("OPDLM_LAUNCHER", one_node))
+    except ValueError as error:
+        raise InputError(
+            f"OPDLM_LAUNCHER={environ['OPDLM_LAUNCHER']}: {error}; quote it as a shell would"
+        ) from error
+    return launcher + (["--ranks", str(ranks)] if ranks is not None else [])
+
+
+def _world(ranks: int | None, environ: Mapping[str, str], *, none_without_gpus: bool) -> int | None:
+    """Ranks of all machines, as the launchers count them; None where they cannot be foreseen."""
+    own = "OPDLM_LAUNCHER" in environ
+    nodes = environ.get("OPDLM_NODES", "") if own else "1"
+    here = ranks or environ.get("OPDLM_RANKS") or _gpus()
+    if not here and not own and not none_without_gpus:
+        here = 1
+    if not here or not nodes.isdecimal() or not str(here).isdecimal():
+        return None
+    return int(nodes) * int(here)
+
+
+def _gpus() -> int:
+    """As launch/one_node.sh counts them."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    except OSError:
+        return 0
+    return len(done.stdout.splitlines())
+
+
+def _check_ranks(settings: Settings) -> None:
+    """Training's and evaluation's layouts divide the ranks that will be started."""
+    if settings.world is None:
+        return
+    layout_of(settings.config).data_parallel(settings.world)
+    if settings.world % (settings.tp * settings.ep):
+        raise InputError(
+            f"--tp {settings.tp} --ep {settings.ep}: of the evaluation, do not divide the "
+            f"{settings.world} ranks; choose others, or another --ranks"
+        )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    add = parser.add_argument
+    add("recipe", type=Path, metavar="RECIPE", help="training recipe, e.g. configs/opdlm_8b.yaml")
+    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Qwen3 directory")
+    add("--data", type=Path, required=True, metavar="DIR", help="data files of the benchmarks")
+    add("--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with")
+    add("--evaluation", type=Path, metavar="FILE", help="default: configs/evaluation/RECIPE's name")
+    add(
+        "--format",
+        choices=sorted(FORMATS),
+        help="of the export (default: a2d-qwen3; sdar with experts; qwen3 for loss.logit_shift or "
+        "states.block_alignment=response, which readers of the others do not know)",
+    )
+    add("--ranks", type=int, help="of training and evaluation (default: the GPUs here, else 1)")
+    add("--tp", type=int, help="tensor-parallel ranks of the evaluation (default: 1)")
+    add(
+        "--ep",
+        type=int,
+        help="expert-parallel ranks of the evaluation (default: model.expert_parallel, or 1 with "
+        "--tp above 1)",
+    )
+    add("--limit", type=int, help="first problems of each benchmark only")
+    add("--mask-token-id", type=int, help="where the tokenizer has no mask and 151669 no room")
+    add("--dry-run", action="store_true", help="check and show everything, write nothing")
+    add("overrides", nargs="*", metavar="key=value", help="keys of RECIPE")
