@@ -117,6 +117,32 @@ def test_layouts_that_do_not_divide(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (["evaluation.tasks=[GSMK]"], ["evaluation.tasks: task 'GSMK'", "did you mean"]),
+        (["rollout.kv_cache_tokens=8"], ["kv_cache_tokens=8", "16 positions", "raise it"]),
+        (["data.path=ROWS"], ["data.path=", "line 2: the model has no tokenizer", "prompt_ids"]),
+    ],
+    ids=["task", "cache", "tokenizer"],
+)
+def test_what_a_dry_run_finds_too(
+    run: Any, prompts: Path, tmp_path: Path, changes: list[str], parts: Any, flags: list[str]
+):
+    """Claim: a mistyped task, without its data; a cache that is too small only for later steps;
+    and a row of text for a model without a tokenizer."""
+    bare = make_qwen3(tmp_path / "bare", tied=True, seed=1, layers=2)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt_ids": [1]}\n{"question": "a"}\n')
+    changes = [change.replace("ROWS", str(rows)) for change in changes]
+    given = training_run.overrides(bare, prompts, tmp_path / "run", "evaluation.data=/nowhere")
+    assert_refused(run(lambda: train.main([*given, *changes, *flags])), *parts)
+    assert not (tmp_path / "run").exists()
+
+
 def test_teacher_with_other_tokens(run: Any, model: Path, prompts: Path, tmp_path: Path):
     larger = make_qwen3(tmp_path / "larger", tied=True, seed=1, vocab=69, layers=2)
     arguments = training_run.overrides(model, prompts, tmp_path / "run", f"teacher.path={larger}")
