@@ -163,6 +163,16 @@ def test_slurm_queues_a_stopped_job_again(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_task_a_node_starts_many_nodes(tmp_path):
+    """Claim: the pipeline's launcher for many nodes (docs/launching.md) forms one job."""
+    argv = [STUB / "srun", "--nodes=2", "--ntasks-per-node=1", "launch/many_nodes.sh"]
+    place = {"OPDLM_NODES": "2", "OPDLM_RENDEZVOUS": f"localhost:{free_port()}"}
+    sizes = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "STUB_CALLS": str(tmp_path / "c")}
+    finish(start([*argv, "--ranks", "1", PROGRAM, tmp_path], **place, **sizes))
+    assert_met(tmp_path, 2, 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "state"), [("1", "RUNNING"), ("75", "CANCELLED")])
 def test_slurm_leaves_failed_and_cancelled_jobs_alone(tmp_path, code, state):
     finish(slurm(tmp_path, "--code", code, STUB_STATE=state), code=int(code))
