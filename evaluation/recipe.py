@@ -5,7 +5,9 @@
 A recipe (configs/evaluation/) has ``common`` settings and a list of ``runs``, each with a ``name``,
 its ``tasks`` and the settings in which it differs (docs/recipes.md). Every run has the files of
 evaluation.run in OUT/NAME; a run whose summary.json is there is not run again, so the same command
-goes on after a kill. OUT/summary.json, written last, holds all rows.
+goes on after a kill. Every run is checked before the first is started: one that was made with other
+settings, other data or another model (also one trained further in the same directory) ends the
+command with what differs. OUT/summary.json, written last, holds all rows.
 """
 
 import argparse
@@ -18,12 +20,12 @@ from typing import Any
 import yaml
 
 from evaluation.decoding_flags import Loading, check_model, loading_from
+from evaluation.generation.identity import recorded_settings
 from evaluation.jsonl import write_json
 from evaluation.report import table
 from evaluation.reporting.results import SUMMARY
-from evaluation.run import evaluate, load_tasks
+from evaluation.run import evaluate, finished, load_tasks, tell_skipped
 from evaluation.sample import open_generator
-from evaluation.sweep import finished
 from evaluation.tasks import get_task
 from megatron_opdlm.configuration import yaml_text
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -44,13 +46,6 @@ class RecipeRun:
     decoding: Decoding
     samples: int = 1  # responses a problem
     enable_thinking: bool = False  # flag of the chat template
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What its summary rows say of it."""
-        shown = {key: value for key, value in asdict(self.decoding).items() if key in _DECODING}
-        thinking = {"enable_thinking": self.enable_thinking}
-        return {**shown, "responses_per_prompt": self.samples, **thinking}
 
 
 def read_recipe(path: Path) -> list[RecipeRun]:
@@ -152,13 +147,18 @@ def run_recipe(
 ) -> list[dict[str, Any]]:
     """Run what is not finished; all summary rows. The model is loaded once, and only if needed."""
     tasks = {run.name: load_tasks(list(run.tasks), data, limit) for run in runs}
-    base = {"model": str(model), "limit": limit}
+    settings = {"model": str(model), "limit": limit, **asdict(loading)}
     done = {  # before anything is written: every rank finds the same
         run.name: finished(
-            out / run.name, {**base, **run.settings}, [task.name for task, _ in tasks[run.name]]
+            out / run.name,
+            tasks[run.name],
+            recorded_settings(
+                tasks[run.name], run.decoding, run.samples, settings, run.enable_thinking
+            ),
         )
         for run in runs
     }
+    tell_skipped([pair for run in runs if done[run.name] is None for pair in tasks[run.name]])
     generator, rows = None, []
     for run in runs:
         own = done[run.name]
@@ -169,7 +169,7 @@ def run_recipe(
                 tasks[run.name],
                 run.decoding,
                 run.samples,
-                {**base, **asdict(loading)},
+                settings,
                 enable_thinking=run.enable_thinking,
                 out=out / run.name,
                 show=True,

@@ -6,9 +6,10 @@
 Writes ``predictions.jsonl`` (one row a problem: texts, token ids, commit passes, counts, verdicts)
 and ``summary.json`` into --out, and prints the table. Responses are written as they end, and the
 same command goes on after a kill without making them again; --tp, --pp, --ep and the number of
-processes may be others then. An --out that is finished is shown, one that holds other settings is
-refused. A response's random numbers depend on --seed, its row in the data file and its number among
-the row's responses: not on --limit, --samples, the layout or the other tasks.
+processes may be others then. An --out that is finished is shown; a task in it that was
+skipped and can be graded now is run first. One that holds other settings, other data or another
+model is refused. A response's random numbers depend on --seed, its row in the data file and its
+number among the row's responses: not on --limit, --samples, the layout or the other tasks.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from evaluation.jsonl import write_json, write_jsonl
 from evaluation.prompting import prompt_from
 from evaluation.report import table
 from evaluation.sample import open_generator
-from evaluation.summary import skipped
+from evaluation.summary import is_waiting, skipped
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -62,7 +63,7 @@ def evaluate(
     show: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Evaluate every task: summary rows, the same on every rank, and predictions, on the writer
-    only. A task that cannot be graded here is skipped and says so.
+    only. A task that cannot be graded here is skipped; its row says why.
 
     ``generator``: an ``evaluation.generation.load.Generator``. ``settings`` describe it in the
     summary. With ``out`` everything is streamed into that directory, and what is there already is
@@ -74,9 +75,9 @@ def evaluate(
             tasks, decoding, responses_per_prompt, settings, enable_thinking
         )
         # The writer's view: another rank might look when the writer is done already.
-        finished = generator.share(finished_rows(out, recorded) if generator.is_writer else None)
-        if finished is not None:
-            return finished, []
+        found = generator.share(finished(out, tasks, recorded) if generator.is_writer else None)
+        if found is not None:
+            return found, []
     else:
         recorded = None
     if generator.tokenizer is None:
@@ -106,10 +107,19 @@ def evaluate(
             if reason is None:
                 summaries.append(one.run(task, rows, asked[task.name]))
                 continue
-            if generator.is_writer:
-                print(f"evaluation: task {task.name} is skipped: {reason}", flush=True)
             summaries.append(skipped(task.name, reason, described).as_dict())
         return summaries, predictions.publish([task.name for task, _ in tasks], summaries)
+
+
+def finished(out: Path, tasks: Tasks, recorded: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The summary rows of an evaluation that is done; None where something is left to do, which may
+    be a task that was skipped and can be graded now. InputError where ``out`` holds anything else
+    than an evaluation of these settings (``recorded_settings``).
+    """
+    rows = finished_rows(out, recorded)
+    skipped_now = {row["task"] for row in rows or [] if is_waiting(row)}
+    ready = (task.name in skipped_now and task.missing(own) is None for task, own in tasks)
+    return None if any(ready) else rows
 
 
 def prompts_of(
@@ -122,6 +132,14 @@ def prompts_of(
         prompt_from(i, task.prompt(row), tokenizer, where=where, enable_thinking=thinking)
         for i, row in enumerate(rows)
     ]
+
+
+def tell_skipped(tasks: Tasks) -> None:
+    """Say, before a model is loaded, what cannot be graded here and how to install it."""
+    for task, rows in tasks:
+        reason = task.missing(rows)
+        if reason is not None and os.environ.get("RANK", "0") == "0":
+            print(f"evaluation: task {task.name} is skipped: {reason}", flush=True)
 
 
 def _require_room(generator: Any, prompts: list[Prompt]) -> None:
@@ -143,16 +161,8 @@ def write_results(
     write_json(out / "summary.json", summaries)
 
 
-def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+def add_asking_flags(parser: argparse.ArgumentParser) -> None:
+    """How much of the tasks is asked, and how: ``check_asking`` checks them."""
     parser.add_argument("--limit", type=int, default=None, help="first problems of each task only")
     parser.add_argument(
         "--samples",
@@ -168,6 +178,27 @@ def _parser() -> Arguments:
         action="store_true",
         help="thinking flag of the chat template; HumanEval, MBPP and LCB-v6 never think",
     )
+
+
+def check_asking(args: argparse.Namespace) -> None:
+    """InputError for a number of problems or responses below 1."""
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples}: responses to each problem; use 1 or more")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit}: a number of problems; use 1 or more")
+
+
+def _parser() -> Arguments:
+    parser = Arguments(
+        prog="python -m evaluation.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    add_asking_flags(parser)
     add_decoding_flags(parser)
     return parser
 
@@ -175,21 +206,18 @@ def _parser() -> Arguments:
 def main() -> None:
     args = _parser().parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
-    if args.samples < 1:
-        raise InputError(f"--samples {args.samples}: responses to each problem; use 1 or more")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit}: a number of problems; use 1 or more")
+    check_asking(args)
     check_model(args.model)
     tasks = load_tasks(args.tasks, args.data, args.limit)
     settings = {"model": str(args.model), "limit": args.limit, **asdict(loading)}
     thinking = args.enable_thinking
-    finished = finished_rows(
-        args.out, recorded_settings(tasks, decoding, args.samples, settings, thinking)
-    )
-    if finished is not None:
+    recorded = recorded_settings(tasks, decoding, args.samples, settings, thinking)
+    found = finished(args.out, tasks, recorded)
+    if found is not None:
         if os.environ.get("RANK", "0") == "0":  # there is no process group where nothing is run
-            print(f"evaluation: {args.out} is finished already\n{table(finished)}")
+            print(f"evaluation: {args.out} is finished already\n{table(found)}")
         return
+    tell_skipped(tasks)
     generator = open_generator(args.model, loading)
     summaries, _ = evaluate(
         generator,

@@ -16,8 +16,9 @@ from typing import Any, TypeGuard
 from evaluation.grading.response import without_control_tokens, without_thinking
 from evaluation.jsonl import check_new_directory, read_jsonl, write_json, write_jsonl
 from evaluation.report import table
-from evaluation.summary import Counts, SummaryRow, skipped, summarize
+from evaluation.summary import NOTHING_TO_VERIFY, Counts, SummaryRow, skipped, summarize
 from evaluation.tasks import NOT_SCORED, Grade, Row, Task, get_task
+from evaluation.tasks.guarded import grade_guarded
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason where there was no room for a response
@@ -76,7 +77,7 @@ def grade_predictions(task: Task, rows: list[Row], predictions: list[Row]) -> li
     answers = [[text for text in texts if text is not None] for texts in read]
     grades = []
     for prediction, texts, graded in zip(
-        predictions, read, task.grade_all(rows, answers), strict=True
+        predictions, read, grade_guarded(task, rows, answers), strict=True
     ):
         endings = prediction.get("finish_reason") or [None] * len(texts)
         left = iter(graded)
@@ -154,7 +155,7 @@ def summary_of(
     """
     scored = [i for i, row in enumerate(grades) if not any(NOT_SCORED in g.flags for g in row)]
     if not scored:
-        return skipped(task.name, "no row has an answer that can be verified", settings)
+        return skipped(task.name, NOTHING_TO_VERIFY, settings)
     return summarize(
         task.name,
         [grades[i] for i in scored],
@@ -165,6 +166,17 @@ def summary_of(
         divisions=[task.division(rows[i]) for i in scored],
         pass_at_k=task.samples_pass_at_k,
     )
+
+
+def tell_scorer_errors(summary: dict[str, Any]) -> None:
+    """Say on the terminal that a scorer failed on some responses."""
+    failed = summary.get("scorer_errors")
+    if failed:
+        print(
+            f"evaluation: {summary['task']}: the scorer failed on {failed} responses, which count "
+            "as wrong; their flags say scorer_error",
+            flush=True,
+        )
 
 
 def check_scorer(task: Task, rows: list[Row]) -> None:
@@ -207,6 +219,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     args = parser.parse_args()
     summary = score(get_task(args.task), args.data, args.predictions, args.out)
+    tell_scorer_errors(summary.as_dict())
     print(table([summary.as_dict()]))
 
 

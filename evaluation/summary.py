@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from evaluation.tasks import Grade
+from evaluation.tasks import SCORER_ERROR, Grade
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,20 @@ def summarize(
             "k": max(len(row) for row in grades),
             "no_answer_rate": _share("no_answer" in grade.flags for row in grades for grade in row),
             "truncation_rate": truncation_rate,
+            **_scorer_errors(grades),
             **_other_scores(grades),
             **({"pass_at_k": pass_at(grades)} if pass_at_k else {}),
             **_by_division(grades, divisions or []),
         },
     )
+
+
+NOTHING_TO_VERIFY = "no row has an answer that can be verified"
+
+
+def is_waiting(row: dict[str, Any]) -> bool:
+    """Whether a summary row is of a task that was skipped for want of its scorer."""
+    return row.get("skipped", NOTHING_TO_VERIFY) != NOTHING_TO_VERIFY
 
 
 def skipped(task: str, reason: str, settings: dict[str, Any]) -> SummaryRow:
@@ -117,6 +126,18 @@ def _pass_at(row: list[Grade], k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+def _scorer_errors(grades: list[list[Grade]]) -> dict[str, int]:
+    """Number of responses that the scorer failed on, which count as wrong; only where there are
+    any.
+    """
+    failed = sum(
+        any(flag.startswith(SCORER_ERROR) for flag in grade.flags)
+        for row in grades
+        for grade in row
+    )
+    return {"scorer_errors": failed} if failed else {}
+
+
 def _other_scores(grades: list[list[Grade]]) -> dict[str, float]:
     """Means of the grades' other figures; ``accuracy_strict`` only where it differs anywhere."""
     means = {}
@@ -126,9 +147,18 @@ def _other_scores(grades: list[list[Grade]]) -> dict[str, float]:
         )
     names = {name: None for row in grades for grade in row for name in grade.scores}
     for name in names:
-        rows = [[g.scores[name] for g in row if name in g.scores] for row in grades]
-        means[f"accuracy_{name}"] = _share(_share(row) for row in rows if row)
+        means[f"accuracy_{name}"] = _mean_score(name, grades)
     return means
+
+
+def _mean_score(name: str, grades: list[list[Grade]]) -> float:
+    """Mean over problems; of a score with weights, over all that its shares are of."""
+    given = [[g for g in row if name in g.scores] for row in grades]
+    weights = [g.weights.get(name, 0) for row in given for g in row]
+    if any(weights):
+        kept = sum(g.scores[name] * g.weights.get(name, 0) for row in given for g in row)
+        return kept / sum(weights)
+    return _share(_share(g.scores[name] for g in row) for row in given if row)
 
 
 def _by_division(grades: list[list[Grade]], divisions: list[str | None]) -> dict[str, Any]:

@@ -6,8 +6,10 @@
 Points: for every model and block size, static decoding in T passes for each of --steps (default:
 one token a pass) and dynamic decoding at each of --thresholds (default: none). Every point has a
 directory OUT/MODEL/POINT with the files of evaluation.run; a point whose summary.json is there is
-not run again, and a point that was killed goes on with the same command. OUT gets summary.json with
-all points, report.md and its pictures.
+not run again, and a point that was killed goes on with the same command. Every point is checked
+before the first is run: one that was made with other settings, other data or another model (also
+one that was trained further in the same directory) ends the command with what differs. OUT gets
+summary.json with all points, report.md and its pictures.
 """
 
 import argparse
@@ -18,19 +20,37 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.decoding_flags import (
+    Loading,
     add_decoding_flags,
     check_model,
     decoding_from,
     loading_from,
 )
+from evaluation.generation.identity import recorded_settings
 from evaluation.jsonl import write_json
 from evaluation.report import table, write_report
-from evaluation.reporting.results import SUMMARY, read_summary
-from evaluation.run import evaluate, load_tasks
+from evaluation.reporting.results import SUMMARY
+from evaluation.run import (
+    Tasks,
+    add_asking_flags,
+    check_asking,
+    evaluate,
+    finished,
+    load_tasks,
+    tell_skipped,
+)
 from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.storage.output_paths import check_place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How often and how every point asks."""
+
+    samples: int  # responses to each problem
+    enable_thinking: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,38 +106,52 @@ def models_by_name(arguments: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def finished(directory: Path, wanted: dict[str, Any], tasks: Sequence[str]) -> list[dict] | None:
-    """The rows of a point that has been run, None where it has not. InputError where the directory
-    holds another evaluation.
+def check_points(
+    model: Path,
+    points: Sequence[SweepPoint],
+    out: Path,
+    tasks: Tasks,
+    settings: dict[str, Any],
+    asked: Asked,
+) -> list[list[dict[str, Any]] | None]:
+    """The summary rows of the points that have been run, None for the others. InputError where a
+    point's directory holds another evaluation.
     """
-    if not (directory / SUMMARY).is_file():
-        return None
-    rows = read_summary(directory / SUMMARY)
-    found = {key: rows[0]["settings"].get(key) for key in wanted} if rows else {}
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing or [row["task"] for row in rows] != list(tasks):
-        what = ", ".join(differing) or "tasks"
-        raise InputError(f"{directory} holds an evaluation that differs in {what}; use another out")
-    return rows
+    described = {**settings, "model": str(model)}
+    # One reading of the data and the model for all points: they differ in their decoding.
+    recorded = recorded_settings(tasks, Decoding(), asked.samples, described, asked.enable_thinking)
+    return [
+        finished(out / point.name, tasks, {**recorded, **_comparable(point.decoding)})
+        for point in points
+    ]
 
 
 def run_points(
-    model: Path, points: Sequence[SweepPoint], out: Path, tasks: list, loading: Any, settings: dict
+    model: Path,
+    points: Sequence[SweepPoint],
+    out: Path,
+    tasks: Tasks,
+    loading: Loading,
+    settings: dict[str, Any],
+    asked: Asked,
+    done: Sequence[list[dict[str, Any]] | None],
 ) -> Iterator[dict[str, Any]]:
-    """The summary rows of one model's points, each run unless its results are there; the model is
-    loaded when the first point needs it.
+    """The summary rows of one model's points, those in ``done`` as they are; the model is loaded
+    when the first of the others needs it.
     """
     generator = None
-    responses = settings["responses_per_prompt"]
-    for point in points:
-        wanted = {**settings, "model": str(model), **_comparable(point.decoding)}
-        rows = finished(out / point.name, wanted, [task.name for task, _ in tasks])
+    for point, rows in zip(points, done, strict=True):
         if rows is None:
             generator = generator or open_generator(model, loading)
-            described = {**settings, "model": str(model), **asdict(loading)}
-            place = out / point.name
             rows, _ = evaluate(
-                generator, tasks, point.decoding, responses, described, out=place, show=True
+                generator,
+                tasks,
+                point.decoding,
+                asked.samples,
+                {**settings, "model": str(model)},
+                enable_thinking=asked.enable_thinking,
+                out=out / point.name,
+                show=True,
             )
             if generator.is_writer:
                 print(table(rows).splitlines()[-1], flush=True)
@@ -142,8 +176,7 @@ def _parser() -> Arguments:
     parser.add_argument("--thresholds", nargs="+", type=float, default=[], metavar="P")
     parser.add_argument("--steps", nargs="+", type=int, default=[], metavar="T")
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[], metavar="B")
-    parser.add_argument("--limit", type=int, default=None, help="first problems of each task only")
-    parser.add_argument("--responses-per-prompt", type=int, default=1)
+    add_asking_flags(parser)
     add_decoding_flags(parser)
     return parser
 
@@ -151,6 +184,7 @@ def _parser() -> Arguments:
 def main() -> None:
     args = _parser().parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
+    check_asking(args)
     points = sweep_points(
         decoding,
         block_sizes=args.block_sizes or [decoding.block_size],
@@ -162,11 +196,19 @@ def main() -> None:
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")
     tasks = load_tasks(args.tasks, args.data, args.limit)
-    settings = {"limit": args.limit, "responses_per_prompt": args.responses_per_prompt}
+    settings = {"limit": args.limit, **asdict(loading)}
+    asked = Asked(samples=args.samples, enable_thinking=args.enable_thinking)
+    done = {  # before anything is written: every rank finds the same
+        name: check_points(model, points, args.out / name, tasks, settings, asked)
+        for name, model in models.items()
+    }
+    tell_skipped(tasks)
     rows = [
         row
         for name, model in models.items()
-        for row in run_points(model, points, args.out / name, tasks, loading, settings)
+        for row in run_points(
+            model, points, args.out / name, tasks, loading, settings, asked, done[name]
+        )
     ]
     if os.environ.get("RANK", "0") == "0":  # there is no process group where nothing had to be run
         write_json(args.out / SUMMARY, rows)

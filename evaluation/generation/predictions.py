@@ -2,7 +2,8 @@
 
 OUT gets ``settings.json`` first; ``predictions.jsonl`` grows by a line for each finished response
 and is written anew, a graded row for each problem, when a task is done; ``summary.partial.json``
-holds the rows of the tasks that are done and becomes ``summary.json`` at the end.
+holds the rows of the tasks that are done and becomes ``summary.json`` at the end. An evaluation
+that goes on after its end, because a task that was skipped can be graded now, has it back.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 
 from evaluation.jsonl import write_json
 from evaluation.reporting.results import SUMMARY, read_summary
+from evaluation.summary import is_waiting
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.storage.output_paths import check_place
 
@@ -82,6 +84,7 @@ class Predictions:
         self._lines: dict[str, dict[int, dict[int, Row]]] = {}
         self._rows: dict[str, list[Row]] = {}  # graded
         self.summaries: dict[str, Row] = {}
+        self._before: dict[str, float] = {}  # seconds of tasks whose end was not kept
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / SETTINGS, settings or {})
@@ -101,7 +104,7 @@ class Predictions:
     def seconds(self, task: str) -> float:
         """Time that the finished responses of a task took, over all attempts."""
         lines = [line for own in self._lines.get(task, {}).values() for line in own.values()]
-        return max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        return max([self._before.get(task, 0.0), *(line.get("seconds", 0.0) for line in lines)])
 
     def add(self, task: str, index: int, sample: int, line: Row) -> None:
         """A response has ended. ``line`` has ``prompt`` and the lists of ``PER_RESPONSE``."""
@@ -115,14 +118,16 @@ class Predictions:
         return [_merged(lines) for _, lines in sorted(self._lines.get(task, {}).items())]
 
     def finish(self, task: str, rows: list[Row], summary: Row) -> None:
-        """A task is graded: ``rows`` replace its lines."""
+        """A task is graded: ``rows`` replace its lines. The summary is written first: graded rows
+        no longer say how long they took.
+        """
         self._rows[task], self.summaries[task] = rows, summary
         self._lines.pop(task, None)
         if self._out is None:
             return
         self._close()
-        self._rewrite()
         write_json(self._out / PARTIAL, list(self.summaries.values()))
+        self._rewrite()
 
     def publish(self, tasks: Iterable[str], summaries: list[Row]) -> list[Row]:
         """All is done: ``summary.json`` appears last. All rows, in the order of ``tasks``."""
@@ -136,15 +141,21 @@ class Predictions:
 
     def _read_back(self, out: Path) -> None:
         """Take over what an earlier attempt finished."""
-        if (out / PARTIAL).is_file():
-            self.summaries = {row["task"]: row for row in read_summary(out / PARTIAL)}
+        summary = next((out / name for name in (SUMMARY, PARTIAL) if (out / name).is_file()), None)
+        known = read_summary(summary) if summary is not None else []
+        self.summaries = {row["task"]: row for row in known if not is_waiting(row)}
         for row in _whole_lines(out / PREDICTIONS):
             task, index = row["task"], row["index"]
+            if "sample" in row and task in self.summaries:  # killed before its lines were replaced
+                self._before[task] = self.summaries.pop(task)["seconds"]
             if task in self.summaries:
                 self._rows.setdefault(task, []).append(row)
                 continue
             own = self._lines.setdefault(task, {}).setdefault(index, {})
             own.update(_split(row))
+        if summary == out / SUMMARY:
+            write_json(out / PARTIAL, list(self.summaries.values()))
+            (out / SUMMARY).unlink()
 
     def _append(self, line: bytes) -> None:
         if self._stream is None:

@@ -6,7 +6,13 @@ from typing import Any
 from evaluation.generation.predictions import Predictions
 from evaluation.generation.progress import Progress
 from evaluation.sample import response_text
-from evaluation.score import PROMPT_TOO_LONG, grade_predictions, graded_row, summary_of
+from evaluation.score import (
+    PROMPT_TOO_LONG,
+    grade_predictions,
+    graded_row,
+    summary_of,
+    tell_scorer_errors,
+)
 from evaluation.tasks import Row, Task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.records import Prompt, Trajectory
@@ -137,5 +143,6 @@ class TaskRun:
                 f"model's {self.generator.longest} positions and count as wrong",
                 flush=True,
             )
+        tell_scorer_errors(summary)
         self.predictions.finish(task.name, predictions, summary)
         return summary

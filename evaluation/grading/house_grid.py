@@ -6,12 +6,17 @@ strict rule reads the last JSON object that holds houses.
 """
 
 import json
+import re
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 Grid = dict[str, Any]
 
 _FENCE = "```"
+_LABEL = re.compile(r"#?\d+")  # a house's key where it is only numbered
+_OBJECT = re.compile(r'\{(?=\s*+["}])')  # a brace that may open a JSON object
+_DECODER = json.JSONDecoder()
 
 
 def first_object(response: str) -> Grid | None:
@@ -27,9 +32,12 @@ def first_object(response: str) -> Grid | None:
 
 
 def last_grid(response: str) -> Grid | None:
-    """The last JSON object of a response in which houses can be found; None when none has any."""
-    grids = [read for text in _balanced(response) if (read := _object(text)) is not None]
-    return next((grid for grid in reversed(grids) if houses_of(grid) is not None), None)
+    """The last JSON object of a response in which houses can be found; None when none has any.
+
+    Braces that open no JSON, as those of a set or of a draft that breaks off, are passed over.
+    """
+    grids = (read for read in _objects(response) if houses_of(read) is not None)
+    return next(iter(deque(grids, maxlen=1)), None)
 
 
 def houses_of(grid: Grid) -> Grid | None:
@@ -39,7 +47,12 @@ def houses_of(grid: Grid) -> Grid | None:
         return solution
     if isinstance(solution, list):
         return {f"House {place}": house for place, house in enumerate(solution, start=1)}
-    return grid if any("house" in key.lower() for key in grid) else None
+    return grid if any(_names_house(key, house) for key, house in grid.items()) else None
+
+
+def _names_house(key: str, house: object) -> bool:
+    """Whether a top-level entry is a house: it says so, or is a number with attributes."""
+    return "house" in key.lower() or (_LABEL.fullmatch(key) is not None and isinstance(house, dict))
 
 
 def solves(grid: Grid | None, reference: Grid) -> bool:
@@ -92,9 +105,22 @@ def _cell(value: object) -> str | None:
 def _object(text: str) -> Grid | None:
     try:
         read = json.loads(text.strip())
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: no JSON, or a number of 4,300 digits
         return None
     return read if isinstance(read, dict) else None
+
+
+def _objects(text: str) -> Iterator[Grid]:
+    """Every JSON object of a text that lies in no other one."""
+    end = 0
+    for brace in _OBJECT.finditer(text):
+        if brace.start() < end:
+            continue
+        try:
+            read, end = _DECODER.raw_decode(text, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        yield read
 
 
 def _balanced(text: str) -> Iterator[str]:
@@ -103,12 +129,10 @@ def _balanced(text: str) -> Iterator[str]:
     for place, character in enumerate(text):
         if escaped:
             escaped = False
-        elif depth and character == "\\":
-            escaped = True
-        elif depth and character == '"':
-            in_string = not in_string
         elif in_string:
-            continue
+            escaped, in_string = character == "\\", character != '"'
+        elif depth and character == '"':
+            in_string = True
         elif character == "{":
             start = start if depth else place
             depth += 1

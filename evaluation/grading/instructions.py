@@ -4,12 +4,17 @@ Two of the instructions need sentences: a number of sentences, and words in capi
 splits with NLTK's trained Punkt data and downloads it when it is imported. Here nothing is
 downloaded while grading: where the data is not on the machine, an untrained Punkt splitter that
 knows common abbreviations stands in, and the responses that it judges are flagged.
+
+Some of the harness' patterns take time that grows with the square of a response without words, so
+the checks of a response have a limit, in processor time: a busy machine changes no verdict.
 """
 
 import functools
 import importlib
 import io
+import signal
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +25,8 @@ from typing import Any
 
 NEEDS = ("lm_eval", "langdetect", "immutabledict", "nltk")
 NEED_SENTENCES = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+SECONDS = 20.0  # of processor time, for all checks of one response
 
 # Common abbreviations after which a sentence goes on, as Punkt writes them.
 _ABBREVIATIONS = (
@@ -36,6 +43,7 @@ class InstructionVerdict:
     strict: list[bool]  # an entry an instruction
     loose: list[bool]  # any of eight trimmed readings of the response may keep it
     approximate: bool  # a sentence splitter stood in for the harness' own
+    timed_out: bool = False  # the checks took too long: nothing counts as kept
 
 
 def missing_packages() -> list[str]:
@@ -68,15 +76,43 @@ def check_instructions(
         prompt=prompt,
         kwargs=[_given(each) for each in arguments],
     )
+    try:
+        with _limited(SECONDS):
+            strict = checkers.module.test_instruction_following_strict(example, response)
+            loose = checkers.module.test_instruction_following_loose(example, response)
+    except _TooLongError:
+        nothing = [False] * len(ids)
+        return InstructionVerdict(strict=nothing, loose=nothing, approximate=False, timed_out=True)
     return InstructionVerdict(
-        strict=checkers.module.test_instruction_following_strict(
-            example, response
-        ).follow_instruction_list,
-        loose=checkers.module.test_instruction_following_loose(
-            example, response
-        ).follow_instruction_list,
+        strict=strict.follow_instruction_list,
+        loose=loose.follow_instruction_list,
         approximate=not checkers.trained and any(name in NEED_SENTENCES for name in ids),
     )
+
+
+class _TooLongError(BaseException):
+    """Not an Exception: the checkers catch those and go on."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raise _TooLongError after so much processor time. Signals reach the main thread only; in
+    another one there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    try:
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _given(arguments: dict[str, Any] | None) -> dict[str, Any]:

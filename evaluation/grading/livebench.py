@@ -20,6 +20,8 @@ THRESHOLD = 0.5  # scores above it are correct
 
 _REPOSITORY = "git+https://github.com/LiveBench/LiveBench.git"
 
+_REINSTALL = f"install the package again: pip install --no-deps {_REPOSITORY}"
+
 _MATH = "livebench.process_results.math."
 _REASONING = "livebench.process_results.reasoning."
 _TABLES = "livebench.process_results.data_analysis."
@@ -107,15 +109,25 @@ def missing_for(scorers: set[Scorer]) -> str | None:
             "its scorers are in the package livebench, which is not installed; install it with: "
             f"pip install --no-deps {_REPOSITORY}"
         )
-    for scorer in sorted(scorers, key=lambda each: each.module):
-        try:
-            importlib.import_module(scorer.module)
-        except ModuleNotFoundError as error:
-            return (
-                f"the scorer {scorer.module} needs the Python module {error.name}, which is not "
-                "installed; install it with pip"
-            )
+    needed = {(scorer.module, scorer.function) for scorer in scorers}
+    if _FOLLOWING in scorers:
+        needed.add((_EVALUATOR, "test_instruction_following_strict"))
+    for module, function in sorted(needed):
+        lack = _lack(module, function)
+        if lack is not None:
+            return f"the scorer {module} {lack}"
     return None
+
+
+def _lack(module: str, function: str) -> str | None:
+    """Why a scorer cannot be used here, with its remedy; None: it can."""
+    try:
+        found = hasattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        return f"needs the Python module {error.name}, which is not installed; install it with pip"
+    except Exception as error:  # it runs the package's code, which may raise anything
+        return f"cannot be imported ({type(error).__name__}: {error}); {_REINSTALL}"
+    return None if found else f"has no {function}; {_REINSTALL}"
 
 
 def score_response(row: dict[str, Any], response: str) -> float:

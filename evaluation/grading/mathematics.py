@@ -2,20 +2,31 @@
 
 The rightmost answer of the best kind counts: "the final answer is ...", then ``\\boxed{...}``, then
 anchored and bare expressions. Because bare ones are allowed, a response that breaks off yields its
-last number; the strict verdict therefore asks for an anchor.
+last number; the strict verdict therefore asks for an anchor. Boxes that stand near each other are
+one answer of several values to math-verify; to the strict verdict the last one alone is right too.
 """
 
 import logging
+import os
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
 
+from evaluation.grading.scorer_process import Job, score_all
+
 # math-verify's own limit is 5 s by the clock; a busy machine should not turn a right answer wrong.
 SECONDS = 10
+# Responses are graded in this process, one after the other, up to this number; beyond it in
+# children, of which each takes seconds to start and at least this many.
+IN_SERIES = 256
+_KILL_SECONDS = 10 * SECONDS  # for all steps of a response; a child that takes longer hangs
 
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # one that is escaped is a sign of a set
+_BOX = re.compile(r"\\boxed\s*+\{")
 _ANY = (ExprExtractionConfig(), LatexExtractionConfig())
 _ANCHORED = (
     ExprExtractionConfig(try_extract_without_anchor=False),
@@ -30,7 +41,7 @@ class MathVerdict:
 
     extracted: str | None  # as the response writes it
     correct: bool
-    anchored: bool  # boxed, or announced as the answer
+    strict: bool  # right, and boxed or announced as the answer; or right in the last box
     timed_out: bool  # the scorer gave up; ``correct`` is then False
 
 
@@ -43,15 +54,60 @@ def grade_math(response: str, reference: str) -> MathVerdict:
     try:
         extracted = extract_math(response)
         correct = extracted is not None and same_value(extracted, reference)
-        anchored = correct and bool(_parsed(response, _ANCHORED))
+        strict = correct and bool(_parsed(response, _ANCHORED))
+        if not strict:
+            box = last_box(response)
+            strict = box is not None and box != extracted and same_value(box, reference)
     except TimeoutException:
-        return MathVerdict(extracted=None, correct=False, anchored=False, timed_out=True)
+        return MathVerdict(extracted=None, correct=False, strict=False, timed_out=True)
     return MathVerdict(
         extracted=extracted,
         correct=correct,
-        anchored=anchored,
+        strict=strict,
         timed_out=not correct and time.monotonic() - start >= SECONDS,
     )
+
+
+def grade_all_math(responses: list[str], references: list[str]) -> list[MathVerdict]:
+    """``grade_math`` of each response with its reference; many of them over all cores."""
+    if len(responses) <= IN_SERIES:
+        return [grade_math(*pair) for pair in zip(responses, references, strict=True)]
+    jobs = [
+        Job(row={"reference": reference}, response=text, seconds=_KILL_SECONDS, scorer=_IN_CHILD)
+        for text, reference in zip(responses, references, strict=True)
+    ]
+    workers = min(os.cpu_count() or 1, -(-len(jobs) // IN_SERIES))
+    return [
+        MathVerdict(**outcome.score) if outcome.error is None else _UNGRADED
+        for outcome in score_all(jobs, workers)
+    ]
+
+
+_IN_CHILD = "evaluation.grading.mathematics:verdict_of"
+_UNGRADED = MathVerdict(extracted=None, correct=False, strict=False, timed_out=True)
+
+
+def verdict_of(row: dict[str, Any], response: str) -> dict[str, Any]:
+    """What a child answers: ``MathVerdict`` as JSON."""
+    return asdict(grade_math(response, row["reference"]))
+
+
+def last_box(response: str) -> str | None:
+    """What stands in the last box that is closed; None without one.
+
+    >>> last_box("\\boxed{3}? No: \\boxed{\\frac{1}{2}}, not \\boxed{")
+    '\\frac{1}{2}'
+    """
+    open_at, last, found = [], -1, None
+    starts = {match.end() - 1 for match in _BOX.finditer(response)}
+    for brace in _BRACE.finditer(response):
+        if brace[0] == "{":
+            open_at.append(brace.start())
+        elif brace[0] == "}" and open_at:
+            start = open_at.pop()
+            if start in starts and start > last:
+                last, found = start, response[start + 1 : brace.start()]
+    return found
 
 
 def extract_math(response: str) -> str | None:

@@ -9,15 +9,23 @@ letter stand alone, be one of the row's own options, and not be one of these wor
 
 import re
 
-_WRAPPER = r"(?:\\text[a-z]*\s*\{\s*)?"
-_ANY_WRAPPER = r"(?:\\(?:text|math)[a-z]*\s*\{\s*)?"
-_STATED = r"(?i:\banswer\b)[\s*\"'()\[\]]*[:=][\s*\"'$(\[{]*"
-_IS = r"(?i:\banswer\b)[\s*\"']*(?i:\bis\b)[\s*\"'$(\[:.]*(?i:option|choice|letter)?[\s*\"'$(\[:.]*"
+# Runs of marks are possessive (``*+``, ``?+``): what follows them is never one of their own, so
+# nothing is to be gained by giving one back, and a response of 20,000 blanks costs no more than
+# another.
+_WRAPPER = r"(?:\\text[a-z]*+\s*+\{\s*+)?"
+_ANY_WRAPPER = r"(?:\\(?:text|math)[a-z]*+\s*+\{\s*+)?"
+_STATED = r"(?i:\banswer\b)[\s*\"'()\[\]]*+[:=][\s*\"'$(\[{]*+"
+_MARKS = r"[\s*\"'$(\[:.]*+"
+_IS = (
+    rf"(?i:\banswer\b)[\s*\"']*+(?i:\bis\b){_MARKS}"
+    rf"(?:(?i:option|choice|letter){_MARKS})?"
+)
 
 # An option at the start of its line, as the data files have them: "(A) text" or "A. text".
-_OPTION = re.compile(r"^\s*\(?([A-J])[.):]", re.MULTILINE)
+_OPTION = re.compile(r"^[^\S\n]*+\(?([A-J])[.):]", re.MULTILINE)
+_BLANKS = re.compile(r"\s+")
 
-_OPENING = r"[\s*\"'\u201c\u2018`$(\[{]*"
+_OPENING = r"[\s*\"'\u201c\u2018`$(\[{]*+"
 # Letters of other scripts may touch it: Chinese has no spaces.
 _BEFORE = r"(?<![A-Za-z0-9_\u00c0-\u024f\\])"
 _STANDS_ALONE = r"(?![A-Za-z0-9_\u00c0-\u024f'\u2019])"
@@ -26,6 +34,13 @@ _NO_WORD = (
     r"(?!(?<=A)\s+(?!because|since|is|it|as|and|or|with|due|must|would|which|by)[a-z])"
     r"(?!(?<=I)\s+(?!because|since|is|due|which|by)[a-z])"
 )
+# A quote or bracket right before the letter, at most one blank between (runs are collapsed).
+_BRACKET = r"[\"'\u201c\u2018(\[*`]"
+_IN_BRACKETS = rf"(?:(?<={_BRACKET})|(?<={_BRACKET}\s))"
+# What may follow a lower-case letter that stands without brackets after an answer phrase: the end
+# of the sentence or a reason; not the rest of a word, an abbreviation or a formula.
+_ENDS_SENTENCE = r"(?:[.,;:!?)\]}*]++(?![A-Za-z0-9_\u00c0-\u024f])(?!\s*[=+\-/^<>])|\s*\Z)"
+_REASON = r"\s(?:because|since|as|is|due)\b(?![-'\u2019])"
 
 
 def extract_letter(response: str, letters: str) -> str | None:
@@ -39,7 +54,7 @@ def extract_letter(response: str, letters: str) -> str | None:
     one = f"([{letters}{letters.lower()}])"
     return _last_match(
         response,
-        rf"\\boxed\{{\s*{_WRAPPER}{one}",
+        rf"\\boxed\{{\s*+{_WRAPPER}{one}",
         rf"{_STATED}{one}",
         rf"{_IS}{one}\b",
         rf"\b([{letters}])\b",
@@ -49,22 +64,26 @@ def extract_letter(response: str, letters: str) -> str | None:
 def extract_letter_strictly(response: str, letters: str) -> str | None:
     """The chosen letter where it is one without doubt; None otherwise.
 
-    A bare lower-case letter chooses only in a box, in quotes, in brackets or alone after the colon.
+    A lower-case letter chooses in a box, in quotes, in brackets, alone on its line after the colon,
+    and where its sentence ends or gives a reason after "answer:" or "the answer is".
 
     >>> extract_letter_strictly("Answer: Because", "ABCD") is None
     True
     """
+    response = _BLANKS.sub(lambda run: "\n" if "\n" in run[0] else " ", response)
     one = f"([{letters}])"
+    small = f"([{letters.lower()}])"
     marked = f"([{letters}{letters.lower()}])"
     alone = rf"{one}{_STANDS_ALONE}{_NO_WORD}"
-    enclosed = rf"[\"'\u201c\u2018(\[*`]\s*{marked}\s*[\"'\u201d\u2019)\]*`.]"
+    small_alone = rf"{small}(?:{_ENDS_SENTENCE}|{_REASON})"
+    enclosed = rf"{_IN_BRACKETS}{marked}\s*[\"'\u201d\u2019)\]*`.]"
     ends_line = rf"{marked}[.)]?[ \t]*(?:\n|$)"
-    stated = rf"(?i:\banswer\b){_OPENING}[\"'\u201d*)\]]*\s*[:=]"
+    stated = rf"(?i:\banswer\b){_OPENING}[\"'\u201d*)\]]*+\s*+[:=]"
     return _last_match(
         response,
-        rf"\\boxed\{{\s*{_ANY_WRAPPER}{_OPENING}{marked}\s*[)\].:}}*]",
-        rf"{stated}{_OPENING}(?:{enclosed}|{alone}|{ends_line})",
-        rf"{_IS}{_OPENING}(?:{enclosed}|{alone})",
+        rf"\\boxed\{{\s*+{_ANY_WRAPPER}{_OPENING}{marked}\s*[)\].:}}*]",
+        rf"{stated}{_OPENING}(?:{enclosed}|{alone}|{ends_line}|{small_alone})",
+        rf"{_IS}{_OPENING}(?:{enclosed}|{alone}|{small_alone})",
         rf"{_BEFORE}{alone}",
     )
 

@@ -5,13 +5,13 @@ A reader sees text up to the first end token; Qwen3's thinking stands between ``
 """
 
 import re
+from collections.abc import Iterator
 
 # Qwen3's control tokens as they look when an engine leaves them in its text. The first end token
 # ends the response.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _CONTROL_TOKENS = re.compile(r"<\|(?:im_start|im_end|endoftext|MASK|mask)\|>")
 
-_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
@@ -34,8 +34,20 @@ def without_thinking(text: str) -> str | None:
     >>> without_thinking("<think>7?</think>\\n\\n8")
     '8'
     """
-    answer = _THINKING.sub("", text)
+    answer = "".join(_outside_blocks(text))
     if _OPEN in answer.rpartition(_CLOSE)[2]:
         return None
     answer = answer.rpartition(_CLOSE)[2]
     return answer if answer == text else answer.strip()
+
+
+def _outside_blocks(text: str) -> Iterator[str]:
+    """What stands before, between and after the closed blocks."""
+    place = 0
+    while (start := text.find(_OPEN, place)) >= 0:
+        end = text.find(_CLOSE, start)
+        if end < 0:
+            break
+        yield text[place:start]
+        place = end + len(_CLOSE)
+    yield text[place:]

@@ -1,10 +1,11 @@
 """Scorers in child processes: each call has a hard limit, after which its whole group is killed.
 
-A child reads a row and a response a line and answers with a score or an error; what the scorer
-prints is thrown away. Run as ``python -m evaluation.grading.scorer_process FD``, FD being the pipe
-that the answers go to.
+A child reads a scorer's name, a row and a response a line and answers with a score or an error;
+what the scorer prints is thrown away. Run as ``python -m evaluation.grading.scorer_process FD``, FD
+being the pipe that the answers go to.
 """
 
+import importlib
 import json
 import os
 import selectors
@@ -29,13 +30,14 @@ class Job:
     row: dict[str, Any]
     response: str
     seconds: float  # limit
+    scorer: str  # "module:function" of (row, response), whose value is plain JSON
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a scorer said: a score between 0 and 1, or why there is none."""
+    """What a scorer said, or why it said nothing."""
 
-    score: float
+    score: Any  # what the scorer returned: a number between 0 and 1, or a verdict; 0.0 on an error
     error: str | None = None  # e.g. "timeout", or the name of the exception
 
 
@@ -50,11 +52,12 @@ class ScorerProcess:
     def score(self, job: Job) -> Outcome:
         """Score one response. A child that dies or takes too long costs this response only."""
         process = self._started()
+        if process is None:
+            return Outcome(score=0.0, error="not started")
         assert process.stdin is not None
+        asked = {"scorer": job.scorer, "row": job.row, "response": job.response}
         try:
-            process.stdin.write(
-                json.dumps({"row": job.row, "response": job.response}).encode() + b"\n"
-            )
+            process.stdin.write(json.dumps(asked).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
             self.close()
@@ -73,7 +76,7 @@ class ScorerProcess:
         self._kill()
         self._directory.cleanup()
 
-    def _started(self) -> "subprocess.Popen[bytes]":
+    def _started(self) -> "subprocess.Popen[bytes] | None":
         if self._process is not None:
             return self._process
         self._answers, write_end = os.pipe()
@@ -91,7 +94,8 @@ class ScorerProcess:
             start_new_session=True,
         )
         os.close(write_end)
-        _line(self._answers, START_SECONDS)  # "ready": the limits begin after the imports
+        if not _line(self._answers, START_SECONDS):  # "ready": limits begin now
+            self._kill()
         return self._process
 
     def _kill(self) -> None:
@@ -145,12 +149,12 @@ def _line(descriptor: int, seconds: float) -> bytes | None:
 
 def _answers(lines: Iterator[bytes]) -> Iterator[dict[str, Any]]:
     """The child's work: one answer a job."""
-    from evaluation.grading.livebench import score_response
-
     for line in lines:
         job = json.loads(line)
         try:
-            score, error = score_response(job["row"], job["response"]), None
+            module, _, function = job["scorer"].partition(":")
+            scorer = getattr(importlib.import_module(module), function)
+            score, error = scorer(job["row"], job["response"]), None
         except Exception as failure:  # whatever a scorer raises is its verdict: no score, and why
             score, error = 0.0, type(failure).__name__
         yield {"score": score, "error": error}

@@ -73,10 +73,11 @@ def _over_setting(
 
 
 def _comparable(sweep: PublishedSweep, results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Measured results on the sweep's task, by model, in the order of the setting: dynamic
-    decoding at several thresholds, or at threshold 0.9 with several block sizes.
+    """Measured results on the sweep's task, by line's name, in the order of the setting: dynamic
+    decoding at several thresholds (a line a model and block size), or at threshold 0.9 with several
+    block sizes (a line a model).
     """
-    groups: dict[str, list[Result]] = {}
+    groups: dict[tuple[str, int | None], list[Result]] = {}
     for result in results:
         settings = result.settings
         if plain(result.task) != plain(sweep.task) or settings.get("mode") != "diffusion":
@@ -86,12 +87,16 @@ def _comparable(sweep: PublishedSweep, results: Sequence[Result]) -> dict[str, l
         if sweep.setting == "block_size" and settings["threshold"] != 0.9:
             continue
         if result.row["tokens_per_denoising_step"] is not None:
-            groups.setdefault(result.model, []).append(result)
-    ordered = {
-        model: sorted(group, key=lambda r: _value(sweep.setting, r))
-        for model, group in groups.items()
+            block = settings["block_size"] if sweep.setting == "threshold" else None
+            groups.setdefault((result.model, block), []).append(result)
+    lines = {key: group for key, group in groups.items() if len(group) > 1}
+    models = [model for model, _ in lines]
+    return {
+        model if models.count(model) == 1 else f"{model}, blocks of {block}": sorted(
+            group, key=lambda r: _value(sweep.setting, r)
+        )
+        for (model, block), group in lines.items()
     }
-    return {model: group for model, group in ordered.items() if len(group) > 1}
 
 
 def _value(setting: str, result: Result) -> float:

@@ -23,12 +23,21 @@ from evaluation.tasks.mmlu import MMLU
 from evaluation.tasks.mmlu_pro import MMLUPro
 from evaluation.tasks.mmmlu_lite import MMMLULite
 from evaluation.tasks.mt_aime2024 import MTAIME2024
-from evaluation.tasks.task import NOT_SCORED, Grade, Row, Task
+from evaluation.tasks.task import NOT_SCORED, SCORER_ERROR, Grade, Row, Task
 from evaluation.tasks.training_probes import DAPOMath, GSM8KTrain, MATHTrain, OPDLMTrain
 from evaluation.tasks.zebralogic import ZebraLogic
 from megatron_opdlm.errors import InputError, nearest
 
-__all__ = ["NOT_SCORED", "PAPER_TASKS", "Grade", "Row", "Task", "get_task", "task_names"]
+__all__ = [
+    "NOT_SCORED",
+    "PAPER_TASKS",
+    "SCORER_ERROR",
+    "Grade",
+    "Row",
+    "Task",
+    "get_task",
+    "task_names",
+]
 
 # In the paper's order.
 _PAPER: tuple[type[Task], ...] = (

@@ -17,8 +17,8 @@ class IFEval(PublishedTask):
     """Rows ``{"question", "key", "instruction_id_list", "kwargs"}``.
 
     A response is correct when it keeps all instructions as it is (prompt level, strict). The scores
-    ``loose`` (prompt level) and ``instruction`` (share of the instructions kept, strict) are
-    reported beside it.
+    ``loose`` (prompt level) and ``instruction`` (share of the instructions kept, strict, over all
+    instructions of all rows) are reported beside it.
     """
 
     name = "IFEval"
@@ -28,7 +28,19 @@ class IFEval(PublishedTask):
         rows = super().load(data_dir)
         if not missing_packages():
             use_nltk_data(data_dir / "nltk_data")
+            self._check_instructions(rows, data_dir)
         return rows
+
+    def _check_instructions(self, rows: list[Row], data_dir: Path) -> None:
+        """InputError for an instruction that lm_eval does not know."""
+        known = known_instructions()
+        for index, row in enumerate(rows):
+            unknown = sorted(set(row["instruction_id_list"]) - known)
+            if unknown:
+                raise InputError(
+                    f"task {self.name}: {self.path(data_dir)}: row {index}: instruction "
+                    f"{unknown[0]!r} is not known to lm_eval; use the published file"
+                )
 
     def missing(self, rows: list[Row]) -> str | None:
         lacks = missing_packages()
@@ -49,16 +61,12 @@ class IFEval(PublishedTask):
         return None
 
     def grade(self, row: Row, response: str) -> Grade:
-        unknown = sorted(set(row["instruction_id_list"]) - known_instructions())
-        if unknown:
-            raise InputError(
-                f"task IFEval: instruction {unknown[0]!r} is not known to lm_eval; use the "
-                "published file"
-            )
         verdict = check_instructions(
             row["question"], row["instruction_id_list"], row["kwargs"], response
         )
         flags = ["sentences_approximate"] if verdict.approximate else []
+        if verdict.timed_out:
+            flags.append("scorer_timeout")
         if not response.strip():
             flags.append("no_answer")
         return Grade(
@@ -69,4 +77,5 @@ class IFEval(PublishedTask):
                 "loose": float(all(verdict.loose)),
                 "instruction": sum(verdict.strict) / len(verdict.strict),
             },
+            weights={"instruction": len(verdict.strict)},
         )

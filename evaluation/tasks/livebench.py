@@ -18,6 +18,8 @@ from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import Grade, Row
 
+_SCORER = "evaluation.grading.livebench:score_response"
+
 
 class LiveBench(PublishedTask):
     """Rows with ``livebench_category``, ``livebench_task`` and what the official scorer reads.
@@ -69,7 +71,7 @@ class LiveBench(PublishedTask):
 def _problem_of_tests(row: Row) -> str | None:
     try:
         tests_of(row)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # of any other shape
         return f"its tests cannot be read ({error}); use the published file"
     return None
 
@@ -79,7 +81,7 @@ def _by_package(
 ) -> dict[int, list[Grade]]:
     """Grades of the rows at these places, by the package's scorers in child processes."""
     jobs = [
-        Job(row=rows[i], response=text.rstrip(), seconds=scorer.seconds)
+        Job(row=rows[i], response=text.rstrip(), seconds=scorer.seconds, scorer=_SCORER)
         for i in places
         for text in responses[i]
         if (scorer := scorer_of(rows[i]))

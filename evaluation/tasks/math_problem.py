@@ -1,9 +1,13 @@
 """Mathematical problems with one reference answer, compared by math-verify."""
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import Grade, Row
+
+if TYPE_CHECKING:
+    from evaluation.grading.mathematics import MathVerdict
 
 PROMPT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
@@ -12,7 +16,8 @@ class MathProblem(PublishedTask):
     """Rows ``{"question", "ground_truth_answer"}``; the answer is LaTeX text or a number.
 
     The paper's verdict takes any number of the response when nothing is boxed or announced as the
-    answer; the strict one asks for the box or the announcement.
+    answer, and boxes that stand near each other as one answer; the strict one asks for the box or
+    the announcement, and takes the last box.
     """
 
     def problem_of_reference(self, row: Row) -> str | None:
@@ -30,15 +35,24 @@ class MathProblem(PublishedTask):
         return PROMPT.format(question=row["question"])
 
     def grade(self, row: Row, response: str) -> Grade:
-        from evaluation.grading.mathematics import grade_math  # sympy takes seconds to import
+        return self.grade_all([row], [[response]])[0][0]
 
-        verdict = grade_math(response, str(row["ground_truth_answer"]))
-        flags = ["scorer_timeout"] if verdict.timed_out else []
-        if verdict.extracted is None:
-            flags.append("no_answer")
-        return Grade(
-            correct=verdict.correct,
-            extracted=verdict.extracted,
-            flags=flags,
-            strict=verdict.correct and verdict.anchored,
-        )
+    def grade_all(self, rows: list[Row], responses: list[list[str]]) -> list[list[Grade]]:
+        from evaluation.grading.mathematics import grade_all_math  # sympy takes seconds to import
+
+        references = [
+            str(row["ground_truth_answer"])
+            for row, texts in zip(rows, responses, strict=True)
+            for _ in texts
+        ]
+        verdicts = iter(grade_all_math([text for texts in responses for text in texts], references))
+        return [[_grade(next(verdicts)) for _ in texts] for texts in responses]
+
+
+def _grade(verdict: "MathVerdict") -> Grade:
+    flags = ["scorer_timeout"] if verdict.timed_out else []
+    if verdict.extracted is None:
+        flags.append("no_answer")
+    return Grade(
+        correct=verdict.correct, extracted=verdict.extracted, flags=flags, strict=verdict.strict
+    )

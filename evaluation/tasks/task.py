@@ -11,6 +11,7 @@ from megatron_opdlm.errors import InputError
 
 Row = dict[str, Any]
 NOT_SCORED = "not_scored"  # flag of a response to a row without a verifiable answer
+SCORER_ERROR = "scorer_error"  # flag, with what failed: the scorer did not get through a response
 
 
 def plain_name(name: str) -> str:
@@ -28,7 +29,8 @@ class Grade:
 
     ``correct`` is by the paper's rule. ``strict`` is by the rule without its known faults, where a
     task has one; None: it has one rule only. ``scores`` are other figures between 0 and 1 by name,
-    e.g. ``{"plus": 1.0}``; a summary holds their means as ``accuracy_plus``.
+    e.g. ``{"plus": 1.0}``; a summary holds their means over problems as ``accuracy_plus``. A score
+    that has a weight is a share of so many things, and its mean is over all of these instead.
     A response flagged ``not_scored`` counts neither as right nor as wrong.
     """
 
@@ -37,6 +39,7 @@ class Grade:
     flags: list[str] = field(default_factory=list)  # remarks, e.g. "no_answer"
     strict: bool | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
 
 class Task(ABC):

@@ -22,7 +22,9 @@ class ZebraLogic(PublishedTask):
         grid = _grid(row)
         if not isinstance(grid, dict) or not grid.get("header") or not grid.get("rows"):
             return "'ground_truth_answer' must hold header and rows; use the published file"
-        if any(len(cells) != len(grid["header"]) for cells in grid["rows"]):
+        if not isinstance(grid["header"], list) or not isinstance(grid["rows"], list):
+            return "'ground_truth_answer' must hold lists; use the published file"
+        if any(not isinstance(c, list) or len(c) != len(grid["header"]) for c in grid["rows"]):
             return "'ground_truth_answer' has rows of another length than its header; correct it"
         return None
 
@@ -47,5 +49,5 @@ def _grid(row: Row) -> Any:
         return answer
     try:
         return json.loads(answer)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None

@@ -50,16 +50,33 @@ LETTERS = [
     ("Answer: E", FOUR, None, None),
     ("答案是B", TEN, None, "B"),  # a Chinese letter is a word's letter to the paper's rule
     ("答案：B", TEN, "B", "B"),  # noqa: RUF001
+    ("The answer is c.", FOUR, "C", "C"),  # lower case counts where it stands alone
+    ("answer: c because", FOUR, "C", "C"),
+    ("The answer is (b), since", FOUR, "B", "B"),
+    ("The answer is d", FOUR, "D", "D"),
+    ("The answer is a.", FOUR, "A", "A"),
+    ("the answer is a\nvery", FOUR, "A", None),
+    ("The answer is a by-product", FOUR, "A", None),
+    ("Answer: i.e. this one", TEN, "I", None),
+    ("Answer: e.g. this one", TEN, "E", None),
+    ("The answer is d/dx", FOUR, "D", None),
+    ("The answer is c = 3 m/s", FOUR, "C", None),
+    ("Answer: b-cells", FOUR, "B", None),
     ("no letter at all", FOUR, None, None),
     ("", FOUR, None, None),
 ]
 
-# response, reference, what is extracted, correct, whether an anchor says that it is the answer
+# response, reference, what is extracted, correct, the strict verdict
 ANSWERS = [
     (r"so \boxed{42}.", "42", "42", True, True),
     (r"\boxed{\frac{1}{2}}", "0.5", r"\frac{1}{2}", True, True),
     (r"\boxed{0.5}", r"\frac12", None, True, True),
-    (r"first \boxed{1}. Later: \boxed{2}", "2", None, False, False),  # near boxes are one set
+    (r"first \boxed{1}. Later: \boxed{2}", "2", "1,2", False, True),  # near boxes are one set
+    (r"first \boxed{1}. Later: \boxed{2}", "1", "1,2", False, False),  # the last one counts
+    (r"Step 1: \boxed{3}. Wait, no. So it is \boxed{\frac{1}{2}}", "0.5", None, False, True),
+    (r"so $x = \boxed{1}$ or $x = \boxed{2}$", "1,2", "1 and 2", True, True),
+    (r"Step 1: \boxed{3}. So \boxed{4}, not \boxed{", "4", "3,4", False, True),
+    (r"a set {1,2 and \boxed{3}, or \boxed{4}}", "4", "3,4", False, True),
     (r"The final answer is $\frac{3}{4}$. I hope it is correct. 8", "3/4", r"\frac{3}{4}", True, 1),
     ("The answer is 72.", "72", "72", True, True),
     ("3 and 4 make 7", "7", "7", True, False),  # an unanchored number counts for the paper only
@@ -148,6 +165,15 @@ GRIDS = [
     ('{"solution": {"House 1": {"Name": "Eric"', False, False),  # truncated
     (f"```json\n{json.dumps({'solution': RIGHT})}", True, True),  # the fence never ends
     (json.dumps({"note": 'a } in "text" {', "solution": RIGHT}), True, True),
+    # Braces of a text that open no JSON swallow nothing.
+    (r"Houses \{1,2\}." + fenced(RIGHT), True, True),
+    ("the set {1,2 hmm" + fenced(RIGHT), True, True),
+    (r'a \ and "{" and {"House 1": {' + fenced(RIGHT), True, True),
+    (fenced(SWAPPED) + json.dumps(RIGHT) + fenced({"note": 1}), False, True),
+    (json.dumps({"1": ERIC, "2": BOB}), True, True),  # numbered houses at the top
+    (fenced({"#1": ERIC, "#2": BOB}), True, True),
+    (fenced({"1": 2}), False, False),
+    ('```json\n{"solution": {"House 1": {"Age": ' + "1" * 5000, False, False),
     ("no grid", False, False),
     ("", False, False),
     ('{"solution": "none"}', False, False),
@@ -169,10 +195,10 @@ def test_options_are_read_from_the_question():
     assert reference_letter(" (b) ") == "B"
 
 
-@pytest.mark.parametrize(("response", "reference", "extracted", "correct", "anchored"), ANSWERS)
-def test_mathematical_answers(response, reference, extracted, correct, anchored):
+@pytest.mark.parametrize(("response", "reference", "extracted", "correct", "strict"), ANSWERS)
+def test_mathematical_answers(response, reference, extracted, correct, strict):
     verdict = grade_math(response, reference)
-    assert (verdict.correct, verdict.anchored) == (correct, bool(anchored))
+    assert (verdict.correct, verdict.strict) == (correct, bool(strict))
     if extracted is not None:
         assert verdict.extracted == extracted
     assert not verdict.timed_out

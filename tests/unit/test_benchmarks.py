@@ -59,6 +59,15 @@ RESPONSES = {
 }
 
 
+CODING = {
+    "question": "q",
+    "livebench_category": "coding",
+    "livebench_task": "LCB_generation",
+    "public_test_cases": "[]",
+    "private_test_cases": "[]",
+}
+
+
 def graded(tmp_path, name, responses, data=FIXTURES, **more):
     """The summary row and the graded rows of these responses."""
     rows = [{"index": i, "responses": texts, **more} for i, texts in enumerate(responses)]
@@ -178,7 +187,10 @@ def test_missing_data_names_the_file_and_the_command(tmp_path):
         ("MMLU", [{"question": "q", "ground_truth_answer": "AB"}], "one letter"),
         ("IFEval", [{"question": "q", "instruction_id_list": ["a"], "kwargs": []}], "'kwargs'"),
         ("ZebraLogic", [{"question": "q", "ground_truth_answer": "{"}], "header and rows"),
+        ("ZebraLogic", [{"question": "q", "ground_truth_answer": "1" * 5000}], "header and rows"),
         ("LiveBench", [{"question": "q", "livebench_category": "x"}], "livebench_task"),
+        ("LiveBench", [CODING | {"original_json": "[1]"}], "its tests cannot be read"),
+        ("LiveBench", [CODING | {"public_test_cases": "[1]"}], "its tests cannot be read"),
     ],
 )
 def test_rows_of_another_schema_are_named(tmp_path, name, rows, message):
@@ -266,6 +278,8 @@ def test_instruction_following_strict(example, answers):
     kept = ',' not in answers[example.prompt]
     return Outcome(kept, [kept])
 """
+AMPS = "process_results/math/AMPS_Hard/utils.py"
+FOLLOWING = "if_runner/instruction_following_eval/evaluation_main.py"
 # A right and a wrong response to every row of the fixture, in its order.
 LIVEBENCH = [
     *(["it is 5", "it is 6"], ["BBBB", "AAAA"], ["it is 025", "025 it is"], ["1", "half"]),
@@ -329,7 +343,11 @@ def test_a_scorer_that_never_ends_is_killed(tmp_path, livebench, monkeypatch):
     )
     rows = json.loads((FIXTURES / "LiveBench.json").read_text())
     [row] = [row for row in rows if row["livebench_task"] == "spatial"]
-    jobs = [Job(row=row, response="sleep", seconds=2), Job(row=row, response="7", seconds=60)]
+    scorer = "evaluation.grading.livebench:score_response"
+    jobs = [
+        Job(row=row, response="sleep", seconds=2, scorer=scorer),
+        Job(row=row, response="7", seconds=60, scorer=scorer),
+    ]
     outcomes = score_all(jobs, 1)
     assert [(outcome.score, outcome.error) for outcome in outcomes] == [
         (0.0, "timeout"),
@@ -346,8 +364,26 @@ def test_without_the_package_livebench_is_not_graded_at_all(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_module_that_a_scorer_needs_is_named(tmp_path, livebench):
-    """A package that is installed by half is no zero either."""
-    (livebench / "process_results/math/AMPS_Hard/utils.py").write_text("import no_such_module_x")
-    with pytest.raises(RunError, match="needs the Python module no_such_module_x"):
+@pytest.mark.parametrize(
+    ("module", "text", "message"),
+    [
+        (AMPS, "import no_such_module_x", "needs the Python module no_such_module_x"),
+        (AMPS, "1 / 0", r"AMPS_Hard.utils cannot be imported \(ZeroDivisionError: .*; install"),
+        (AMPS, "", "has no amps_hard_process_results; install the package again"),
+        (FOLLOWING, "import no_such_module_x", "needs the Python module no_such_module_x"),
+    ],
+)
+def test_a_package_that_is_installed_by_half_is_no_zero(tmp_path, livebench, module, text, message):
+    """What is wrong with it is named before anything is graded."""
+    (livebench / module).write_text(text)
+    with pytest.raises(RunError, match=message):
         graded(tmp_path, "LiveBench", LIVEBENCH)
+
+
+def test_degenerate_responses_get_through_the_children(tmp_path, livebench):
+    """Claim: 20,000 characters of any kind reach a scorer and come back as its verdict."""
+    task = get_task("LiveBench")
+    [row] = [row for row in task.load(FIXTURES) if row["livebench_task"] == "typos"]
+    texts = [kind * (20_000 // len(kind)) for kind in ("\n", ".", "(", "A ", "answer ", '"', "```")]
+    [grades] = task.grade_all([row], [texts])
+    assert not any(flag for grade in grades for flag in grade.flags if flag != "no_answer")

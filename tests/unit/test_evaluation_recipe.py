@@ -2,22 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from evaluation import recipe
+from evaluation.decoding_flags import Loading
 from evaluation.recipe import RecipeRun, describe, read_recipe, run_recipe
-from evaluation.run import write_results
-from evaluation.summary import SummaryRow
 from evaluation.tasks import get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from tests.conftest import MASK, TinyModels
+from tests.unit.test_evaluation_run import AnsweringGenerator
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
@@ -106,64 +107,48 @@ def test_a_wrong_file_is_one_line(tmp_path, tree, message):
     assert "\n" not in str(caught.value) and "r.yaml" in str(caught.value)
 
 
-class FakeEvaluation:
-    """Stands for loading and evaluating; counts both."""
+@dataclass
+class Opened:
+    """Stands for loading a model; counts it, and what was evaluated."""
 
-    is_writer = True
+    loaded: int = 0
+    thresholds: list[float] = field(default_factory=list)
 
-    def __init__(self) -> None:
-        self.loaded, self.ran = 0, []
-
-    def open(self, *_: object) -> "FakeEvaluation":
+    def open(self, *_: object) -> "CountingGenerator":
         self.loaded += 1
-        return self
+        return CountingGenerator(self)
 
-    def evaluate(
-        self, generator, tasks, decoding, responses, settings, *, enable_thinking, out, show
-    ):
-        self.ran.append((decoding.threshold, responses, enable_thinking))
-        settings = {
-            **settings,
-            **RecipeRun(
-                name="",
-                tasks=(),
-                decoding=decoding,
-                samples=responses,
-                enable_thinking=enable_thinking,
-            ).settings,
-        }
-        rows = [
-            SummaryRow(
-                task=task.name,
-                n=1,
-                accuracy=decoding.threshold,
-                stderr=None,
-                seconds=0.0,
-                tokens_per_denoising_step=None,
-                tokens_per_forward=None,
-                mean_response_tokens=None,
-                settings=settings,
-            ).as_dict()
-            for task, _ in tasks
-        ]
-        write_results(out, rows, [])
-        return rows, []
+
+class CountingGenerator(AnsweringGenerator):
+    def __init__(self, opened: Opened) -> None:
+        super().__init__()
+        self.opened = opened
+
+    def generate(self, prompts, decoding, *more):
+        self.opened.thresholds.append(decoding.threshold)
+        return super().generate(prompts, decoding, *more)
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeEvaluation:
-    fake = FakeEvaluation()
-    monkeypatch.setattr(recipe, "open_generator", fake.open)
-    monkeypatch.setattr(recipe, "evaluate", fake.evaluate)
-    return fake
+def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
+    opened = Opened()
+    monkeypatch.setattr(recipe, "open_generator", opened.open)
+    return opened
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     directory = tmp_path / "data"
     directory.mkdir()
-    row = {"question": "1 + 1 =", "answer": "2"}
-    (directory / "exact_match.jsonl").write_text(json.dumps(row) + "\n")
+    (directory / "exact_match.jsonl").write_text('{"question": "1+1=", "answer": "#2"}\n')
+    return directory
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
     return directory
 
 
@@ -172,39 +157,45 @@ def runs_of(tmp_path: Path) -> list[RecipeRun]:
     return read_recipe(write(tmp_path / "r.yaml", tree))
 
 
-def test_what_is_there_is_not_run_again(tmp_path, data, fake):
+def test_what_is_there_is_not_run_again(tmp_path, data, model, opened):
     """Claim: after a kill only the missing run is run, with the same rows in the end; when nothing
     is missing no model is loaded."""
-    from evaluation.decoding_flags import Loading
-
-    where = (Path("model"), data, tmp_path / "out", Loading())
+    where = (model, data, tmp_path / "out", Loading())
     rows = run_recipe(runs_of(tmp_path), *where)
-    assert fake.ran == [(0.9, 1, False), (0.8, 1, False)] and fake.loaded == 1
-    (tmp_path / "out" / "a-0.8" / "summary.json").unlink()
-    assert run_recipe(runs_of(tmp_path), *where) == rows
-    assert fake.ran[2:] == [(0.8, 1, False)] and fake.loaded == 2
-    assert run_recipe(runs_of(tmp_path), *where) == rows
-    assert fake.loaded == 2
+    assert opened.thresholds == [0.9, 0.8] and opened.loaded == 1
+    shutil.rmtree(tmp_path / "out" / "a-0.8")
+    again = run_recipe(runs_of(tmp_path), *where)
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
+    assert opened.thresholds[2:] == [0.8] and opened.loaded == 2
+    assert run_recipe(runs_of(tmp_path), *where) == again
+    assert opened.loaded == 2
 
 
-def test_results_of_other_settings_are_not_taken(tmp_path, data, fake):
-    from evaluation.decoding_flags import Loading
-
-    runs = runs_of(tmp_path)
-    run_recipe(runs, Path("model"), data, tmp_path / "out", Loading())
+def test_results_of_anything_else_are_not_taken(tmp_path, data, model, opened):
+    """Claim: other settings, a model that was trained further in its place, and other data are
+    refused before anything is run."""
+    runs, out = runs_of(tmp_path), tmp_path / "out"
+    run_recipe(runs, model, data, out, Loading())
     thinking = [replace(run, enable_thinking=True) for run in runs]
-    with pytest.raises(InputError, match="differs in enable_thinking; use another out"):
-        run_recipe(thinking, Path("model"), data, tmp_path / "out", Loading())
+    with pytest.raises(InputError, match="differs in enable_thinking; choose another"):
+        run_recipe(thinking, model, data, out, Loading())
     with pytest.raises(InputError, match="differs in model"):
-        run_recipe(runs, Path("other"), data, tmp_path / "out", Loading())
+        run_recipe(runs, shutil.copytree(model, tmp_path / "other"), data, out, Loading())
+    shutil.rmtree(out / "a-0.9")  # the first run is to be done again, the second one is stale
+    (model / "config.json").write_text('{"trained": "further"}')
+    with pytest.raises(InputError, match="differs in model_hash"):
+        run_recipe(runs, model, data, out, Loading())
+    (model / "config.json").write_text("{}")
+    (data / "exact_match.jsonl").write_text('{"question": "1+1=", "answer": "#3"}\n')
+    with pytest.raises(InputError, match="differs in data_hash"):
+        run_recipe(runs, model, data, out, Loading())
+    assert opened.loaded == 1
 
 
-def test_missing_data_is_found_before_the_model_is_loaded(tmp_path, fake):
-    from evaluation.decoding_flags import Loading
-
+def test_missing_data_is_found_before_the_model_is_loaded(tmp_path, opened):
     with pytest.raises(InputError, match=r"exact_match\.jsonl, which is missing"):
         run_recipe(runs_of(tmp_path), Path("model"), tmp_path, tmp_path / "out", Loading())
-    assert fake.loaded == 0
+    assert opened.loaded == 0
 
 
 def test_the_command_evaluates_a_model(models: TinyModels, data: Path, tmp_path: Path):

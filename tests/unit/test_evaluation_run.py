@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
+from evaluation.generation.predictions import Predictions
 from evaluation.generation.progress import Progress
 from evaluation.prompting import prompt_from
 from evaluation.run import evaluate, load_tasks, prompts_of
@@ -174,6 +176,48 @@ def test_a_graded_task_is_kept_when_a_later_one_is_killed(data):
         "settings.json",
         "summary.json",
     }
+
+
+def test_a_skipped_task_is_tried_again(data, monkeypatch):
+    """Claim: the same command runs it once its scorer is there, keeps what is done, and asks
+    nothing while it is missing; also where a kill left half of that."""
+    (data / "exact_match.jsonl").write_text('{"question": "1+1=", "answer": "#2"}\n')
+    tasks, out = load_tasks(["exact_match", "addition"], data, None), data / "out"
+    monkeypatch.setattr(tasks[1][0], "missing", lambda _: "install it")
+    summaries, _ = evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {}, out=out)
+    assert summaries[1]["skipped"] == "install it"
+    generator = AnsweringGenerator()
+    assert evaluate(generator, tasks, Decoding(), 1, {}, out=out) == (summaries, [])
+    assert not generator.seen
+    monkeypatch.undo()
+    with pytest.raises(Killed):
+        evaluate(DyingGenerator(), tasks, Decoding(), 1, {}, out=out)
+    assert not (out / "summary.json").exists()
+    again, predictions = evaluate(generator, tasks, Decoding(), 1, {}, out=out)
+    assert [len(samples) for _, samples in generator.seen] == [1]  # the other one was kept
+    assert again[0] == summaries[0]
+    assert [(row["task"], row["accuracy"]) for row in again[1:]] == [("addition", 1.0)]
+    assert [row["task"] for row in predictions] == ["exact_match", "addition", "addition"]
+    assert evaluate(generator, tasks, Decoding(), 1, {}, out=out) == (again, [])
+
+
+@pytest.mark.parametrize("killed_in", ["_rewrite", "publish"])
+def test_seconds_add_up_wherever_the_kill_fell(data, monkeypatch, killed_in):
+    """Claim: a kill while a graded task is written down loses none of its time."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    tasks, out = load_tasks(["addition"], data, None), data / "out"
+    now = iter(range(0, 10**6, 100))
+    clock = types.SimpleNamespace(monotonic=lambda: float(next(now)))
+    monkeypatch.setattr("evaluation.generation.task_run.time", clock)
+    monkeypatch.setattr(Predictions, killed_in, die)
+    with pytest.raises(Killed):
+        evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {}, out=out)
+    monkeypatch.undo()
+    [row], _ = evaluate(AnsweringGenerator(), tasks, Decoding(), 1, {}, out=out)
+    assert row["accuracy"] == 1.0 and row["seconds"] >= 300
 
 
 def test_other_settings_and_other_data_are_refused(data):

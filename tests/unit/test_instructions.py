@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from evaluation.grading.instructions import check_instructions, known_instructions
+from evaluation.score import score
 from evaluation.tasks import get_task
 from megatron_opdlm.errors import InputError
 
@@ -81,8 +82,33 @@ def test_a_prompt_counts_when_every_instruction_is_kept(tmp_path):
     assert task.grade(loaded, '"All of it."').correct
     half = task.grade(loaded, '"All, of it."')
     assert (half.correct, half.scores) == (False, {"loose": 0.0, "instruction": 0.5})
-    with pytest.raises(InputError, match="instruction 'no:such' is not known"):
-        task.grade({**row, "instruction_id_list": ["no:such"], "kwargs": [{}]}, "x")
+
+
+def test_an_unknown_instruction_is_found_when_the_file_is_read(tmp_path):
+    """Before a model is loaded, with its row."""
+    row = {"key": 1, "question": "Q", "instruction_id_list": ["punctuation:no_comma"]}
+    wrong = {**row, "instruction_id_list": ["no:such"]}
+    rows = [{**each, "kwargs": [{}]} for each in (row, wrong)]
+    (tmp_path / "IFEval.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        InputError, match=r"IFEval\.json: row 1: instruction 'no:such' is not known"
+    ):
+        get_task("IFEval").load(tmp_path)
+
+
+def test_the_instruction_level_figure_is_over_all_instructions(tmp_path):
+    """Claim: 1 of 1 and 1 of 3 kept are 2 of 4 instructions, not the mean of the two shares."""
+    one, three = ["punctuation:no_comma"], ["punctuation:no_comma", "startend:quotation"]
+    three.append("detectable_format:title")
+    rows = [
+        {"key": 1, "question": "Q", "instruction_id_list": ids, "kwargs": [{}] * len(ids)}
+        for ids in (one, three)
+    ]
+    (tmp_path / "IFEval.json").write_text(json.dumps(rows))
+    given = [{"index": i, "responses": ["No comma here."]} for i in range(2)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    summary = score(get_task("IFEval"), tmp_path, tmp_path / "p.jsonl", tmp_path / "out").as_dict()
+    assert (summary["accuracy"], summary["accuracy_instruction"]) == (0.5, 2 / 4)
 
 
 def test_a_stand_in_for_the_sentence_splitter_is_flagged(tmp_path):

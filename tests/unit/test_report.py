@@ -9,8 +9,9 @@ import matplotlib.image
 import pytest
 
 from evaluation import report, sweep
+from evaluation.reporting import figures
 from evaluation.reporting.published import sweeps, tables
-from evaluation.reporting.results import read_results
+from evaluation.reporting.results import Result, read_results
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from tests.unit.test_evaluation_run import AnsweringGenerator
@@ -191,6 +192,58 @@ def test_a_sweep_runs_each_point_once(swept, tmp_path: Path):
     assert "addition over the decoding: other" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(InputError, match="holds an evaluation that differs in max_new_tokens"):
         swept(*flags, "--max-new-tokens", "7")
+
+
+def test_stale_points_are_refused_and_flags_are_those_of_run(swept, tmp_path, monkeypatch):
+    """Claim: a model that was trained further, or other data, in the same place ends the sweep
+    before any point is run; numbers below 1 are refused; thinking reaches the points."""
+    monkeypatch.setattr(sweep, "write_report", lambda *_: None)
+    swept("--steps", "2", "4", "--enable-thinking")
+    [row, *_] = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert row["settings"]["enable_thinking"] is True
+    with pytest.raises(InputError, match="differs in enable_thinking"):
+        swept("--steps", "2", "4")
+    shutil.rmtree(tmp_path / "out" / "first" / "block4-static-2")
+    (tmp_path / "second" / "config.json").write_text("{}")
+    opened = "not started"
+    with pytest.raises(InputError, match=r"block4-static-2: holds an .* differs in model_hash"):
+        opened = swept("--steps", "2", "4", "--enable-thinking")
+    (tmp_path / "second" / "config.json").unlink()
+    (tmp_path / "addition.jsonl").write_text('{"question": "2+3=", "answer": "6"}\n')
+    with pytest.raises(InputError, match="differs in data_hash"):
+        opened = swept("--steps", "2", "4", "--enable-thinking")
+    assert opened == "not started"
+    assert not (tmp_path / "out" / "first" / "block4-static-2").exists()
+    with pytest.raises(InputError, match="--limit -1: a number of problems"):
+        swept("--limit", "-1")
+    with pytest.raises(InputError, match="--samples 0: responses to each problem"):
+        swept("--responses-per-prompt", "0")
+
+
+def test_a_line_of_the_threshold_figure_has_one_block_size():
+    """Claim: two block sizes are two lines; one alone has the model's name."""
+    rows = [
+        summary_row(
+            "MATH-500",
+            0.5,
+            remasking="low_confidence_dynamic",
+            threshold=threshold,
+            block_size=size,
+            model=model,
+        )
+        for size, model in ((4, "a"), (8, "a"), (4, "b"))
+        for threshold in (0.9, 0.8)
+    ]
+    results = [Result(model=row["settings"]["model"], row=row) for row in rows]
+    lines = figures._comparable(sweeps()[0], results)
+    assert {
+        name: [(r.settings["block_size"], r.settings["threshold"]) for r in group]
+        for name, group in lines.items()
+    } == {
+        "a, blocks of 4": [(4, 0.8), (4, 0.9)],
+        "a, blocks of 8": [(8, 0.8), (8, 0.9)],
+        "b": [(4, 0.8), (4, 0.9)],
+    }
 
 
 def test_two_models_of_one_name(tmp_path: Path):

@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 
 import pytest
 
+from evaluation.grading import mathematics
 from evaluation.report import decoding_label, read_summary, table
-from evaluation.score import score
+from evaluation.score import score, tell_scorer_errors
 from evaluation.summary import Counts, summarize
 from evaluation.tasks import Grade, get_task
 from megatron_opdlm.errors import InputError
@@ -67,6 +69,51 @@ def test_what_was_not_counted_is_none_not_zero():
     ar = Counts(responses=1, response_tokens=9, passes=0, forwards=9)
     row = summarize("t", [[RIGHT]], ar, seconds=0.0, settings={})
     assert (row.tokens_per_denoising_step, row.tokens_per_forward) == (None, 1.0)
+
+
+def test_a_scorer_that_fails_costs_its_response_only(tmp_path, data, monkeypatch, capsys):
+    """Claim: whatever is raised, the response is flagged, counted, said and wrong, and all others
+    are graded; a bad data row still ends it."""
+    addition = get_task("addition")
+    real = addition.grade
+
+    def grade(row, response):
+        if response == "crash":
+            raise RecursionError("too deep")
+        return real(row, response)
+
+    monkeypatch.setattr(addition, "grade", grade)
+    rows = [{"index": i, "responses": [f"#{i + 1}", "crash", "#0"]} for i in (0, 2, 3)]
+    summary = score(addition, data, predictions_file(tmp_path, rows), tmp_path / "out").as_dict()
+    assert (summary["n"], summary["accuracy"], summary["scorer_errors"]) == (3, 1 / 3, 3)
+    for line in (tmp_path / "out/graded.jsonl").open():
+        graded = json.loads(line)
+        assert graded["correct"] == [True, False, False]
+        assert graded["flags"] == [[], ["scorer_error: RecursionError"], []]
+    tell_scorer_errors(summary)
+    assert "addition: the scorer failed on 3 responses" in capsys.readouterr().out
+
+    def refuse(row, response):
+        raise InputError("a bad row")
+
+    monkeypatch.setattr(addition, "grade", refuse)
+    with pytest.raises(InputError, match="a bad row"):
+        score(addition, data, predictions_file(tmp_path, rows), tmp_path / "other")
+
+
+def test_many_mathematical_answers_are_graded_over_the_cores(monkeypatch):
+    """Claim: children say what this process says, each response to its own problem."""
+    rows = [{"ground_truth_answer": str(i)} for i in range(3)]
+    responses = [[rf"\boxed{{{i}}}", "9 apples"] for i in range(3)]
+    task = get_task("GSM8K")
+    here = task.grade_all(rows, responses)
+    asked = []
+    real = mathematics.score_all
+    monkeypatch.setattr(mathematics, "score_all", lambda *a: asked.append(a[1]) or real(*a))
+    monkeypatch.setattr(mathematics, "IN_SERIES", 5)
+    assert task.grade_all(rows, responses) == here
+    assert asked == [min(os.cpu_count() or 1, 2)]
+    assert [grade.correct for row in here for grade in row] == [True, False] * 3
 
 
 def test_missing_rows_are_left_out_and_control_tokens_never_reach_the_grader(tmp_path, data):
