@@ -258,7 +258,12 @@ def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:
         teacher_top_p=config.teacher.top_p,
     )
     chunk_rows = loss.chunk_rows or select_hardware().projection_rows
-    return Objective(divergence=divergence, chunk_rows=chunk_rows, teacher=teacher)
+    return Objective(
+        divergence=divergence,
+        chunk_rows=chunk_rows,
+        teacher=teacher,
+        keep_top_k=config.teacher.targets == "top_k",
+    )
 
 
 def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -> Checkpoints:

@@ -56,6 +56,9 @@ class TeacherConfig:
     calibration_prompts: int = 64
     temperature: float = 1.0  # divides the teacher's logits: above 1 a flatter target
     top_p: float = 1.0  # below 1: the target is the nucleus of this probability, renormalised
+    # What is kept of its answer at a position: its final hidden state, or the loss.top_k largest
+    # entries of its distribution (docs/teacher.md)
+    targets: Literal["hidden", "top_k"] = "hidden"
     offload_targets: bool = False  # keep them in host memory between the phases
     offload_weights: bool = False  # the layers wait in host memory while the teacher is not asked
 

@@ -100,17 +100,22 @@ def terms(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Terms:
 
 
 def compare(
-    divergence: Divergence, log_p: Tensor, log_q: Tensor, reduction: WholeVocabulary
+    divergence: Divergence,
+    log_p: Tensor,
+    log_q: Tensor,
+    reduction: WholeVocabulary,
+    log_rest: Tensor | None = None,
 ) -> Terms:
     """Value [M, 1] over all shards and slopes [M, columns]. Overwrites both log-probabilities;
-    ``log_q`` ends as that of the distribution the slopes belong to.
+    ``log_q`` ends as that of the distribution the slopes belong to. ``log_rest`` [M, 1]: what the
+    teacher's entries beyond the top k weigh, where ``log_p`` does not hold them.
     """
     if not divergence.top_k:
         value, slope = terms(divergence, log_p, log_q)
         return Terms(reduction.sum(value.sum(-1, keepdim=True)), slope)
     rest = ~top_k(log_p, divergence.top_k, reduction)
     if divergence.top_k_tail == "bucket":
-        return _compare_with_bucket(divergence, log_p, log_q, rest, reduction)
+        return _compare_with_bucket(divergence, log_p, log_q, rest, log_rest, reduction)
     if divergence.top_k_tail == "renormalise":
         for log_x in (log_p, log_q):
             log_x.sub_(log_sum(log_x, rest, reduction)).masked_fill_(rest, FLOOR)
@@ -123,11 +128,13 @@ def _compare_with_bucket(
     log_p: Tensor,
     log_q: Tensor,
     rest: Tensor,
+    log_rest: Tensor | None,
     reduction: WholeVocabulary,
 ) -> Terms:
     """The kept entries and one event t for the rest: dL/dlog q_v = g_t q_v / q_t outside them."""
     kept = ~rest
-    log_p_t, log_q_t = (log_sum(x, kept, reduction) for x in (log_p, log_q))
+    log_p_t = log_sum(log_p, kept, reduction) if log_rest is None else log_rest.clone()
+    log_q_t = log_sum(log_q, kept, reduction)
     bucket = terms(divergence, log_p_t, log_q_t)  # the same on every shard
     value, slope = (x.masked_fill_(rest, 0) for x in terms(divergence, log_p, log_q))
     share = (log_q - log_q_t).exp_().masked_fill_(kept, 0)
@@ -251,6 +258,22 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
+def student_loss(
+    student_MH: Tensor,
+    student_weight: Tensor,
+    row_weight_M: Tensor,
+    compare_rows: Compare,
+    columns: int,
+    reduction: WholeVocabulary,
+    chunk_rows: int,
+) -> Loss:
+    """Weighted sum of what ``compare_rows`` finds, differentiable in the student's arguments, which
+    are those of ``distillation_loss``.
+    """
+    arguments = row_weight_M, compare_rows, columns, reduction, chunk_rows
+    return Loss(*_ChunkedLoss.apply(student_MH, student_weight, *arguments))
+
+
 def distillation_loss(
     student_MH: Tensor,
     student_weight: Tensor,
@@ -279,10 +302,8 @@ def distillation_loss(
         log_p, finite = target(divergence, logits, reduction)
         return compare(divergence, log_p, log_q, reduction), finite
 
-    return Loss(
-        *_ChunkedLoss.apply(
-            student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
-        )
+    return student_loss(
+        student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
     )
 
 
@@ -302,8 +323,6 @@ def likelihood_loss(
         no_teacher = torch.ones(len(log_q), dtype=torch.bool, device=log_q.device)
         return negative_log_likelihood(log_q, label_M[rows], reduction), no_teacher
 
-    return Loss(
-        *_ChunkedLoss.apply(
-            student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
-        )
+    return student_loss(
+        student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
     )

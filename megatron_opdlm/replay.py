@@ -90,9 +90,9 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
         quantize_fp8(teacher, sequences, packing)
     step = pack_step([my_share(states, student_source, teacher_source, packing)], packing)
     (batches,) = step.updates
-    report = measure(
-        student, batches, score(teacher, step.finished), build.build_objective(config, teacher)
-    )
+    objective = build.build_objective(config, teacher)
+    targets = score(teacher, step.finished, keep=objective.keep)
+    report = measure(student, batches, targets, objective)
     order = [state.sample for batch in batches for state in batch.states]
     pairs = list(zip(order, report.sequence_loss, strict=True))
     by_sample = dict(parallel.gather_objects_over_data_parallel(pairs))

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_opdlm import parallel
 from megatron_opdlm.build import ModelSource, kernels_of, low_rank_of
@@ -34,7 +33,7 @@ from megatron_opdlm.rollout import Rollout, generate
 from megatron_opdlm.states import State
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.supervision import preemption, watchdog
-from megatron_opdlm.teacher import score
+from megatron_opdlm.teacher import Targets, score
 from megatron_opdlm.update import Objective, Student, UpdateReport
 
 
@@ -128,13 +127,18 @@ class Session:
             packing,
         )
 
-    def ask_teacher(self, batches: StepBatches) -> Tensor | None:
+    def ask_teacher(self, batches: StepBatches) -> Targets | None:
         """The step's targets; None where the loss needs no teacher."""
         if self.teacher is None:
             return None
         options = self.config.teacher
         with layers_here(self.teacher, self.hardware.device, on=self.teacher_waits):
-            return score(self.teacher, batches.finished, offload=options.offload_targets)
+            return score(
+                self.teacher,
+                batches.finished,
+                offload=options.offload_targets,
+                keep=self.objective.keep,
+            )
 
     @property
     def teacher_waits(self) -> bool:
@@ -235,6 +239,7 @@ class Session:
             sequence_parallel=config.model.sequence_parallel,
             low_rank=low_rank_of(config),
             attention=(student.attention, teacher.attention),
+            top_k_targets=config.teacher.targets == "top_k",
         )
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_generators(total))

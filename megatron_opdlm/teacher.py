@@ -6,7 +6,7 @@ its final hidden state [H] instead of logits [V]. A phase of its own, once per r
 sequence is asked about once, and all its states and inner epochs use the answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,44 +18,66 @@ from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import FinishedBatch
 from megatron_opdlm.parallel import Sending
 from megatron_opdlm.supervision import activity
+from megatron_opdlm.top_k_targets import TopK
+
+# As hidden states [K, H], or as the largest entries of the distributions.
+Targets = Tensor | TopK
+Keep = Callable[[Tensor], Targets]
 
 
 @torch.inference_mode()
 def score(
-    teacher: Qwen3, batches: Sequence[FinishedBatch], *, offload: bool = False
-) -> Tensor | None:
+    teacher: Qwen3,
+    batches: Sequence[FinishedBatch],
+    *,
+    offload: bool = False,
+    keep: Keep | None = None,
+) -> Targets | None:
     """Wanted targets of all batches, one after the other: hidden states [K, H] on the last pipeline
-    stage, None on the others. ``offload`` keeps them in host memory.
+    stage, or what ``keep`` makes of a batch's; None on the other stages. ``offload`` keeps them in
+    host memory.
 
     Stages work on different batches at the same time: each receives, computes and sends in turn. A
     student that stands in for its base is asked without its low-rank terms.
     """
     with base_only(teacher):
-        return _score_all(teacher, batches, offload)
+        return _score_all(teacher, batches, offload, keep or (lambda hidden: hidden))
 
 
-def _score_all(teacher: Qwen3, batches: Sequence[FinishedBatch], offload: bool) -> Tensor | None:
-    targets: Tensor | None = None
+def _score_all(
+    teacher: Qwen3, batches: Sequence[FinishedBatch], offload: bool, keep: Keep
+) -> Targets | None:
+    stored: list[Tensor] = []
     first, sending = 0, []
+    answer: Targets | None = None
     for batch in batches:
         activity.advance()
         output = _score(teacher, batch)
         if isinstance(output, Sending):
             sending.append(output)
             continue
-        if targets is None:  # filled piece by piece: no second copy of all of them
+        answer = keep(output)
+        parts = answer if isinstance(answer, TopK) else (answer,)
+        if not stored:  # filled piece by piece: no second copy of all of them
             rows = sum(len(one.wanted) for one in batches)
-            device = "cpu" if offload else output.device
-            targets = torch.empty((rows, output.shape[1]), dtype=output.dtype, device=device)
-        targets[first : first + len(output)] = output
+            stored = [
+                x.new_empty((rows, *x.shape[1:]), device="cpu" if offload else x.device)
+                for x in parts
+            ]
+        for target, part in zip(stored, parts, strict=True):
+            target[first : first + len(part)] = part
         first += len(output)
     for output in sending:
         output.wait()
-    return targets
+    if answer is None:
+        return None
+    return TopK(*stored) if isinstance(answer, TopK) else stored[0]
 
 
-def rows_of(targets: Tensor, index_M: Tensor) -> Tensor:
-    """Rows [M, H] of the step's targets, on the device of the index."""
+def rows_of(targets: Targets, index_M: Tensor) -> Targets:
+    """M rows of the step's targets, on the device of the index."""
+    if isinstance(targets, TopK):
+        return targets.select(index_M)
     return targets.index_select(0, index_M.to(targets.device)).to(index_M.device)
 
 

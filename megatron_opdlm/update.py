@@ -24,6 +24,7 @@ from megatron_opdlm.divergence import (
     STUDENT_FAULT,
     TEACHER_FAULT,
     Divergence,
+    Loss,
     distillation_loss,
     likelihood_loss,
 )
@@ -32,7 +33,8 @@ from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import PackedBatch
 from megatron_opdlm.states import State
-from megatron_opdlm.teacher import rows_of
+from megatron_opdlm.teacher import Targets, rows_of
+from megatron_opdlm.top_k_targets import TopK, keep_top_k, top_k_loss
 
 
 class NonFiniteError(RunError):
@@ -60,7 +62,19 @@ class Objective:
 
     divergence: Divergence  # kind "nll" needs no teacher
     chunk_rows: int
-    teacher: Qwen3 | None  # its output projection turns targets into distributions
+    teacher: Qwen3 | None  # its output projection turns hidden states into distributions
+    keep_top_k: bool = False  # the form of the targets: the largest entries of the distributions
+
+    def keep(self, hidden: Tensor) -> Targets:
+        """What a phase of the teacher stores of a batch's hidden states [K, H]."""
+        if not self.keep_top_k:
+            return hidden
+        assert self.teacher is not None
+        weight = self.teacher.head_weight.detach()
+        rows = self.chunk_rows
+        return keep_top_k(
+            hidden, weight, self.divergence, **_own_columns(self.teacher), chunk_rows=rows
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +92,13 @@ class UpdateReport:
 def update(
     student: Student,
     batches: Sequence[PackedBatch],
-    targets: Tensor | None,
+    targets: Targets | None,
     objective: Objective,
     lr: float,
 ) -> UpdateReport:
     """Forward, backward and one optimizer step over this replica's microbatches.
 
-    ``targets`` [K, H] are the teacher's of the whole step, on the last stage; None elsewhere. The
+    ``targets`` are the teacher's of the whole step, on the last stage; None elsewhere. The
     loss is the mean over all sequences of the update, on all replicas. Raises NonFiniteError,
     before anything is changed, when a sequence's loss or the gradient is not finite.
     """
@@ -98,7 +112,7 @@ def update(
 def measure(
     student: Student,
     batches: Sequence[PackedBatch],
-    targets: Tensor | None,
+    targets: Targets | None,
     objective: Objective,
 ) -> UpdateReport:
     """Losses, and gradients left in the buffers, without changing a weight."""
@@ -125,7 +139,7 @@ def measure(
 def _accumulate_gradients(
     student: Student,
     batches: Sequence[PackedBatch],
-    targets: Tensor | None,
+    targets: Targets | None,
     objective: Objective,
 ) -> list[Tensor]:
     """Run Megatron's schedule; returns each microbatch's position values and faults [2, M] (on the
@@ -153,7 +167,7 @@ def _forward_step(
     model: torch.nn.Module,
     *,
     student: Student,
-    targets: Tensor | None,
+    targets: Targets | None,
     objective: Objective,
 ) -> tuple[Tensor, Any]:
     activity.advance()
@@ -172,7 +186,7 @@ def _loss(
     output: Tensor,
     *,
     batch: PackedBatch,
-    targets: Tensor | None,
+    targets: Targets | None,
     student: Student,
     objective: Objective,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -185,29 +199,42 @@ def _loss(
         output, batch.student_read, sequence_parallel=model.config.sequence_parallel
     )
     hidden = hidden.to(model.head_weight.dtype)  # Megatron's 16-bit wrapper returns float32
-    shard = model.shard
-    common: dict[str, Any] = {
-        "columns": max(0, min(shard.columns, shard.vocab_size - shard.start)),
-        "reduction": shard,
-        "chunk_rows": objective.chunk_rows,
-    }
+    common: dict[str, Any] = {**_own_columns(model), "chunk_rows": objective.chunk_rows}
     if objective.divergence.kind == "nll":
         loss = likelihood_loss(hidden, model.head_weight, batch.labels, batch.row_weight, **common)
     else:
-        assert objective.teacher is not None and targets is not None
-        weight = objective.teacher.head_weight.detach()
-        loss = distillation_loss(
-            hidden,
-            model.head_weight,
-            rows_of(targets, batch.target),
-            weight,
-            batch.row_weight,
-            objective.divergence,
-            **common,
-        )
+        assert targets is not None
+        loss = _distance(hidden, targets, batch, model, objective, common)
     counted = len(batch.states) if parallel.context_rank() == 0 else 0
     sequences = torch.tensor(counted, dtype=torch.int, device=output.device)
     return loss.total, sequences, {"positions": torch.stack([loss.value_M, loss.fault_M]).double()}
+
+
+def _distance(
+    hidden: Tensor,
+    targets: Targets,
+    batch: PackedBatch,
+    model: Qwen3,
+    objective: Objective,
+    common: dict[str, Any],
+) -> Loss:
+    """The divergence from the teacher at a microbatch's positions, from either form of targets."""
+    rows, row_weight = rows_of(targets, batch.target), batch.row_weight
+    divergence = objective.divergence
+    if isinstance(rows, TopK):
+        return top_k_loss(hidden, model.head_weight, rows, row_weight, divergence, **common)
+    assert objective.teacher is not None
+    weight = objective.teacher.head_weight.detach()
+    return distillation_loss(
+        hidden, model.head_weight, rows, weight, row_weight, divergence, **common
+    )
+
+
+def _own_columns(model: Qwen3) -> dict[str, Any]:
+    """This rank's columns of the vocabulary that are tokens, and the reductions over all shards."""
+    shard = model.shard
+    columns = max(0, min(shard.columns, shard.vocab_size - shard.start))
+    return {"columns": columns, "reduction": shard}
 
 
 def _over_pipeline(batches: Sequence[PackedBatch], losses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -184,12 +184,18 @@ def _check_loss(values: Values) -> None:
             ("teacher.temperature", 1),
             ("teacher.top_p", 1),
             ("teacher.quantization", "none"),
+            ("teacher.targets", "hidden"),
         ):
             if values[key] != plain:
                 raise InputError(
                     f"{key}={values[key]} has no effect with loss.kind=nll, which asks no teacher; "
                     f"use {key}={plain}"
                 )
+    if values["teacher.targets"] == "top_k" and values["loss.top_k"] == 0:
+        raise InputError(
+            "teacher.targets=top_k keeps loss.top_k entries of a distribution and loss.top_k=0 is "
+            "the full vocabulary; set loss.top_k, or use teacher.targets=hidden"
+        )
     if values["loss.top_k_tail"] != "drop" and values["loss.top_k"] == 0:
         raise InputError(
             f"loss.top_k_tail={values['loss.top_k_tail']} has no effect with loss.top_k=0 (the "

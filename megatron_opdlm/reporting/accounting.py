@@ -55,7 +55,7 @@ def low_rank_flops(shape: Qwen3Shape, low_rank: LowRank, tokens: int) -> float:
 def teacher_flops(
     shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool, attention: str = "dense"
 ) -> float:
-    """Operations of the teacher's forward; its targets are projected at each use of them."""
+    """Operations of the teacher's forward without its output layer."""
     rows = len(batch.read)
     pairs = packed_row_pairs(attention, batch.lengths) / batch.split.ranks
     return _layers_flops(shape, batch.tokens, pairs, rows, sequence_parallel)
@@ -88,9 +88,11 @@ def step_flops(
     sequence_parallel: bool,
     low_rank: LowRank | None,
     attention: tuple[str, str],
+    top_k_targets: bool,
 ) -> float:
     """Operations of a step's teacher phase and of its updates, each made ``uses`` times, on this
-    rank's replica. ``teacher`` None: the loss asks none. ``attention``: kernels of both.
+    rank's replica. ``teacher`` None: the loss asks none. ``attention``: kernels of both. Hidden
+    states are projected at each use of them, ``top_k_targets`` once, when they are made.
     """
     flops = 0.0
     for batch in (batch for microbatches in batches.updates for batch in microbatches):
@@ -102,7 +104,7 @@ def step_flops(
             low_rank=low_rank,
             attention=attention[0],
         )
-        if teacher:
+        if teacher and not top_k_targets:
             flops += uses * projection_flops(teacher, len(batch.labels))
     if teacher:
         flops += sum(
@@ -111,6 +113,9 @@ def step_flops(
             )
             for batch in batches.finished
         )
+        if top_k_targets:
+            wanted = sum(len(batch.wanted) for batch in batches.finished)
+            flops += projection_flops(teacher, wanted)
     return flops
 
 

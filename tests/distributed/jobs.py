@@ -432,6 +432,7 @@ def teacher_targets(overrides: list[str], rows: Rows) -> list[tuple[int, np.ndar
     found = []
     for batch in step.updates[0]:
         hidden = rows_of(targets, batch.target)
+        assert isinstance(hidden, torch.Tensor)
         log_p = torch.from_numpy(whole_logits(teacher, hidden)).log_softmax(-1)
         found += [
             (state.sample, log_p[batch.sequence == i].numpy())

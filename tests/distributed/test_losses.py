@@ -5,6 +5,7 @@ and on layouts; and weights that are not finite, which must end the job.
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,15 +79,17 @@ def recorded(models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Re
 def test_every_loss(recorded: Recorded, ranks: WorkerGroups, name: str, tied: bool):
     """Claim: loss, gradient norm and every parameter's gradient are those of transformers and the
     dense formula, on one rank and with the vocabulary split; with tied weights also where the
-    layers are split, so that two stages hold the same weight."""
+    layers are split, so that two stages hold the same weight. Top-k losses in both forms of the
+    teacher's targets."""
     case = make_case(name, tied=tied)
     expected = recorded.expected(case)
     keys = [*recorded.overrides(case), "update.tokens_per_microbatch=110", "loss.chunk_rows=5"]
     arguments: dict[str, Any] = {"trajectories": recorded.file(case)}
-    found = [jobs.replay_with_gradients(keys, **arguments)]
-    for layout in ("tp2", "pp2") if tied else ("tp2",):
+    forms: list[list[str]] = [[], ["teacher.targets=top_k"]] if "top_k" in name else [[]]
+    found = [jobs.replay_with_gradients([*keys, *form], **arguments) for form in forms]
+    for layout, form in product(("tp2", "pp2") if tied else ("tp2",), forms):
         number, split = LAYOUTS[layout]
-        more = overrides(split)
+        more = [*overrides(split), *form]
         found += ranks(number).run(
             jobs.replay_with_gradients, overrides=[*keys, *more], **arguments
         )[:1]

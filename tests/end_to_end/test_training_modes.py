@@ -79,6 +79,22 @@ def test_the_loop_runs(models: TinyModels, prompts: Path, tmp_path: Path, mode: 
         assert rows[-1][f"cumulative_{key}"] == total
 
 
+def test_the_form_of_the_targets_changes_nothing_but_the_work(
+    models: TinyModels, prompts: Path, tmp_path: Path
+):
+    """Claim: kept entries in place of hidden states train the same student, over states and inner
+    epochs that share them; the teacher's output layer is counted once instead of once a use."""
+    keys = "loss.top_k=5", "loss.top_k_tail=bucket", "states.mode=all", "train.inner_epochs=2"
+    more = "optimizer.warmup_steps=0", "teacher.offload_targets=true"
+    hidden = train(models, prompts, tmp_path / "hidden", *keys, *more)
+    kept = train(models, prompts, tmp_path / "kept", *keys, *more, "teacher.targets=top_k")
+    for one, other in zip(hidden, kept, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-4)
+        assert other["rollout_tokens"] == one["rollout_tokens"]
+        assert other["cumulative_flops"] < one["cumulative_flops"]
+
+
 def test_a_finished_training_is_a_model(models: TinyModels, prompts: Path, tmp_path: Path):
     """Claim: a training checkpoint can be the model of the next run; training moved it, and the
     first update at rate 0 did not."""
