@@ -69,7 +69,11 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     student_source, teacher_source = build.open_pair(config)
     shape = student_source.shape
     rows = read_states(trajectories, shape.vocab_size, shape.max_positions)
-    hardware = parallel.init(build.model_layout(config), seed=config.train.seed)
+    hardware = parallel.init(
+        build.model_layout(config),
+        seed=config.train.seed,
+        timeout_seconds=config.distributed.timeout_seconds,
+    )
     student = build.build_student(student_source, config, hardware)
     teacher = build.choose_teacher(student, student_source, teacher_source, config, hardware)
     states = [
