@@ -5,21 +5,27 @@
 Without --tasks, all of the paper's. Files that are there already are left as they are. The
 published files come from the paper's repositories on the Hugging Face Hub; Codeforces is prepared
 from open-r1/codeforces. IFEval also gets NLTK's sentence data (DIR/nltk_data), HumanEval and MBPP
-get EvalPlus' tests (EvalPlus' own cache). Needs a network; grading never does.
+get EvalPlus' tests (DIR/HumanEvalPlus.jsonl.gz, DIR/MbppPlus.jsonl.gz). DIR is all that grading
+needs: copy it to where there is no network.
 """
 
+import gzip
 import shutil
+import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from evaluation.codeforces_data import codeforces_rows
+from evaluation.grading.code_evalplus import HUMANEVAL, MBPP, Source, cached, files_in
 from evaluation.jsonl import read_rows, write_json
 from evaluation.tasks import PAPER_TASKS, Task, get_task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 Result = TypeVar("Result")
 
+_SILENCE_SECONDS = 60.0  # of a server, until it counts as out of reach
 EVALUATION_DATA = "divelab/opdlm_eval_data"
 TRAINING_DATA = "divelab/opdlm_train_data"
 
@@ -60,10 +66,10 @@ def _fetch_file(repository: str, path: Path) -> None:
     """Through the Hub's cache, then copied under a temporary name: never half a file."""
     from huggingface_hub import hf_hub_download
 
-    cached = hf_hub_download(repository, path.name, repo_type="dataset")
-    partial = path.with_name(path.name + ".tmp")
-    shutil.copyfile(cached, partial)
-    partial.replace(path)
+    stored = hf_hub_download(repository, path.name, repo_type="dataset")
+    unfinished = path.with_name(path.name + ".tmp")
+    shutil.copyfile(stored, unfinished)
+    unfinished.replace(path)
 
 
 def _fetch_sentence_data(data: Path) -> None:
@@ -74,22 +80,29 @@ def _fetch_sentence_data(data: Path) -> None:
         nltk.download("punkt_tab", download_dir=str(directory), quiet=True, raise_on_error=True)
 
 
-def _fetch_humaneval_tests(_data: Path) -> None:
-    from evalplus.data import get_human_eval_plus
+def _fetch_evalplus_tests(source: Source, data: Path) -> None:
+    """The release's file, under a temporary name until it is whole; EvalPlus' cache serves, too."""
+    if any(path.is_file() for path in files_in(source, data)):
+        return
+    if cached(source).is_file():
+        _keep(cached(source).read_bytes(), data / f"{source.stem}.jsonl")
+        return
+    with urllib.request.urlopen(source.url, timeout=_SILENCE_SECONDS) as answer:
+        packed = answer.read()
+    gzip.decompress(packed)  # raises where it is cut off or something else
+    _keep(packed, data / f"{source.stem}.jsonl.gz")
 
-    get_human_eval_plus()
 
-
-def _fetch_mbpp_tests(_data: Path) -> None:
-    from evalplus.data import get_mbpp_plus
-
-    get_mbpp_plus()
+def _keep(content: bytes, path: Path) -> None:
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
 
 
 _EXTRAS: dict[str, Callable[[Path], None]] = {
     "IFEval": _fetch_sentence_data,
-    "HumanEval": _fetch_humaneval_tests,
-    "MBPP": _fetch_mbpp_tests,
+    "HumanEval": partial(_fetch_evalplus_tests, HUMANEVAL),
+    "MBPP": partial(_fetch_evalplus_tests, MBPP),
 }
 
 

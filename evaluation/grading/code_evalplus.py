@@ -10,19 +10,34 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from evaluation.grading.code_run import FunctionCall, Verdict, failed, run_calls
+from evaluation.grading.code_run import LOST, FunctionCall, Verdict, failed, run_calls
 from evaluation.jail.values import decode, encode
-from evaluation.sandbox import Jail, Sandbox
+from evaluation.sandbox import Jail, Sandbox, package_directories
 from megatron_opdlm.errors import InputError
 
 MINIMUM_SECONDS, TIMES_CANONICAL = 1.0, 4.0  # CPU time of a test
 _SANITIZER = Path(__file__).with_name("code_sanitizer.py")
-_ALL_TESTS_SECONDS = 60.0
+# Before it in a jail: EvalPlus' extraction imports its data sets, and with them `datasets`, which
+# takes longer than most extractions, for functions that it does not call.
+_WITHOUT_DATA = """
+import sys, types
+class Unused(types.ModuleType):
+    def __getattr__(self, name): return None
+sys.modules["evalplus.data"] = Unused("evalplus.data")
+"""
+# What extraction and oracles import, by the names of the modules.
+_MODULES = (
+    *("evalplus", "tree_sitter", "tree_sitter_python", "tqdm", "termcolor"),
+    *("datasets", "tempdir", "wget", "appdirs"),
+)
+_ALL_TESTS_SECONDS, _SLACK_SECONDS = 60.0, 1.0  # EvalPlus': of CPU time here
 _SANITIZE_SECONDS, _IMPORT_SECONDS = 30.0, 300.0
 _CANONICAL_SECONDS = 60.0
 _TEXTS_PER_JAIL = 32  # at least: loading EvalPlus takes longer than the extraction
@@ -30,43 +45,75 @@ _TEXTS_PER_JAIL = 32  # at least: loading EvalPlus takes longer than the extract
 Problem = dict[str, Any]
 
 
-def sanitize(sandbox: Sandbox, texts: list[tuple[str, str]]) -> list[str]:
-    """EvalPlus' extraction of ``(response, entry point)``; empty where it fails.
+def lacks() -> str | None:
+    """Which of EvalPlus' modules this environment lacks, with the remedy; None: it has them.
+
+    Looked for where programs of the sandbox look, too: extraction runs there.
+    """
+    absent = _absent(tuple(package_directories()))
+    if not absent:
+        return None
+    return (
+        f"its scorer is the package evalplus, not installed here with all it needs (without: "
+        f"{', '.join(absent)}); run launch/setup.sh"
+    )
+
+
+@cache
+def _absent(places: tuple[str, ...]) -> list[str]:
+    return [name for name in _MODULES if PathFinder.find_spec(name, places) is None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """A program out of a response; ``problem``: why there is none although nobody looked to the
+    end: ``sandbox_lost``, ``extraction_timeout`` or ``extraction_failed`` (its process died).
+    """
+
+    program: str = ""
+    problem: str | None = None
+
+
+def sanitize(sandbox: Sandbox, texts: list[tuple[str, str]]) -> list[Extraction]:
+    """EvalPlus' extraction of ``(response, entry point)``; without a program where it fails.
 
     It parses untrusted text with C code and may take long, so it runs in jails, too.
     """
     size = max(-(-len(texts) // sandbox.workers), _TEXTS_PER_JAIL)
     parts = [texts[start : start + size] for start in range(0, len(texts), size)]
-    return [
-        program for part in sandbox.map(lambda p: _sanitize(sandbox, p), parts) for program in part
-    ]
+    return [found for part in sandbox.map(lambda p: _sanitize(sandbox, p), parts) for found in part]
 
 
-def _sanitize(sandbox: Sandbox, texts: list[tuple[str, str]]) -> list[str]:
-    done: list[str] = []
+def _sanitize(sandbox: Sandbox, texts: list[tuple[str, str]]) -> list[Extraction]:
+    done: list[Extraction] = []
     while len(done) < len(texts):  # a new jail after each text that breaks one
         left = texts[len(done) :]
-        done += sandbox.run(lambda jail, left=left: _sanitize_in(jail, left), [""])
+        lost = [Extraction(problem=LOST.status)]
+        done += sandbox.run(lambda jail, left=left: _sanitize_in(jail, left), lost)
     return done
 
 
-def _sanitize_in(jail: Jail, texts: list[tuple[str, str]]) -> list[str]:
+def _sanitize_in(jail: Jail, texts: list[tuple[str, str]]) -> list[Extraction]:
     """Those up to and with the first that breaks the process."""
-    jail.load(_SANITIZER.read_text(encoding="utf-8"))
+    jail.load(_WITHOUT_DATA + _SANITIZER.read_text(encoding="utf-8"))
     started = jail.start(cpu=_IMPORT_SECONDS)
     if not started.ok:
         raise InputError(
             f"EvalPlus cannot be loaded ({started.status} {started.detail}); install it with "
             "pip install 'megatron-opdlm[evaluation]'"
         )
-    programs: list[str] = []
+    found: list[Extraction] = []
     for text, entry_point in texts:
         outcome = jail.call("sanitized", encode([text, entry_point]), cpu=_SANITIZE_SECONDS)
-        value = decode(outcome.value) if outcome.ok else ""
-        programs.append(value if isinstance(value, str) else "")
-        if not outcome.ok and outcome.status != "exception":
-            break
-    return programs
+        if not outcome.ok:
+            late = outcome.status in ("cpu_time", "wall_time")
+            found.append(Extraction(problem=f"extraction_{'timeout' if late else 'failed'}"))
+            if outcome.status != "exception":
+                break
+            continue
+        value = decode(outcome.value)
+        found.append(Extraction(program=value if isinstance(value, str) else ""))
+    return found
 
 
 # The problems.
@@ -82,12 +129,13 @@ class Source:
     variable: str  # of the environment, names another file
 
     @property
+    def url(self) -> str:
+        releases = f"https://github.com/evalplus/{self.stem.lower()}_release/releases"
+        return f"{releases}/download/{self.version}/{self.stem}.jsonl.gz"
+
+    @property
     def remedy(self) -> str:
-        url = f"https://github.com/evalplus/{self.stem.lower()}_release/releases"
-        return (
-            f"put {self.stem}.jsonl.gz ({self.version}, {url}) into the data directory or name it "
-            f"in {self.variable}"
-        )
+        return f"put {self.url} into the data directory or name it in {self.variable}"
 
 
 HUMANEVAL = Source(
@@ -100,19 +148,27 @@ MBPP = Source(dataset="mbpp", stem="MbppPlus", version="v0.2.0", variable="MBPP_
 
 
 def find_problems(source: Source, data_dir: Path) -> dict[str, Problem]:
-    """EvalPlus' problems by id, from the data directory, the file that its variable names, or its
-    cache; empty where none is there. Nothing is downloaded. InputError: the file is damaged.
+    """EvalPlus' problems by id: from the file that its variable names, else from the data
+    directory, else from its cache; empty where none is there. Nothing is downloaded.
+    InputError: the file is damaged.
     """
-    stems = (source.stem, f"{source.stem}-{source.version}")
-    places = [data_dir / f"{stem}{end}" for stem in stems for end in (".jsonl", ".jsonl.gz")]
-    if os.environ.get(source.variable):
-        places.insert(0, Path(os.environ[source.variable]))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    places.append(cache / "evalplus" / f"{stems[1]}.jsonl")
-    for place in places:
+    named = [Path(os.environ[source.variable])] if os.environ.get(source.variable) else []
+    for place in (*named, *files_in(source, data_dir), cached(source)):
         if place.is_file():
             return _read(source, place)
     return {}
+
+
+def files_in(source: Source, directory: Path) -> list[Path]:
+    """Where a directory may hold the problems."""
+    stems = (source.stem, f"{source.stem}-{source.version}")
+    return [directory / f"{stem}{end}" for stem in stems for end in (".jsonl", ".jsonl.gz")]
+
+
+def cached(source: Source) -> Path:
+    """Where EvalPlus itself keeps them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "evalplus" / f"{source.stem}-{source.version}.jsonl"
 
 
 def _read(source: Source, path: Path) -> dict[str, Problem]:
@@ -133,8 +189,11 @@ def is_problem(row: Problem) -> bool:
 
 
 def prepared(source: Source, problem: Problem) -> Problem:
-    """A problem whose inputs have the types that JSON lost (MBPP's tuples and sets)."""
-    if source.dataset != "mbpp":
+    """A problem whose inputs have the types that JSON lost (MBPP's tuples and sets).
+
+    Unchanged where EvalPlus is not installed: then nothing is graded (``lacks``).
+    """
+    if source.dataset != "mbpp" or lacks():
         return problem
     from evalplus.data.mbpp import mbpp_deserialize_inputs  # imports `datasets`: seconds
 
@@ -150,6 +209,10 @@ def prepared(source: Source, problem: Problem) -> Problem:
 # The oracle.
 
 
+class CanonicalFails(Exception):
+    """A problem's own solution does not run on its own inputs: nothing can be graded by it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expected:
     """What the canonical solution makes of the inputs of one kind."""
@@ -159,7 +222,7 @@ class Expected:
 
 
 def expected_of(jail: Jail, problem: Problem, inputs: list[Any]) -> Expected:
-    """Run the canonical solution. InputError: it fails, so the problem cannot be graded."""
+    """Run the canonical solution. CanonicalFails: with the problem's id and what happened."""
     jail.load(problem["prompt"] + problem["canonical_solution"])
     outcome = jail.start(cpu=_CANONICAL_SECONDS)
     values, seconds = [], []
@@ -170,25 +233,24 @@ def expected_of(jail: Jail, problem: Problem, inputs: list[Any]) -> Expected:
             values.append(decode(outcome.value) if outcome.ok else None)
             seconds.append(outcome.cpu_seconds)
     if not outcome.ok:
-        raise InputError(
-            f"problem {problem['task_id']}: its canonical solution fails "
-            f"({failed(outcome).detail}); fetch the file again"
-        )
+        raise CanonicalFails(f"{problem['task_id']}: {failed(outcome).detail}")
     return Expected(values=values, seconds=seconds)
 
 
 def check(
     jail: Jail, source: Source, problem: Problem, program: str, inputs: list[Any], right: Expected
 ) -> Verdict:
-    """A program against the inputs of one kind, by EvalPlus' rules."""
+    """A program against the inputs of one kind, by EvalPlus' rules: a limit a test, and one for
+    all of them together, min(60 s, the sum of the tests') + 1 s.
+    """
     limits = [max(MINIMUM_SECONDS, TIMES_CANONICAL * seconds) for seconds in right.seconds]
     oracle = Oracle(source.dataset, problem["entry_point"], problem.get("atol") or 0)
     tests = [
         FunctionCall(arguments=list(given), is_right=oracle.of(list(given), value), cpu=limit)
         for given, value, limit in zip(inputs, right.values, limits, strict=True)
     ]
-    definitions = min(_ALL_TESTS_SECONDS, sum(limits) + MINIMUM_SECONDS)
-    return run_calls(jail, program, problem["entry_point"], tests, cpu=definitions)
+    total = min(_ALL_TESTS_SECONDS, sum(limits)) + _SLACK_SECONDS
+    return run_calls(jail, program, problem["entry_point"], tests, cpu=total, total=total)
 
 
 def _special_oracle() -> Any:

@@ -68,7 +68,7 @@ def read_private_tests(packed: str) -> list[dict[str, Any]]:
 
 def tests_of(row: dict[str, Any]) -> Tests:
     """A row's tests: prepared (``input_output``) or as LiveCodeBench publishes them (public, then
-    private). ValueError: what is wrong with them.
+    private). ValueError: what is wrong with them, calls' arguments and values included.
     """
     if "input_output" in row:
         raw = row["input_output"]
@@ -89,7 +89,20 @@ def tests_of(row: dict[str, Any]) -> Tests:
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs; one each is needed")
     if not all(isinstance(text, str) for text in (*inputs, *outputs)):
         raise ValueError("inputs and outputs must be texts")
-    return Tests(inputs=inputs, outputs=outputs, function=function or None)
+    tests = Tests(inputs=inputs, outputs=outputs, function=function or None)
+    if tests.function is not None:
+        _check_calls(tests)
+    return tests
+
+
+def _check_calls(tests: Tests) -> None:
+    for number, pair in enumerate(zip(tests.inputs, tests.outputs, strict=True)):
+        try:
+            _call(*pair)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"test {number} of the function {tests.function} is no JSON value a line: {error}"
+            ) from error
 
 
 def check(jail: Jail, tests: Tests, program: str) -> Verdict:

@@ -1,5 +1,6 @@
 """Programs against tests: one verdict a program; its tests run until the first failure."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,12 +51,16 @@ def run_stdio(
     *,
     cpu: float,
     same: Callable[[str, str], bool],
+    prompts: bool = True,
 ) -> Verdict:
-    """Every test in a process of its own, ``cpu`` seconds each."""
+    """Every test in a process of its own, ``cpu`` seconds each.
+
+    ``prompts``: whether the texts that a program gives to ``input`` are part of its output.
+    """
     jail.load(source)
     seconds: list[float] = []
     for passed, test in enumerate(tests):
-        outcome = jail.stdio(test.given, cpu=cpu)
+        outcome = jail.stdio(test.given, cpu=cpu, prompts=prompts)
         if not outcome.ok:
             return failed(outcome, passed)
         if not same(outcome.stdout, test.expected):
@@ -80,20 +85,27 @@ def run_calls(
     tests: list[FunctionCall],
     *,
     cpu: float,
+    total: float = math.inf,
     within: str | None = None,
 ) -> Verdict:
-    """Every test in one process. ``cpu``: seconds to run the definitions.
+    """Every test in one process. ``cpu``: seconds to run the definitions; ``total``: to run these
+    and all tests.
 
     ``within``: a class whose method is called if the program defines it.
     """
     jail.load(source)
-    outcome = jail.start(cpu=cpu)
+    outcome = jail.start(cpu=min(cpu, total))
     if not outcome.ok:
         return failed(outcome)
     seconds: list[float] = []
+    left = total
     for passed, test in enumerate(tests):
+        left -= outcome.cpu_seconds
+        if left <= 0:
+            detail = f"all tests together took more than {total:g} s"
+            return Verdict(status="timeout", passed=passed, detail=detail)
         arguments = encode(test.arguments)
-        outcome = jail.call(function, arguments, cpu=test.cpu, within=within)
+        outcome = jail.call(function, arguments, cpu=min(test.cpu, left), within=within)
         if not outcome.ok:
             return failed(outcome, passed)
         if not _is_right(test, outcome.value):

@@ -7,10 +7,11 @@ EvalPlus' own extraction is in ``code_sanitizer`` (spec of the two kinds here: L
 import ast
 import builtins
 import re
+from collections.abc import Iterator
 
-_FENCE = re.compile(
-    r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE
-)
+_OPENING = re.compile(r"```[ \t]*([\w+#.-]*)[^`]*$")  # after any text, to the end of the line
+_CLOSING = re.compile(r"^\s*```|```\s*$")
+_ONE_LINE = re.compile(r"```[ \t]*python[23]?[ \t]+([^`\n]*[^`\s])[ \t]*```", re.IGNORECASE)
 _PYTHON = {"python", "py", "python3", "python2"}
 
 
@@ -30,20 +31,36 @@ def last_fence(text: str) -> str:
 def fenced_python(text: str, function: str | None = None) -> str:
     """The Python fences of a text, joined by blank lines; any fences where none says Python.
 
-    ``function``: where one block defines it, that block alone (the last that does). No closed fence
-    gives the empty string.
+    A fence may open after other text and close at the end of a line of code; one that opens and
+    closes in one line counts where there is no other Python fence. ``function``: where one block
+    defines it, that block alone (the last that does). No closed fence gives the empty string.
 
     >>> fenced_python("```python\\nx = 1\\n```\\nthen\\n```python\\ny = 2\\n```")
     'x = 1\\n\\ny = 2'
     """
-    found = [(language.lower(), body.rstrip("\n")) for language, body in _FENCE.findall(text)]
+    found = [(language, body) for language, body in _fenced(text) if body.strip()]
     blocks = [body for language, body in found if language in _PYTHON]
-    blocks = blocks or [body for _, body in found]
+    blocks = blocks or _ONE_LINE.findall(text) or [body for _, body in found]
     if function:
         defining = [block for block in blocks if defines(block, function)]
         if defining:
             return defining[-1]
     return "\n\n".join(blocks)
+
+
+def _fenced(text: str) -> Iterator[tuple[str, str]]:
+    """Language, in lower case, and text of each closed fence."""
+    language, body = None, []
+    for line in text.split("\n"):
+        opening = _OPENING.search(line) if line.count("```") == 1 else None
+        opens = opening[1].lower() if opening else None
+        if language is None or (language == "" and opens in _PYTHON):  # "" was a stray closing
+            language, body = opens, []
+        elif closing := _CLOSING.search(line):
+            yield language, "\n".join([*body, line[: closing.start()]]).rstrip("\n")
+            language = None
+        else:
+            body.append(line)
 
 
 def defines(source: str, name: str) -> bool:

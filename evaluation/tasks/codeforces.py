@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from evaluation.grading.code_outputs import same_words
 from evaluation.grading.code_run import InputOutput, Verdict, run_stdio
 from evaluation.grading.code_text import fenced_python
-from evaluation.sandbox import Jail, default_sandbox
+from evaluation.sandbox import Jail, default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.task import Grade, Row, Task
 
@@ -18,7 +18,8 @@ _TEMPLATE = (
 class Codeforces(Task):
     """Rows ``{"task_id", "question", "test_input", "test_output", "test_time_limit" (seconds)}``.
 
-    A response is right if its program prints the expected words for every input.
+    A response is right if its program prints the expected words for every input. As in the
+    reference, which gives programs an ``input`` of its own, prompts are no output.
     """
 
     name = "Codeforces"
@@ -40,6 +41,9 @@ class Codeforces(Task):
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit <= 0:
             return f"'test_time_limit' is {limit!r}; give seconds above 0"
         return None
+
+    def missing(self, rows: list[Row]) -> str | None:
+        return sandbox_problem()
 
     def settings(self) -> dict[str, Any]:
         return {"sandbox": default_sandbox().describe()}
@@ -64,4 +68,4 @@ def _check(jail: Jail, row: Row, program: str) -> Verdict:
     pairs = zip(row["test_input"], row["test_output"], strict=True)
     tests = [InputOutput(given=given, expected=expected) for given, expected in pairs]
     limit = float(row.get("test_time_limit", 1))
-    return run_stdio(jail, program, tests, cpu=limit, same=same_words)
+    return run_stdio(jail, program, tests, cpu=limit, same=same_words, prompts=False)

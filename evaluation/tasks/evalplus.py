@@ -6,15 +6,16 @@ MBPP's ``test_list``. Then there may be no plus verdict, and the flag ``plus_una
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.grading import code_evalplus as evalplus
 from evaluation.grading.code_run import LOST, Verdict, run_tests
 from evaluation.grading.code_text import called_function
-from evaluation.sandbox import Jail, Sandbox, default_sandbox
+from evaluation.sandbox import Jail, Sandbox, default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_of
-from evaluation.tasks.task import Grade, Row, Task
+from evaluation.tasks.task import NOT_SCORED, Grade, Row, Task
 
 # EvalPlus' two strings.
 _INSTRUCTION = (
@@ -52,7 +53,7 @@ class EvalPlusTask(Task):
     def missing(self, rows: list[Row]) -> str | None:
         bare = [row for row in rows if self.problem(row) is None and not _carries_tests(row)]
         if not bare:
-            return None
+            return evalplus.lacks() or sandbox_problem()
         return (
             f"the tests of {len(bare)} problems (first: {bare[0]['task_id']}); {self.source.remedy}"
         )
@@ -93,39 +94,61 @@ class EvalPlusTask(Task):
         sandbox = default_sandbox()
         entries = [self.entry_point(row) for row in rows]
         texts = [(text, entries[i]) for i, row in enumerate(responses) for text in row]
-        programs = iter(evalplus.sanitize(sandbox, texts))
+        found = iter(evalplus.sanitize(sandbox, texts))
         jobs = [
-            (row, [next(programs) for _ in given])
-            for row, given in zip(rows, responses, strict=True)
+            (row, [next(found) for _ in given]) for row, given in zip(rows, responses, strict=True)
         ]
         return sandbox.map(lambda job: self._grade_problem(sandbox, *job), jobs)
 
-    def _grade_problem(self, sandbox: Sandbox, row: Row, programs: list[str]) -> list[Grade]:
+    def _grade_problem(
+        self, sandbox: Sandbox, row: Row, found: list[evalplus.Extraction]
+    ) -> list[Grade]:
         """All programs of a problem: its expected values are computed once."""
         problem = self.problem(row)
-        if not any(programs):
-            return [grade_of("", None) for _ in programs]
-        if problem is None:
-            return [self._grade_by_row(sandbox, row, program) for program in programs]
-        base = self._verdicts(sandbox, problem, programs, "base_input")
-        if not problem.get("plus_input"):
-            return [
-                _without_plus(grade_of(program, verdict))
-                for program, verdict in zip(programs, base, strict=True)
-            ]
+        if problem is None or not found:
+            return [self._grade_by_row(sandbox, row, one) for one in found]
+        programs = [one.program for one in found]
+        try:
+            base = self._verdicts(sandbox, problem, programs, "base_input")
+        except evalplus.CanonicalFails as error:
+            self._tell(f"{error}; the problem is left out")
+            return [_left_out(program) for program in programs]
         passing = [p if v and v.correct else "" for p, v in zip(programs, base, strict=True)]
-        plus = self._verdicts(sandbox, problem, passing, "plus_input")
+        plus = self._plus(sandbox, problem, passing)
+        if plus is None:
+            return [
+                _without_plus(grade_of(one.program, verdict, one.problem))
+                for one, verdict in zip(found, base, strict=True)
+            ]
         return [
-            grade_of(program, verdict, scores={"plus": float(bool(more and more.correct))})
-            for program, verdict, more in zip(programs, base, plus, strict=True)
+            grade_of(one.program, verdict, one.problem, scores={"plus": float(passed)})
+            for one, verdict, passed in zip(found, base, plus, strict=True)
         ]
+
+    def _plus(
+        self, sandbox: Sandbox, problem: evalplus.Problem, programs: list[str]
+    ) -> list[bool] | None:
+        """Which programs, of those that passed the base tests, pass the others; None: no tests."""
+        if not problem.get("plus_input"):
+            return None
+        if not any(programs):
+            return [False] * len(programs)
+        try:
+            verdicts = self._verdicts(sandbox, problem, programs, "plus_input")
+        except evalplus.CanonicalFails as error:
+            self._tell(f"{error}; the problem has no plus verdict")
+            return None
+        return [verdict is not None and verdict.correct for verdict in verdicts]
+
+    def _tell(self, what: str) -> None:
+        print(f"warning: {self.name}: the canonical solution fails: {what}", file=sys.stderr)
 
     def _verdicts(
         self, sandbox: Sandbox, problem: evalplus.Problem, programs: list[str], kind: str
     ) -> list[Verdict | None]:
-        """None for empty programs, which do not run."""
-        if not any(programs):
-            return [None] * len(programs)
+        """None for empty programs, which do not run. CanonicalFails: the problem's own does not,
+        whatever the programs, so that it does not depend on them which problems count.
+        """
         inputs = problem[kind]
         right = sandbox.run(lambda jail: evalplus.expected_of(jail, problem, inputs), None)
         if right is None:
@@ -139,15 +162,21 @@ class EvalPlusTask(Task):
 
         return [verdict_on(program) if program else None for program in programs]
 
-    def _grade_by_row(self, sandbox: Sandbox, row: Row, program: str) -> Grade:
+    def _grade_by_row(self, sandbox: Sandbox, row: Row, found: evalplus.Extraction) -> Grade:
+        program = found.program
         if not program:
-            return grade_of("", None)
+            return grade_of("", None, found.problem)
         tests = own_tests(row, self.entry_point(row))
 
         def job(jail: Jail) -> Verdict:
             return run_tests(jail, program, cpu=_OWN_TESTS_SECONDS, **tests)
 
         return _without_plus(grade_of(program, sandbox.run(job, LOST)))
+
+
+def _left_out(program: str) -> Grade:
+    flags = [NOT_SCORED, "canonical_fails"]
+    return Grade(correct=False, extracted=program or None, flags=flags)
 
 
 def _without_plus(grade: Grade) -> Grade:

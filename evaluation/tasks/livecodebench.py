@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from evaluation.grading import code_lcb as lcb
 from evaluation.grading.code_run import Verdict
 from evaluation.grading.code_text import last_fence
-from evaluation.sandbox import Jail, default_sandbox
+from evaluation.sandbox import Jail, default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.task import Grade, Row, Task
 
@@ -33,9 +33,12 @@ class LiveCodeBench(Task):
             return f"needs the text 'question'; {self.how_to_get}"
         try:
             lcb.tests_of(row)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             return f"its tests cannot be read ({error}); {self.how_to_get}"
         return None
+
+    def missing(self, rows: list[Row]) -> str | None:
+        return sandbox_problem()
 
     def settings(self) -> dict[str, Any]:
         return {"sandbox": default_sandbox().describe()}

@@ -30,9 +30,18 @@ def grade_programs(
     ]
 
 
-def grade_of(program: str, verdict: Verdict | None, **more: Any) -> Grade:
-    """A grade whose flags say how a program failed; None: there was no program."""
+def grade_of(
+    program: str, verdict: Verdict | None, problem: str | None = None, **more: Any
+) -> Grade:
+    """A grade whose flags say how a program failed; None: there was no program.
+
+    ``problem``: why nothing was extracted, where that is not the response's doing alone; a lost
+    sandbox says nothing about the response.
+    """
+    if problem == LOST.status:
+        return Grade(correct=False, extracted=None, flags=[LOST.status], **more)
     if verdict is None:
-        return Grade(correct=False, extracted=None, flags=["no_answer"], **more)
+        flags = ["no_answer", *([problem] if problem else [])]
+        return Grade(correct=False, extracted=None, flags=flags, **more)
     flags = [] if verdict.correct else [verdict.status]
     return Grade(correct=verdict.correct, extracted=program, flags=flags, **more)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from evaluation.grading.code_probe import check, program_of, read_tests
-from evaluation.sandbox import default_sandbox
+from evaluation.sandbox import default_sandbox, sandbox_problem
 from evaluation.tasks.math_problem import MathProblem
 from evaluation.tasks.multiple_choice import MultipleChoice
 from evaluation.tasks.programs import grade_programs
@@ -21,8 +21,9 @@ class OPDLMTrain(PublishedTask):
     """The general training mixture. A row's ``domain`` says how it is asked and graded.
 
     math: as a mathematical problem; science: as multiple choice; code: the question as it is, run
-    against ``tests_json`` in the sandbox. Chat, other domains and tests that cannot be read have no
-    verifiable answer and are left out of the accuracy.
+    against ``tests_json`` in the sandbox. Chat, other domains, tests that cannot be read and
+    answers that their domain cannot compare (a science row's that is no letter) are not verifiable:
+    such a row is flagged and left out of the accuracy.
     """
 
     name = "opdlm_train"
@@ -38,10 +39,15 @@ class OPDLMTrain(PublishedTask):
 
     def problem_of_reference(self, row: Row) -> str | None:
         task = self._by_domain.get(_domain(row))
-        return task.problem_of_reference(row) if task else None
+        if task is None or "ground_truth_answer" in row:
+            return None
+        return task.problem_of_reference(row)
 
     def missing(self, rows: list[Row]) -> str | None:
-        return self._by_domain["math"].missing(rows)
+        runs_programs = any(_is_scorable_code(row) for row in rows)
+        return self._by_domain["math"].missing(rows) or (
+            sandbox_problem() if runs_programs else None
+        )
 
     def settings(self) -> dict[str, Any]:
         return {"sandbox": default_sandbox().describe()} if self._ran_programs else {}
@@ -57,25 +63,31 @@ class OPDLMTrain(PublishedTask):
         return self.grade_all([row], [[response]])[0][0]
 
     def grade_all(self, rows: list[Row], responses: list[list[str]]) -> list[list[Grade]]:
-        grades = [
-            [task.grade(row, text) for text in texts]
-            if (task := self._by_domain.get(_domain(row)))
-            else [_NOT_SCORED] * len(texts)
-            for row, texts in zip(rows, responses, strict=True)
-        ]
+        grades = [[_NOT_SCORED] * len(texts) for texts in responses]
+        for domain, task in self._by_domain.items():
+            own = [
+                i for i, row in enumerate(rows) if _domain(row) == domain and _has_answer(task, row)
+            ]
+            graded = task.grade_all([rows[i] for i in own], [responses[i] for i in own])
+            for i, row_grades in zip(own, graded, strict=True):
+                grades[i] = row_grades
         code = [i for i, row in enumerate(rows) if _is_scorable_code(row)]
         if code:
             self._ran_programs = True
             programs = [[program_of(rows[i], text) for text in responses[i]] for i in code]
             graded = grade_programs(default_sandbox(), [rows[i] for i in code], programs, check)
-            for i, own in zip(code, graded, strict=True):
-                grades[i] = own
+            for i, row_grades in zip(code, graded, strict=True):
+                grades[i] = row_grades
         return grades
 
 
 def _domain(row: Row) -> str:
     """The row's domain; math where it names none, as in the reference."""
     return row.get("domain") or "math"
+
+
+def _has_answer(task: PublishedTask, row: Row) -> bool:
+    return task.problem_of_reference(row) is None
 
 
 def _is_scorable_code(row: Row) -> bool:

@@ -4,24 +4,27 @@ import base64
 import gzip
 import json
 import pickle
-import time
+import random
 import zlib
+from typing import cast
 
 import pytest
 
-from evaluation.grading import code_lcb, code_probe
+import evaluation.sandbox
+from evaluation.grading import code_evalplus, code_lcb, code_probe, code_sanitizer
 from evaluation.grading.code_evalplus import HUMANEVAL, Oracle, find_problems
 from evaluation.grading.code_outputs import same_lines, same_value, same_words
 from evaluation.grading.code_sanitizer import longest_python, sanitized
 from evaluation.grading.code_text import called_function, fenced_python, last_fence
-from evaluation.sandbox import Sandbox
+from evaluation.sandbox import Jail, Outcome, Sandbox
 from evaluation.tasks.codeforces import Codeforces
 from evaluation.tasks.evalplus import own_tests
 from evaluation.tasks.humaneval import HumanEval
 from evaluation.tasks.livecodebench import LiveCodeBench
 from evaluation.tasks.mbpp import MBPP
 from evaluation.tasks.programs import grade_programs
-from megatron_opdlm.errors import InputError
+from evaluation.tasks.training_probes import OPDLMTrain
+from megatron_opdlm.errors import InputError, RunError
 
 PY = "```python\n"
 END = "\n```"
@@ -37,7 +40,14 @@ FENCES = [
     ("", "", ""),
     ("print(1)", "", ""),
     (f"{PY}a{END}", "a", "a"),
-    (f"text {PY}a{END}", "a", ""),  # a fence opens on a line of its own
+    (f"text {PY}a{END}", "a", "a"),  # a fence may open after other text
+    ("```python\na```", "", "a"),  # and close at the end of a line of code
+    (f"text {PY}a\nb```\nthen\n{PY}c\n``` end", "c", "a\nb\n\nc"),
+    (f"in ```python ```, so\n{PY}a{END}", "a", "a"),  # a fence that is only spoken of
+    (f"use ```python a``` so\n{PY}b{END}", "b", "b"),
+    ("so ```python a``` it is", "", "a"),
+    (f"a```\nthen\n{PY}b{END}", "b", "b"),  # a stray closing fence opens nothing
+    (f"{PY}a = '```'\nb{END}", "b", "a = '```'\nb"),
     (f"{PY}a{END} done", "a", "a"),
     (f"{PY}a", "", ""),  # cut off
     (f"```\na{END}", "a", "a"),
@@ -126,11 +136,89 @@ def _with(extraction, function):
         evalplus.sanitize.code_extract = before
 
 
-def test_long_python_is_extracted_without_trying_every_span():
-    text = "x = 1\n" * 3000 + "```\nend"
-    start = time.process_time()
-    assert longest_python(text) == "\n".join(["x = 1"] * 3000)
-    assert time.process_time() - start < 30
+LINES = [
+    *(
+        "",
+        "   ",
+        "x = 1",
+        "def f():",
+        "    return 1",
+        "    '''doc",
+        "    '''",
+        '"""',
+        "```",
+        "```python",
+    ),
+    *(
+        "Don't do it",
+        "It is so",
+        "1. foo",
+        "(",
+        ")",
+        "x = [",
+        "  1,",
+        "]",
+        "# note",
+        "if x:",
+        "    pass",
+    ),
+    *(
+        "else:",
+        "try:",
+        "\\",
+        "a = \\",
+        "@d",
+        "class A:",
+        "\tx=1",
+        "word",
+        "Note:",
+        "f'{x",
+        "}",
+        "'",
+    ),
+    *(
+        "async def g():",
+        "    await x",
+        "match x:",
+        "    case 1:",
+        "print(",
+        "\x0c",
+        "x = 1 \\",
+        "a\rb",
+    ),
+]
+
+
+def test_any_text_is_extracted_as_evalplus_does():
+    """Brackets, quotes, decorators and blocks that the end of a span leaves open, or not."""
+    original, draw = _original_extraction(), random.Random(0)
+    for _ in range(1500):
+        text = "\n".join(draw.choices(LINES, k=draw.randint(1, 9)))
+        assert longest_python(text) == original(text), text
+
+
+PROSE = "The function adds what it is given; it doesn't look at anything else.\n"
+LONG = "def f(a):\n    '''Doc.'''\n    return a"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1\n" * 1500 + "```\nend", "\n".join(["x = 1"] * 1500)),
+        (f"{LONG}{END}\n" + PROSE * 3000, LONG),
+        (f"{LONG}{END}\nor else\n{PY}" * 500, LONG),
+    ],
+)
+def test_long_texts_are_extracted_without_trying_every_span(monkeypatch, text, expected):
+    """Parses per line, whose number EvalPlus lets grow with the text: 1500 here on average."""
+    parses = []
+    for name in ("syntax_check", "_is_refused"):
+        real = getattr(code_sanitizer, name)
+        monkeypatch.setattr(
+            code_sanitizer, name, lambda span, real=real: parses.append(1) or real(span)
+        )
+    assert longest_python(text) == expected
+    assert len(parses) < 10 * len(text.split("\n"))
 
 
 OUTPUTS = [
@@ -224,6 +312,7 @@ HUMANEVAL_CASES = [
         *(False, False, "wrong_answer"),
     ),
     ("def plus(a, b):\n    return a + b\n", False, False, "runtime_error"),
+    (f"def add(a, b):\n    return a + b{END}\n" + PROSE * 1500, True, True, None),
 ]
 
 
@@ -231,25 +320,136 @@ def responses(cases):
     return [case[0] for case in cases]
 
 
-def test_humaneval_is_graded_with_evalplus_file(tmp_path):
-    (tmp_path / "HumanEval.json").write_text(json.dumps([QUESTION]))
-    (tmp_path / "HumanEvalPlus.jsonl.gz").write_bytes(gzip.compress(json.dumps(PROBLEM).encode()))
+def test_humaneval_is_graded_with_evalplus_file(tmp_path, capfd):
+    """A problem whose canonical solution fails is left out, by base inputs, whatever the response,
+    or has no plus verdict; the others are graded.
+    """
+    problems = [
+        PROBLEM,
+        {**PROBLEM, "task_id": "HumanEval/901", "base_input": [[1, "2"]]},
+        {**PROBLEM, "task_id": "HumanEval/902", "plus_input": [[1, "2"]]},
+    ]
+    questions = [{**QUESTION, "task_id": problem["task_id"]} for problem in problems]
+    (tmp_path / "HumanEval.json").write_text(json.dumps(questions))
+    lines = "\n".join(json.dumps(problem) for problem in problems)
+    (tmp_path / "HumanEvalPlus.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     task = HumanEval()
     rows = task.load(tmp_path)
     assert task.missing(rows) is None
-    grades = task.grade_all([*rows, *rows], [responses(HUMANEVAL_CASES), []])
-    assert grades[1] == []
+    right, none = HUMANEVAL_CASES[0][0], ""
+    asked = [responses(HUMANEVAL_CASES), [right, none], [right, none]]
+    grades = task.grade_all([*rows, rows[0]], [*asked, []])
+    assert grades[3] == []
+    assert [grade.flags for grade in grades[1]] == [["not_scored", "canonical_fails"]] * 2
+    assert [(grade.correct, grade.flags) for grade in grades[2]] == [
+        (True, ["plus_unavailable"]),
+        (False, ["no_answer", "plus_unavailable"]),
+    ]
+    told = capfd.readouterr().err
+    assert "HumanEval/901" in told and "TypeError" in told and "HumanEval/902" in told
     for grade, (response, base, plus, flag) in zip(grades[0], HUMANEVAL_CASES, strict=True):
         assert (grade.correct, grade.scores["plus"]) == (base, plus), response
         assert grade.flags == ([flag] if flag else []), response
 
 
-def test_humaneval_rows_may_carry_their_own_tests():
+def test_humaneval_rows_may_carry_their_own_tests(monkeypatch):
+    """And a response that takes too long to read is flagged, not just wrong."""
+    monkeypatch.setattr(code_evalplus, "_SANITIZE_SECONDS", 1.0)
     row = {**QUESTION, "entry_point": "add", "test": CHECK}
-    cases = [case for case in HUMANEVAL_CASES if case[3] != "timeout"]
-    for grade, case in zip(HumanEval().grade_all([row], [responses(cases)])[0], cases, strict=True):
+    cases = [HUMANEVAL_CASES[i] for i in (0, 3, 5, 7)]  # the others: as with EvalPlus' file
+    *grades, late = HumanEval().grade_all([row], [[*responses(cases), "(\n" * 5000]])[0]
+    for grade, case in zip(grades, cases, strict=True):
         assert grade.correct == case[1], case[0]
         assert "plus_unavailable" in grade.flags
+    assert (late.correct, late.flags) == (False, ["no_answer", "extraction_timeout"])
+
+
+class NoJails:
+    """A sandbox whose every jail is lost."""
+
+    workers = 1
+
+    def map(self, function, items):
+        return [function(item) for item in items]
+
+    def run(self, job, lost):
+        return lost
+
+
+def test_responses_whose_jail_is_lost_are_flagged_as_such(monkeypatch):
+    monkeypatch.setattr("evaluation.tasks.evalplus.default_sandbox", NoJails)
+    row = {**QUESTION, "entry_point": "add", "test": CHECK}
+    [grade] = HumanEval().grade_all([row], [["def add(a, b):\n    return a + b"]])[0]
+    assert (grade.correct, grade.flags) == (False, ["sandbox_lost"])
+
+
+class SlowJail:
+    """A program of the right answers, ``seconds`` of CPU time each; records the limits."""
+
+    def __init__(self, seconds):
+        self.seconds, self.limits = seconds, []
+
+    def load(self, source):
+        pass
+
+    def start(self, *, cpu):
+        self.limits.append(cpu)
+        return Outcome(status="ok", cpu_seconds=0.5)
+
+    def call(self, name, arguments, *, cpu, within):
+        self.limits.append(cpu)
+        return Outcome(status="ok", cpu_seconds=self.seconds, value="3")
+
+
+@pytest.mark.parametrize(
+    ("tests", "seconds", "status", "ran"),
+    [
+        (100, 0.9, "timeout", 68),  # 0.5 + 68 * 0.9 is the first above 61
+        (100, 0.6, "passed", 100),
+        (2, 0.9, "passed", 2),
+    ],
+)
+def test_all_tests_of_a_problem_share_evalplus_limit(tests, seconds, status, ran):
+    """min(60, the sum of the tests' limits, 1 s each here) + 1, the definitions included."""
+    right = code_evalplus.Expected(values=[3] * tests, seconds=[0.01] * tests)
+    jail = SlowJail(seconds)
+    verdict = code_evalplus.check(cast(Jail, jail), HUMANEVAL, PROBLEM, "", [[1, 2]] * tests, right)
+    assert (verdict.status, verdict.passed) == (status, ran)
+    assert jail.limits[0] == min(60, tests) + 1
+    assert max(jail.limits[1:]) == 1.0 and all(limit > 0 for limit in jail.limits)
+
+
+# Without EvalPlus, or without a sandbox: skipped before anything is generated.
+
+
+def test_without_evalplus_its_tasks_are_missing(tmp_path, monkeypatch):
+    """Rows with tests of their own, too: it extracts programs. MBPP's file is read without."""
+    monkeypatch.setattr(code_evalplus, "package_directories", lambda: [str(tmp_path)])
+    row = {**QUESTION, "entry_point": "add", "test": CHECK}
+    assert "evalplus, tree_sitter" in (HumanEval().missing([row]) or "")
+    (tmp_path / "MBPP.json").write_text(json.dumps([{"task_id": "Mbpp/2", "question": "q"}]))
+    (tmp_path / "MbppPlus.jsonl").write_text(json.dumps({**PROBLEM, "task_id": "Mbpp/2"}))
+    task = MBPP()
+    assert "run launch/setup.sh" in (task.missing(task.load(tmp_path)) or "")
+
+
+def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
+    def refuse():
+        raise RunError("programs cannot be run safely here; run as an ordinary user")
+
+    monkeypatch.setattr(evaluation.sandbox, "_default", None)
+    monkeypatch.setattr(evaluation.sandbox, "Sandbox", refuse)
+    carried = {**QUESTION, "test_list": ["assert add(1, 2) == 3"]}
+    probe = {"question": "q", "domain": "code", "tests_json": "['assert f(1) == 2']"}
+    for task, row in [
+        (HumanEval(), carried),
+        (MBPP(), carried),
+        (LiveCodeBench(), {"question": "q"}),
+        (Codeforces(), {"question": "q"}),
+        (OPDLMTrain(), probe),
+    ]:
+        assert "run as an ordinary user" in (task.missing([row]) or ""), task.name
+    assert OPDLMTrain().missing([{"question": "q", "ground_truth_answer": "1"}]) is None
 
 
 def test_tests_use_the_benchmarks_helpers_not_the_programs():
@@ -370,6 +570,20 @@ def test_lcb_rows_without_readable_tests_are_refused():
         assert task.problem_of({"question": "q", "input_output": tests})
 
 
+@pytest.mark.parametrize(("given", "expected"), [("abc", "1"), ("1", "abc"), ("1\n[", "1")])
+def test_lcb_calls_are_read_with_their_row(tmp_path, given, expected):
+    """Not when they are graded, where one bad row would cost every other's verdict."""
+    tests = {"fn_name": "f", "inputs": ["1", given], "outputs": ["1", expected]}
+    rows = [{"question": "q", "input_output": json.dumps(tests)}]
+    (tmp_path / "LCB_v6.json").write_text(json.dumps(rows))
+    with pytest.raises(
+        InputError, match=r"row 0: its tests cannot be read \(test 1 of the function"
+    ):
+        LiveCodeBench().load(tmp_path)
+    plain = {**tests, "fn_name": None}
+    assert not LiveCodeBench().problem_of({"question": "q", "input_output": json.dumps(plain)})
+
+
 # Codeforces.
 
 
@@ -382,6 +596,7 @@ def test_codeforces_programs_print_the_expected_words():
     }
     cases = [
         ("print(sum(map(int, input().split())), '\\n')", None),
+        ("a, b = map(int, input('n: ').split())\nprint(a + b)", None),  # a prompt is no output
         ("print(3)", "wrong_answer"),
         ("while True: pass", "timeout"),
         ("print(3); raise ValueError", "runtime_error"),
@@ -462,6 +677,27 @@ def test_the_four_shapes_of_training_tests(sandbox):
     ]
     grades = grade_programs(sandbox, rows, programs, code_probe.check)
     assert [row[0].correct for row in grades] == [right for _, _, right in PROBES]
+
+
+def test_a_training_row_without_a_comparable_answer_is_left_out_alone(tmp_path):
+    letter = {"question": "q\nA. x\nB. y", "domain": "science", "ground_truth_answer": "B"}
+    words = {**letter, "ground_truth_answer": "none of these"}
+    (tmp_path / "opdlm_train.json").write_text(
+        json.dumps([words, letter, {**words, "domain": "x"}])
+    )
+    task = OPDLMTrain()
+    rows = task.load(tmp_path)
+    graded = task.grade_all(rows, [["B"], ['"answer": "B"', '"answer": "A"'], ["x"]])
+    assert [[grade.flags for grade in row] for row in graded] == [
+        [["not_scored"]],
+        [[], []],
+        [["not_scored"]],
+    ]
+    assert [grade.correct for grade in graded[1]] == [True, False]
+    del letter["ground_truth_answer"]  # a file of another form
+    (tmp_path / "opdlm_train.json").write_text(json.dumps([words, letter]))
+    with pytest.raises(InputError, match="row 1: needs 'ground_truth_answer'"):
+        task.load(tmp_path)
 
 
 @pytest.mark.parametrize(

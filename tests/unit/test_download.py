@@ -1,12 +1,16 @@
 """evaluation.download: which file comes from where, what is prepared, and what a failure says."""
 
+import gzip
+import io
 import json
+import urllib.request
 
 import huggingface_hub
 import pytest
 
 from evaluation import download
 from evaluation.codeforces_data import prepare
+from evaluation.grading.code_evalplus import HUMANEVAL, find_problems
 from evaluation.tasks import PAPER_TASKS, get_task
 from megatron_opdlm.errors import InputError, RunError
 
@@ -38,6 +42,52 @@ def test_files_come_from_the_published_repositories_and_are_fetched_once(tmp_pat
         ("divelab/opdlm_train_data", "opdlm_train.json", "dataset"),
     ]
     assert sorted(path.name for path in data.iterdir()) == ["MATH500.json", "opdlm_train.json"]
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """EvalPlus' releases, whose every file is this one, and no file in EvalPlus' cache."""
+    asked = []
+    answer = {"bytes": gzip.compress(b'{"task_id": "HumanEval/0"}\n')}
+
+    def urlopen(url, timeout):
+        asked.append(url)
+        return io.BytesIO(answer["bytes"])
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("HUMANEVAL_OVERRIDE_PATH", raising=False)
+    return asked, answer
+
+
+def test_evalplus_tests_are_kept_with_the_data(tmp_path, hub, release):
+    """So that copying the data directory is enough; half a file leaves nothing; once is enough."""
+    asked, answer = release
+    data = tmp_path / "data"
+    data.mkdir()
+    whole, answer["bytes"] = answer["bytes"], answer["bytes"][:-9]
+    with pytest.raises(RunError, match="what HumanEval is graded with cannot be fetched"):
+        download.fetch(get_task("HumanEval"), data)
+    assert [path.name for path in data.iterdir()] == ["HumanEval.json"]
+    answer["bytes"] = whole
+    for _ in range(2):
+        download.fetch(get_task("HumanEval"), data)
+    assert asked == [HUMANEVAL.url] * 2
+    assert HUMANEVAL.url.endswith("releases/download/v0.1.10/HumanEvalPlus.jsonl.gz")
+    assert list(find_problems(HUMANEVAL, data)) == ["HumanEval/0"]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_evalplus_own_cache_is_copied_and_read_after_the_data(tmp_path, hub, release):
+    data, cache = tmp_path / "data", tmp_path / "cache/evalplus"
+    data.mkdir()
+    cache.mkdir(parents=True)
+    (cache / "HumanEvalPlus-v0.1.10.jsonl").write_text('{"task_id": "HumanEval/1"}')
+    assert list(find_problems(HUMANEVAL, data)) == ["HumanEval/1"]
+    download.fetch(get_task("HumanEval"), data)
+    (cache / "HumanEvalPlus-v0.1.10.jsonl").write_text('{"task_id": "HumanEval/2"}')
+    assert list(find_problems(HUMANEVAL, data)) == ["HumanEval/1"]
+    assert release[0] == []
 
 
 def test_what_cannot_be_fetched_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
