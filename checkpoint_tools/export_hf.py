@@ -9,6 +9,7 @@ been compared with the checkpoint (see verify).
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
@@ -116,7 +117,7 @@ def convert(
                 exported,
                 model_format=FORMATS[model_format],
                 dtype=dtype,
-                card=card,
+                card=replace(card, quantized=quantization is not None),
             )
         )
         if quantization is not None:
@@ -138,13 +139,17 @@ def convert(
 
 
 def _check_files(checkpoint: Path, manifest: Manifest, team: Team) -> None:
-    """This process's share of the files that weights are in. Raises InputError where a checksum is
-    another than when the file was written.
+    """This process's share of the files that an export is made of: all but those of the optimizer.
+    Raises InputError where a checksum is another than when the file was written.
     """
+    from checkpoint_tools.files.safe_metadata import INDEX
     from checkpoint_tools.streaming.megatron_weights import weight_files
     from checkpoint_tools.streaming.weight_writer import THREADS
 
-    names = [name for name in weight_files(checkpoint) if name in manifest.sha256]
+    # Every process reads the index, which says in which files weights are.
+    check_contents(checkpoint, manifest, {f"weights/{INDEX}"} & set(manifest.sha256))
+    needed = set(weight_files(checkpoint))
+    names = [name for name in manifest.sha256 if name in needed or not name.endswith(".distcp")]
     share = team.share([manifest.files[name] for name in names])
     with ThreadPoolExecutor(THREADS) as pool:
         own = [names[number] for number in share]

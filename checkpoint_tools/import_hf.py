@@ -1,7 +1,8 @@
 """Hugging Face Qwen3 directory -> Megatron checkpoint directory.
 
-Takes ``qwen3`` and ``a2d-qwen3`` directories. The checkpoint can be read at any tensor and pipeline
-parallelism.
+Takes ``qwen3``, ``qwen3_moe``, ``a2d-qwen3``, ``sdar`` and ``sdar_moe`` directories (Qwen3,
+Qwen3-MoE, dllm and the paper's models, SDAR and TraDo, our own exports). The checkpoint can be read
+at any tensor, pipeline and expert parallelism.
 """
 
 from pathlib import Path
@@ -19,7 +20,12 @@ from checkpoint_tools.manifest import BlockContract, write_manifest
 from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.streaming.progress import progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
-from checkpoint_tools.vocabulary import end_tokens, known_mask_token, pad_token
+from checkpoint_tools.vocabulary import (
+    end_tokens,
+    known_mask_token,
+    names_end_token,
+    pad_token,
+)
 from megatron_opdlm.errors import Arguments, command
 
 
@@ -32,8 +38,10 @@ def main() -> None:
     with open_weights(arguments.hf, shape) as weights:
         config = read_json(arguments.hf / "config.json")
         contract = read_contract(config, known_mask_token(arguments.hf, arguments.mask_token_id))
-        end_tokens(arguments.hf)
-        pad_token(arguments.hf)
+        ends = names_end_token(arguments.hf)
+        if ends:
+            end_tokens(arguments.hf)
+            pad_token(arguments.hf)
         weights.check_tied_head()
         dtype = arguments.dtype or weights.stored_dtype()
         convert(weights, arguments.out, contract, dtype, team=team, quiet=arguments.quiet)
@@ -43,7 +51,10 @@ def main() -> None:
     mask = f"mask token {contract.mask_token_id}"
     if contract.mask_token_id is None:
         mask = "no mask token yet: training needs model.mask_token_id"
-    print(f"imported {arguments.hf} ({size}, {mask}) into {arguments.out}")
+    facts = [size, mask]
+    if not ends:
+        facts.append("no end token: decoding needs eos_token_id in generation_config.json")
+    print(f"imported {arguments.hf} ({', '.join(facts)}) into {arguments.out}")
 
 
 def convert(
@@ -87,7 +98,12 @@ def _carry_over(source: Path, target: Path, contract: BlockContract) -> None:
 
 def _parser() -> Arguments:
     parser = Arguments(prog="python -m checkpoint_tools.import_hf", description=__doc__)
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face Qwen3 directory")
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        required=True,
+        help="Hugging Face directory: qwen3, qwen3_moe, a2d-qwen3, sdar or sdar_moe",
+    )
     parser.add_argument("--out", type=Path, required=True, help="checkpoint directory to make")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: as stored)")
     parser.add_argument(

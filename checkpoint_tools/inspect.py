@@ -11,6 +11,7 @@ from pathlib import Path
 from checkpoint_tools.files.hf_files import CONTRACT_KEYS
 from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.manifest import is_checkpoint, read_manifest
+from checkpoint_tools.quantization.export import is_quantized, read_record
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from megatron_opdlm.errors import Arguments, InputError, command
 
@@ -36,13 +37,29 @@ def hf_facts(directory: Path) -> Iterator[tuple[str, str]]:
     """Facts of a Hugging Face directory. Raises InputError at the first that is wrong."""
     config = read_json(directory / "config.json")
     yield "kind", f"Hugging Face directory, model_type {config.get('model_type')}"
-    shape = read_shape(directory)
+    quantized = is_quantized(directory)
+    shape = read_shape(directory, allow_quantized=quantized)
     yield from shape_facts(shape)
-    weights = open_weights(directory, shape)
-    yield "dtype", weights.stored_dtype()
-    yield from _files(weights.files())
+    yield from _quantized_facts(directory, shape) if quantized else _weight_facts(directory, shape)
     contract = {key: config[key] for key in CONTRACT_KEYS if key in config}
     yield "block contract", json.dumps(contract) if contract else "none recorded"
+
+
+def _weight_facts(directory: Path, shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
+    with open_weights(directory, shape) as weights:
+        yield "dtype", weights.stored_dtype()
+        yield from _files(weights.files())
+
+
+def _quantized_facts(directory: Path, shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
+    """Of an export with ``--quantize``; a directory that others quantised is refused."""
+    from checkpoint_tools.quantization.fp8_weights import Fp8Weights
+
+    record = read_record(directory)
+    with Fp8Weights(directory, shape) as weights:
+        others = record["unquantized_dtype"]
+        yield "dtype", f"fp8 in {len(weights.quantized)} linears, {others} elsewhere"
+        yield from _files(weights.files())
 
 
 def megatron_facts(directory: Path) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,8 @@ def register_mask(directory: Path, mask_id: int) -> None:
     if tokenizer.mask_token_id != mask_id:
         text = _mask_text(before, mask_id, directory)
     if not (directory / "tokenizer.json").is_file():
-        tokenizer.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)  # in the spelling of the installed transformers
+        write_for_transformers_4(directory)
     entry = {
         "content": text,
         "single_word": False,

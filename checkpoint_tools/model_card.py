@@ -53,6 +53,11 @@ _CITATION = """    @misc{su2026opdlm,
                 and Caverlee, James and Kalathil, Dileep and Ji, Shuiwang},
       year   = {2026}, eprint = {2606.06712}, archivePrefix = {arXiv}
     }"""  # noqa: E501 -- as the README has it
+_ROUNDED = (
+    "Without `dtype` transformers 5 computes in bfloat16, as the weights are stored, and takes "
+    "another token here and there where two are nearly as probable. On a CPU, `evaluation.sample` "
+    "of Megatron-OPDLM computes in float32: `dtype=torch.float32` gives the same greedy tokens."
+)
 _EVALUATED = ("task", "n", "accuracy", "stderr", "tokens_per_denoising_step", "tokens_per_forward")
 
 
@@ -88,8 +93,11 @@ def model_card(
     dtype: str,
     base_model: str = "",
     evaluation: Sequence[Mapping[str, Any]] = (),
+    quantized: bool = False,
 ) -> str:
-    """The card as Markdown with its front matter."""
+    """The card as Markdown with its front matter. ``dtype``: "fp32" | "bf16", also of what is not
+    quantised.
+    """
     base = base_model or record.name_of("model.path")
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base_model:  # a name that its author vouches for; a directory's name is no hub id
@@ -103,7 +111,7 @@ def model_card(
         "## Evaluation",
         _evaluation(evaluation),
         "## Use",
-        _usage(settings, contract, model_format),
+        _usage(settings, model_format, rounded=dtype == "bf16" and not quantized),
         "## Citation",
         _CITATION,
     ]
@@ -189,7 +197,7 @@ def _decoding(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "-"
 
 
-def _usage(settings: EngineSettings, contract: BlockContract, model_format: Format) -> str:
+def _usage(settings: EngineSettings, model_format: Format, *, rounded: bool) -> str:
     if not model_format.has_code:
         return (
             "Plain Qwen3 layout: transformers and serving engines load it as an autoregressive "
@@ -198,12 +206,16 @@ def _usage(settings: EngineSettings, contract: BlockContract, model_format: Form
         )
     transformers = (
         "With transformers (>= 4.57) alone; the code beside the weights needs nothing else:\n\n"
-        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        + "    import torch\n" * rounded
+        + "    from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         '    tokenizer = AutoTokenizer.from_pretrained("DIR", trust_remote_code=True)\n'
-        '    model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True)\n'
+        '    model = AutoModelForCausalLM.from_pretrained("DIR", trust_remote_code=True'
+        + ", dtype=torch.float32"
+        * rounded
+        + ")\n"
         '    ids = tokenizer(prompt, return_tensors="pt").input_ids\n'
         f"    model.generate(ids, max_new_tokens=256, denoising_steps={settings.denoising_steps}, "
-        f"threshold={settings.threshold:g})"
+        f"threshold={settings.threshold:g})" + f"\n\n{_ROUNDED}" * rounded
     )
     own = "With Megatron-OPDLM's engine:\n\n" + _own_command(settings)
     if not model_format.served:

@@ -96,9 +96,7 @@ def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> Qwen3Shape:
         hidden=_positive(config, "hidden_size", path),
         heads=heads,
         groups=_positive(config, "num_key_value_heads", path, default=heads),
-        head_dim=_positive(
-            config, "head_dim", path, default=128
-        ),  # transformers' default for Qwen3
+        head_dim=_head_dim(config, path),
         ffn=_positive(config, "intermediate_size", path),
         vocab_size=_positive(config, "vocab_size", path),
         tied=_flag(config, "tie_word_embeddings", path),
@@ -310,6 +308,21 @@ def _positive(config: Mapping[str, Any], key: str, path: Path, default: int | No
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{path}: {key}={value!r} is not a positive integer; correct the file")
     return value
+
+
+def _head_dim(config: Mapping[str, Any], path: Path) -> int:
+    """transformers' default is 128 for Qwen3; its Qwen3-MoE has no such key and divides."""
+    default = 128
+    if config["model_type"] in EXPERT_TYPES and config.get("head_dim") is None:
+        hidden = _positive(config, "hidden_size", path)
+        heads = _positive(config, "num_attention_heads", path)
+        default = hidden // heads
+        if hidden % heads:
+            raise InputError(
+                f"{path}: num_attention_heads={heads} does not divide hidden_size={hidden}, and "
+                "there is no head_dim; add the one that the model was trained with"
+            )
+    return _positive(config, "head_dim", path, default=default)
 
 
 def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:

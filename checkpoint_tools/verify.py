@@ -3,7 +3,8 @@
 - weights: every tensor bit for bit, in the narrower of the two stored types;
 - logits: transformers' Qwen3 and our GPTModel on one causal forward, both in float32;
 - tokens: where the directory has the project's own ``generate``, its greedy tokens and those of our
-  rollout engine, for prompts of every length modulo the block size.
+  rollout engine, for prompts of every length modulo the block size. What runs are this version's
+  own files; where the directory's differ from them, the tokens are not compared.
 
 Of a quantised export only the weights: they are the nearest numbers to the checkpoint's.
 
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.arguments import start_alone
-from checkpoint_tools.files.hf_files import has_our_code
+from checkpoint_tools.files.own_code import foreign_code
 from checkpoint_tools.files.safetensors_dir import HFWeights, open_weights
 from checkpoint_tools.formats import LAYOUTS, with_explicit_head
-from checkpoint_tools.manifest import Manifest, read_manifest
+from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
 from checkpoint_tools.quantization.export import is_quantized, read_record
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from checkpoint_tools.vocabulary import read_vocabulary
@@ -48,7 +49,11 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint")
     arguments = parser.parse_args()
     start_alone("verify")
-    for result in compare(arguments.hf, arguments.checkpoint, read_manifest(arguments.checkpoint)):
+    manifest = read_manifest(arguments.checkpoint)
+    # What tensors are compared with needs no checksum; a wrong configuration would be trusted.
+    small = [name for name in manifest.sha256 if not name.endswith(".distcp")]
+    check_contents(arguments.checkpoint, manifest, small)
+    for result in compare(arguments.hf, arguments.checkpoint, manifest):
         print(result, flush=True)
 
 
@@ -152,9 +157,10 @@ def _transformers_own(weights: HFWeights) -> tuple[Any, Any]:
     import transformers
 
     name = "Qwen3" if weights.model_shape.experts is None else "Qwen3Moe"
-    # transformers 4 needs a flat rope_theta
-    keys: dict[str, Any] = read_json(weights.directory / "config.json")
-    keys |= {"rope_theta": weights.model_shape.rope_theta}
+    written = read_json(weights.directory / "config.json")
+    # An implementation of attention can be a kernel from elsewhere.
+    keys: dict[str, Any] = {k: v for k, v in written.items() if not k.endswith("implementation")}
+    keys |= {"rope_theta": weights.model_shape.rope_theta}  # transformers 4 needs a flat one
     config = getattr(transformers, f"{name}Config")(**keys)
     return getattr(transformers, f"{name}ForCausalLM"), config
 
@@ -170,8 +176,9 @@ def compare_tokens(weights: HFWeights, model: "Qwen3", narrow: str) -> str:
     config = read_json(hf_dir / "config.json")
     if not LAYOUTS[config["model_type"]].code:
         return "not compared (the directory has no block-diffusion generate)"
-    if not has_our_code(hf_dir):
-        return "not compared (the directory's code is another version's and was not run)"
+    foreign = foreign_code(hf_dir)
+    if foreign:
+        return f"not compared ({foreign}; the directory's code was not run)"
     block = int(config["block_size"])
     steps = min(block, MOST_PASSES)
     vocabulary = read_vocabulary(hf_dir)
@@ -209,20 +216,16 @@ def _set_end_tokens(reference: Any, hf_dir: Path) -> None:
 
 
 def _exported_own(weights: HFWeights) -> tuple[Any, Any]:
-    """Class and configuration of an export, imported from where it lies (transformers would copy
-    it).
+    """Class and configuration of an export whose code is ours, byte for byte: imported from our
+    own files, so that nothing that lies in the directory can come before them.
     """
     layout = LAYOUTS[read_json(weights.directory / "config.json")["model_type"]]
     package = types.ModuleType("exported_model")
-    package.__path__ = [str(weights.directory)]
+    package.__path__ = list(dict.fromkeys(str(file.parent) for file in layout.code))
     for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
         del sys.modules[name]
     sys.modules[package.__name__] = package
-    writes_bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        module = importlib.import_module(f"exported_model.modeling_{layout.module}")
-    finally:
-        sys.dont_write_bytecode = writes_bytecode
+    module = importlib.import_module(f"{package.__name__}.modeling_{layout.module}")
     model_class = getattr(module, layout.architecture)
     return model_class, model_class.config_class.from_pretrained(weights.directory)
 

@@ -71,7 +71,13 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     tokenizer = load_tokenizer(hf_dir)
     _refuse_larger(hf_dir, tokenizer, vocab_size)
     recorded = read_json(hf_dir / "config.json").get("mask_token_id")
-    own = own_mask_id(tokenizer)
+    own = own_mask_id(tokenizer, recorded)
+    if tokenizer is not None and own is not None and recorded not in (None, own):
+        raise InputError(
+            f"{hf_dir}: config.json has mask_token_id={recorded!r}, but its tokenizer has the mask "
+            f"token {tokenizer.convert_ids_to_tokens(own)!r} at {own}; correct the one that the "
+            "model was not trained with"
+        )
     if tokenizer is not None and own is not None and override not in (None, own):
         raise InputError(
             f"model.mask_token_id={override}, but the tokenizer of {hf_dir} has its mask token "
@@ -103,15 +109,18 @@ def _refuse_larger(
         )
 
 
-def own_mask_id(tokenizer: "PreTrainedTokenizerBase | None") -> int | None:
-    """The tokenizer's mask token; published models have it registered, or only added."""
+def own_mask_id(tokenizer: "PreTrainedTokenizerBase | None", recorded: object = None) -> int | None:
+    """The tokenizer's mask token; published models have it registered, or only added. Where several
+    of the usual texts are added, it is the one at the ``recorded`` id.
+    """
     if tokenizer is None:
         return None
     typeless: Any = tokenizer  # its ids are typed for multimodal models
     if typeless.mask_token_id is not None:
         return typeless.mask_token_id
     added: dict[str, int] = typeless.get_added_vocab()
-    return next((added[text] for text in MASK_TEXTS if text in added), None)
+    found = [added[text] for text in MASK_TEXTS if text in added]
+    return next((value for value in found if value == recorded), next(iter(found), None))
 
 
 def known_mask_token(hf_dir: Path | str, override: int | None = None) -> int | None:
@@ -161,6 +170,11 @@ def read_vocabulary(
         pad_id=pad_token(hf_dir),
         forbidden_ids=forbidden_ids(hf_dir, mask_id),
     )
+
+
+def names_end_token(hf_dir: Path | str) -> bool:
+    """Whether anything names an end token: weights alone can be converted without one."""
+    return _configured(Path(hf_dir), "eos_token_id") not in (None, [])
 
 
 def end_tokens(hf_dir: Path | str) -> list[int]:

@@ -5,17 +5,16 @@ The engines' demands were read in their sources (August 2026): SGLang's ``dllm/c
 started and no code of the directory runs here; ``load.py`` loads it.
 """
 
-import ast
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.engines import settings as engine_settings
+from checkpoint_tools.engines.code_demands import code_of_others, named_classes, needed_packages
 from checkpoint_tools.engines.quantized_demands import QUANTIZED_READERS, quantized_weights
-from checkpoint_tools.files.hf_files import has_our_code, read_contract
+from checkpoint_tools.files.hf_files import read_contract
 from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.formats import FORMATS, LAYOUTS
 from checkpoint_tools.quantization.export import is_quantized
@@ -33,6 +32,7 @@ SERVED = {
     if layout is not None
 }
 EXPORT_AGAIN = "export with checkpoint_tools.export_hf --format sdar"
+_TURN_END, _TEXT_END = "<|im_end|>", "<|endoftext|>"  # of Qwen3's tokenizers
 UNQUANTIZED = "serve it with SGLang, or export without --quantize"
 
 
@@ -62,7 +62,9 @@ class Directory:
 
     @property
     def architecture(self) -> str:
-        return next(iter(self.config.get("architectures") or ()), "none")
+        names = self.config.get("architectures")
+        first = names[0] if isinstance(names, list) and names else names or "none"
+        return str(first)
 
     @property
     def is_served(self) -> bool:
@@ -145,59 +147,13 @@ def _code(directory: Directory) -> Iterator[Finding]:
     if directory.config.get("model_type") in ("qwen3", "qwen3_moe"):
         return
     engines = (*ENGINES, TRANSFORMERS) if directory.is_served else (TRANSFORMERS,)
-    for name, check in (("auto_map", _auto_map), ("imports", _imports)):
-        yield from _of_all(engines, name, EXPORT_AGAIN, *_result(check, directory))
-    problem = ""
-    if not has_our_code(directory.path):
-        problem = "the Python files are not those that this version exports; they were not run"
-    yield from _of_all((TRANSFORMERS,), "code", EXPORT_AGAIN, problem)
-
-
-def _auto_map(directory: Directory) -> str:
-    entries = directory.config.get("auto_map") or {}
-    for needed in ("AutoConfig", "AutoModelForCausalLM"):
-        module, _, name = str(entries.get(needed, "")).rpartition(".")
-        file = directory.path / f"{module}.py"
-        if not module:
-            return f"auto_map has no {needed}"
-        if not file.is_file():
-            return f"auto_map names {module}.py, which is missing"
-        classes = [node.name for node in _parse(file).body if isinstance(node, ast.ClassDef)]
-        if name not in classes:
-            return f"{module}.py has no class {name}"
-    return ""
-
-
-def _imports(directory: Directory) -> tuple[str, str]:
-    """``fused_linear_diffusion_cross_entropy.py`` belongs to SDAR's own modelling file, which
-    imports it; ours does not.
-    """
-    for file in sorted(directory.path.glob("*.py")):
-        for node in _parse(file).body:  # what is tried or imported in functions may be missing
-            if isinstance(node, ast.ImportFrom) and node.level:
-                beside = f"{node.module}.py"
-                if not (directory.path / beside).is_file():
-                    return f"{file.name} imports {beside}, which is missing", ""
-            for name in _absolute_imports(node):
-                if name not in ("torch", "transformers", *sys.stdlib_module_names):
-                    return f"{file.name} needs the package {name}", ""
-    return "", "fused_linear_diffusion_cross_entropy.py is not needed"
-
-
-def _absolute_imports(node: ast.stmt) -> list[str]:
-    names: list[str | None] = []
-    if isinstance(node, ast.Import):
-        names += [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and not node.level:
-        names.append(node.module)
-    return [str(name).partition(".")[0] for name in names]
-
-
-def _parse(file: Path) -> ast.Module:
-    try:
-        return ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise InputError(f"{file.name} is no Python file ({error})") from None
+    for readers, name, check in (
+        (engines, "auto_map", named_classes),
+        (engines, "imports", needed_packages),
+        ((TRANSFORMERS,), "code", code_of_others),
+    ):
+        found = _result(lambda d, check=check: check(d.path, d.config), directory)
+        yield from _of_all(readers, name, EXPORT_AGAIN, *found)
 
 
 def _head(directory: Directory) -> str:
@@ -208,8 +164,10 @@ def _head(directory: Directory) -> str:
 
 
 def _rope(directory: Directory) -> str:
-    flat = directory.config.get("rope_theta")
-    nested = (directory.config.get("rope_parameters") or {}).get("rope_theta", flat)
+    flat, record = directory.config.get("rope_theta"), directory.config.get("rope_parameters") or {}
+    if not isinstance(record, dict):
+        return f"rope_parameters={record!r} is no JSON object"
+    nested = record.get("rope_theta", flat)
     if flat is None:
         return "no flat rope_theta: engines and transformers 4 take 10000"
     return "" if flat == nested else f"rope_theta={flat}, but rope_parameters says {nested}"
@@ -252,18 +210,30 @@ def _mask_constant(directory: Directory) -> str:
     return "" if mask == ENGINE_MASK_ID else f"mask id {mask}; the engine masks {ENGINE_MASK_ID}"
 
 
-def _end_tokens(directory: Directory) -> str:
+def _end_tokens(directory: Directory) -> tuple[str, str]:
+    """(problem, note): what ends a text and what the tokenizer calls its end are listed.
+
+    A base model's end is ``<|endoftext|>`` alone. It was not trained to close a turn of a chat, so
+    ``<|im_end|>`` is no end of its unless it says so.
+    """
     path, tokenizer = directory.path / "generation_config.json", load_tokenizer(directory.path)
     if not path.is_file():
-        return "no generation_config.json"
+        return "no generation_config.json", ""
     found = read_json(path).get("eos_token_id")
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if tokenizer is None:
-        return "" if listed else "generation_config.json names no end token"
+        return "" if listed else "generation_config.json names no end token", ""
     vocabulary = tokenizer.get_vocab()
-    ends = [text for text in ("<|im_end|>", "<|endoftext|>") if text in vocabulary]
-    lost = [f"{text} ({vocabulary[text]})" for text in ends if vocabulary[text] not in listed]
-    return f"eos_token_id={found} lacks {', '.join(lost)}" if lost else ""
+    wanted = dict.fromkeys((_TURN_END, _TEXT_END, tokenizer.eos_token))
+    lost = {
+        str(text): f"{text} ({vocabulary[text]})"
+        for text in wanted
+        if text in vocabulary and vocabulary[text] not in listed
+    }
+    turn = lost.pop(_TURN_END, "") if tokenizer.eos_token != _TURN_END else ""
+    if lost or not listed:
+        return f"eos_token_id={found} lacks {', '.join(lost.values()) or 'any end token'}", ""
+    return "", f"a base model's: {turn} does not end a response" if turn else ""
 
 
 def _weights(directory: Directory) -> tuple[str, str]:
@@ -311,10 +281,11 @@ def _contract(directory: Directory) -> tuple[str, str]:
 
 def _sglang(directory: Directory) -> str:
     settings = engine_settings.read_sglang(directory.path)
-    size, threshold = settings.get("block_size"), settings.get("threshold")
+    size: Any = settings.get("block_size")
+    threshold: Any = settings.get("threshold")
     if size != directory.config.get("block_size"):
         return f"block_size {size}, but the model has {directory.config.get('block_size')}"
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
         return f"threshold {threshold} is no probability"
     return ""
 

@@ -1,28 +1,34 @@
 """Loads an exported directory as its users do, with transformers and ``trust_remote_code=True``.
 
-Only for code that this version wrote itself, byte for byte: the caller checks that.
+Only where all that could run is code that this version wrote itself, byte for byte.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.files.own_code import foreign_code
 from checkpoint_tools.qwen3_shape import read_json
 
 
 def problem_of_loading(directory: Path) -> str:
-    """Load configuration, tokenizer and model and decode a block; what went wrong, or nothing."""
+    """Load configuration, tokenizer and model and decode a block; what went wrong, or nothing.
+
+    A directory with code of others is not loaded, which is then what went wrong.
+    """
+    foreign = foreign_code(directory)
+    if foreign:
+        return f"{foreign}; its code was not run"
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    trusted: Any = {"trust_remote_code": True}
     try:
-        config = AutoConfig.from_pretrained(directory, **trusted)
-        tokenizer = AutoTokenizer.from_pretrained(directory, **trusted)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", output_loading_info=True, **trusted
+            directory, dtype="auto", output_loading_info=True, trust_remote_code=True
         )
         model, info = loaded
         ids = tokenizer("1 + 1 = ", return_tensors="pt").input_ids

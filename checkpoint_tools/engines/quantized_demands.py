@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoint_tools.quantization.export import ENGINE_RECORD
 from checkpoint_tools.qwen3_shape import read_json, read_shape
+from megatron_opdlm.errors import InputError
 
 
 def quantized_weights(directory: Path) -> tuple[str, str]:
@@ -31,15 +32,15 @@ def _sglang(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     """(problem, note): it takes ``quant_algo`` and ``ignore`` from config.json, older versions what
     hf_quant_config.json says. Raises InputError where that is missing.
     """
-    described = config["quantization_config"]
-    older = read_json(directory / ENGINE_RECORD).get("quantization") or {}
+    described = _record(config, "quantization_config", "config.json")
+    older = _record(read_json(directory / ENGINE_RECORD), "quantization", ENGINE_RECORD)
     for where, algorithm, ignored in (
         ("config.json", described.get("quant_algo"), described.get("ignore")),
         (ENGINE_RECORD, older.get("quant_algo"), older.get("exclude_modules")),
     ):
         if algorithm != "FP8":
             return f"{where} has quant_algo={algorithm!r}, not 'FP8'", ""
-        if "lm_head" not in (ignored or ()):
+        if not isinstance(ignored, list) or "lm_head" not in ignored:
             return f"{where} does not say that lm_head is not quantised", ""
     if described.get("quant_method") != "modelopt":
         return f"quant_method={described.get('quant_method')!r} is not 'modelopt'", ""
@@ -48,7 +49,7 @@ def _sglang(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
 
 def _lmdeploy(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     """Its linears know other checkpoints."""
-    method = config["quantization_config"].get("quant_method")
+    method = _record(config, "quantization_config", "config.json").get("quant_method")
     return f"quant_method={method!r} is none of awq, smooth_quant and fp8", ""
 
 
@@ -57,6 +58,13 @@ def _transformers(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]
     if config.get("model_type") in ("qwen3", "qwen3_moe"):
         return "it does not know quant_method='modelopt' and would read FP8 numbers unscaled", ""
     return "", "the export's own FP8 linears; slow"
+
+
+def _record(content: Mapping[str, Any], key: str, file: str) -> dict[str, Any]:
+    found = content.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: {key}={found!r} is no JSON object")
+    return found
 
 
 QUANTIZED_READERS = {"SGLang": _sglang, "LMDeploy": _lmdeploy, "transformers": _transformers}

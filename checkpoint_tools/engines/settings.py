@@ -68,7 +68,7 @@ def read_sglang(directory: Path) -> dict[str, Any]:
         raise InputError(f"no {SGLANG}: SGLang would take blocks of 4 and a threshold of 0.95")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"{SGLANG} is no YAML") from None
     if not isinstance(content, dict):
         raise InputError(f"{SGLANG} holds no mapping")
@@ -80,7 +80,10 @@ def read_lmdeploy(directory: Path) -> dict[str, str]:
     path = directory / LMDEPLOY
     if not path.is_file():
         raise InputError(f"no {LMDEPLOY}: LMDeploy would take blocks of 4")
-    words = path.read_text(encoding="utf-8").split()
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError:
+        raise InputError(f"{LMDEPLOY} is no text in UTF-8") from None
     flags = dict(zip(words[::2], words[1::2], strict=False))
     if len(words) % 2 or not all(flag.startswith("--") for flag in flags):
         raise InputError(f"{LMDEPLOY} is no list of flags with values")

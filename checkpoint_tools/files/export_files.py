@@ -10,28 +10,30 @@ from checkpoint_tools.engines.settings import engine_settings, write_engine_sett
 from checkpoint_tools.files.hf_files import (
     DEFAULT_BLOCK_SIZE,
     carry_over,
-    copy_code,
     export_config,
     write_generation_config,
     write_json,
 )
+from checkpoint_tools.files.own_code import copy_code
 from checkpoint_tools.formats import Format
 from checkpoint_tools.manifest import BlockContract
 from checkpoint_tools.mask_registration import register_mask, write_for_transformers_4
 from checkpoint_tools.model_card import model_card
 from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json
 from checkpoint_tools.training_record import read_training_record
-from checkpoint_tools.vocabulary import forbidden_ids
+from checkpoint_tools.vocabulary import forbidden_ids, names_end_token
+from megatron_opdlm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What a model card can only know from its author."""
+    """What a model card can only know from the command that makes it."""
 
     base_model: str = (
         ""  # name of the pretrained model; empty: as the training configuration has it
     )
     evaluation: tuple[dict[str, Any], ...] = ()  # rows of summary.json files
+    quantized: bool = False
 
 
 def write_files(
@@ -46,11 +48,17 @@ def write_files(
 ) -> None:
     """Fill ``directory`` with all files of the export but the weights.
 
-    ``shape`` is the export's. Raises InputError where the tokenizer has no room for the mask token
-    or no end token is named.
+    ``shape`` is the export's. Raises InputError where the tokenizer has no room for the mask token,
+    and where a format that decodes blocks has no end token.
     """
     source, record = checkpoint / "huggingface", read_training_record(checkpoint)
     layout = model_format.layout(shape)
+    if layout.code and not names_end_token(source):
+        raise InputError(
+            f"--format {model_format.name}: {checkpoint} names no end token, which decoding needs; "
+            "set eos_token_id in the model's generation_config.json and import it again, or use "
+            "--format qwen3"
+        )
     carry_over(source, directory)
     config = export_config(
         read_json(source / "config.json"),
@@ -80,6 +88,7 @@ def write_files(
             dtype=dtype,
             base_model=card.base_model,
             evaluation=card.evaluation,
+            quantized=card.quantized,
         ),
         encoding="utf-8",
     )

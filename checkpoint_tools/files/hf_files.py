@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.formats import LAYOUTS, Format, Layout
+from checkpoint_tools.formats import LAYOUTS, Format
 from checkpoint_tools.manifest import BlockContract
 from checkpoint_tools.qwen3_shape import EXPERT_TYPES, Qwen3Shape, read_json
-from checkpoint_tools.vocabulary import end_tokens, pad_token
+from checkpoint_tools.vocabulary import end_tokens, names_end_token, pad_token
 from megatron_opdlm.errors import InputError
 
 EXPORTER_VERSION = "megatron-opdlm 0.1"
@@ -88,9 +88,6 @@ def read_contract(config: Mapping[str, Any], mask_token_id: int | None) -> Block
     )
 
 
-_PLAIN = ("qwen3", "qwen3_moe")
-
-
 def export_config(
     config: Mapping[str, Any],
     shape: Qwen3Shape,
@@ -110,6 +107,7 @@ def export_config(
         # transformers 4 and serving engines read this flat key and fall back to 10000 without it
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tied,
+        "head_dim": shape.head_dim,  # readers of Qwen3 and of Qwen3-MoE have other defaults
         "block_size": contract.block_size or DEFAULT_BLOCK_SIZE,
         "mask_token_id": contract.mask_token_id,
         "block_alignment": contract.block_alignment,
@@ -134,7 +132,6 @@ def _as_sdar_writes(config: dict[str, Any], shape: Qwen3Shape) -> dict[str, Any]
     """Every key that serving engines read, explicit and in the spelling of transformers 4."""
     newer = ("rope_parameters", "dtype", "num_local_experts")
     explicit: dict[str, Any] = {
-        "head_dim": shape.head_dim,
         "num_key_value_heads": shape.groups,
         "rms_norm_eps": shape.rms_eps,
         "max_position_embeddings": shape.max_positions,
@@ -157,27 +154,16 @@ def _as_sdar_writes(config: dict[str, Any], shape: Qwen3Shape) -> dict[str, Any]
 
 
 def write_generation_config(directory: Path) -> None:
-    """Name every end token and the pad token where the carried files leave them to be guessed."""
+    """Name every end token and the pad token where the carried files leave them to be guessed;
+    nothing to write where there are none.
+    """
+    if not names_end_token(directory):
+        return
     path = directory / "generation_config.json"
     content = read_json(path) if path.is_file() else {}
     if content.get("eos_token_id") is None or content.get("pad_token_id") is None:
         found = {"eos_token_id": end_tokens(directory), "pad_token_id": pad_token(directory)}
         write_json(path, found | {k: v for k, v in content.items() if v is not None})
-
-
-def copy_code(layout: Layout, target: Path) -> None:
-    """Put the code of an export of this layout into ``target``."""
-    for file in layout.code:
-        shutil.copyfile(file, target / file.name)
-
-
-def has_our_code(directory: Path) -> bool:
-    """True if the Python files of an export are, byte for byte, those that this version writes."""
-    layout = LAYOUTS.get(read_json(directory / "config.json").get("model_type", ""))
-    if layout is None or not layout.code:
-        return False
-    expected = {file.name: file.read_bytes() for file in layout.code}
-    return {file.name: file.read_bytes() for file in directory.glob("*.py")} == expected
 
 
 def as_ranges(ids: Sequence[int]) -> list[list[int]]:

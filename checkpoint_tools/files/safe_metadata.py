@@ -76,9 +76,13 @@ def read_metadata(weights: Path) -> Metadata:
         except Exception as error:  # a pickle of arbitrary bytes may raise anything
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointingException(f"{weights / INDEX} is damaged ({reason})") from None
-    if not isinstance(found, Metadata) or not isinstance(found.state_dict_metadata, dict):
+    tensors = getattr(found, "state_dict_metadata", None)
+    places = getattr(found, "storage_data", None) or {}
+    if not isinstance(found, Metadata) or not all(isinstance(d, dict) for d in (tensors, places)):
         raise CheckpointingException(f"{weights / INDEX} is damaged (no index of tensors)")
-    for place in (found.storage_data or {}).values():
+    for key, place in places.items():
+        if not isinstance(getattr(key, "fqn", None), str):
+            raise CheckpointingException(f"{weights / INDEX} is damaged (a place of no tensor)")
         name = getattr(place, "relative_path", None)
         if not isinstance(name, str) or Path(name).name != name:
             raise UnsafeContent(f"{weights / INDEX} is refused: it reads from {name!r}")

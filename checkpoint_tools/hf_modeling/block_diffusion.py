@@ -111,12 +111,15 @@ class BlockDiffusion:
         ``denoising_steps`` passes (default: one token a pass). ``threshold`` None commits the
         quota's most confident tokens of a pass; a number commits all above it too. Rows end after
         an end token (all of ``generation_config.eos_token_id``); shorter responses are filled with
-        the pad token. Temperature 0 is deterministic; else ``seed`` decides.
+        the pad token. A response ends with the model's positions (``max_position_embeddings``) at
+        the latest. Temperature 0 is deterministic; else ``seed`` decides.
         """
-        config, (rows, prompt) = self.config, input_ids.shape
+        config = self.config
         steps = config.block_size if denoising_steps is None else denoising_steps
         rules = _Rules(steps, threshold, temperature, top_k, top_p, seed)
         self._check(input_ids, attention_mask, max_new_tokens, rules.steps)
+        rows, prompt = input_ids.shape
+        max_new_tokens = min(max_new_tokens, config.max_position_embeddings - prompt)
         start = first_block_start(prompt, config.block_size)
         end = sequence_end(prompt, max_new_tokens, config.block_size)
         ids = input_ids.new_full((rows, end), config.mask_token_id)
@@ -227,6 +230,11 @@ class BlockDiffusion:
             raise ValueError("attention_mask hides tokens; give unpadded rows of equal length")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids has {input_ids.dim()} dimensions; give [rows, tokens]")
+        if input_ids.shape[1] >= config.max_position_embeddings:
+            raise ValueError(
+                f"the prompt has {input_ids.shape[1]} tokens, but the model has "
+                f"{config.max_position_embeddings} positions; shorten it"
+            )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}; use 1 or more")
         if steps < 1:

@@ -285,4 +285,10 @@ def read_record(directory: Path) -> dict[str, Any]:
             f"{directory} is quantised, but has no {RECORD} of this project's exporter; use an "
             "export of checkpoint_tools.export_hf"
         )
-    return read_json(directory / RECORD)
+    record = read_json(directory / RECORD)
+    if record.get("unquantized_dtype") not in ("fp32", "bf16"):
+        raise InputError(
+            f"{directory / RECORD}: unquantized_dtype={record.get('unquantized_dtype')!r} is "
+            "neither 'fp32' nor 'bf16'; copy the file again"
+        )
+    return record

@@ -146,7 +146,8 @@ class Fp8Weights:
         self.quantized = quantized_names(shape)
         self._files: list[Any] = []
         self._where: dict[str, Any] = {}
-        for file in _files(directory):
+        self._paths = _files(directory)
+        for file in self._paths:
             try:
                 opened: Any = safe_open(str(file), framework="pt")
                 opened.__enter__()
@@ -179,6 +180,10 @@ class Fp8Weights:
                     f"{self.directory}: {name} is {found.get_dtype()} {found.get_shape()}, but "
                     f"config.json makes it {' or '.join(kinds)} {list(size)}; export it again"
                 )
+
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return self._paths
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is on disk."""

@@ -7,9 +7,9 @@ and what takes memory is one part put together from the records of several ranks
 
 import io
 import itertools
+import math
 import mmap
 import os
-import pickle
 from collections import defaultdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -90,21 +90,47 @@ class StoredWeights:
         found = self._metadata.state_dict_metadata.get(key)
         if not isinstance(found, TensorStorageMetadata):
             raise self._unreadable(f"it has no tensor {key}")
+        dtype = getattr(getattr(found, "properties", None), "dtype", None)
+        sized = all(hasattr(found, part) for part in ("size", "chunks"))
+        if not sized or not isinstance(dtype, torch.dtype):
+            raise self._unreadable(f"its index has no whole description of {key}")
         return found
 
     def _blocks_at(self, key: str, lead: int) -> dict[tuple[int, ...], list[_Block]]:
         """The blocks of ``key`` under each value that their first ``lead`` indices can take."""
         if (key, lead) not in self._blocks:
             found: dict[tuple[int, ...], list[_Block]] = defaultdict(list)
-            for chunk in self._described(key).chunks:
-                where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
-                offset, size = tuple(chunk.offsets), tuple(chunk.sizes)
-                block = _Block(offset, size, where.relative_path, where.offset, where.length)
-                spans = [range(o, o + s) for o, s in zip(offset, size, strict=True)][:lead]
+            for block in self._described_blocks(key):
+                ends = zip(block.offset, block.size, strict=True)
+                spans = [range(o, o + s) for o, s in ends][:lead]
                 for indices in itertools.product(*spans):
                     found[indices].append(block)
             self._blocks[key, lead] = dict(found)
         return self._blocks[key, lead]
+
+    def _described_blocks(self, key: str) -> list[_Block]:
+        """The blocks that make up ``key``. Raises InputError where they do not: a damaged index may
+        hold any number, and lack anything.
+        """
+        try:
+            whole, blocks = self.size(key), []
+            for chunk in self._described(key).chunks:
+                where = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                offset, size = tuple(chunk.offsets), tuple(chunk.sizes)
+                block = _Block(offset, size, where.relative_path, where.offset, where.length)
+                if not all(
+                    0 <= o < o + s <= w for o, s, w in zip(offset, size, whole, strict=True)
+                ):
+                    raise self._unreadable(f"a part of {key} lies outside it")
+                blocks.append(block)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise self._unreadable(f"its index has no whole description of {key}") from None
+        values = sum(math.prod(block.size) for block in blocks)
+        if values != math.prod(whole):
+            raise self._unreadable(f"{key} has {values} of {math.prod(whole)} values")
+        return blocks
 
     def _load(self, block: _Block, dtype: torch.dtype) -> Tensor:
         """The tensor of one record, its data mapped."""
@@ -118,7 +144,7 @@ class StoredWeights:
             archive: Any = torch._C.PyTorchFileReader(cast(IO[bytes], _Reader(record)))
             names = [name for name in archive.get_all_records() if name.startswith("data/")]
             place = archive.get_record_offset(_DATA)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        except Exception as error:  # torch's reader of arbitrary bytes may raise anything
             raise self._unreadable(error) from None
         fits = isinstance(header, Tensor) and tuple(header.shape) == block.size
         if not fits or header.dtype != dtype or names != [_DATA]:

@@ -101,6 +101,45 @@ def test_export(runner: Runner, checkpoint: Path, tmp_path: Path, case: str) -> 
         runner.refuses(tmp_path, "inspect", checkpoint, patterns=patterns)
 
 
+def replaced(name: str, old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Other bytes of the same number, so that sizes say nothing."""
+
+    def change(directory: Path) -> None:
+        content = (directory / name).read_bytes()
+        assert len(old) == len(new) and old in content
+        (directory / name).write_bytes(content.replace(old, new, 1))
+
+    return change
+
+
+DAMAGED: dict[str, Callable[[Path], None]] = {
+    "huggingface/config.json": replaced("huggingface/config.json", b"50000.0", b"50001.0"),
+    "huggingface/tokenizer.json": replaced("huggingface/tokenizer.json", b'"q"', b'"Q"'),
+    "huggingface/generation_config.json": replaced(
+        "huggingface/generation_config.json", b"48", b"47"
+    ),
+    "huggingface/chat_template.jinja": replaced(
+        "huggingface/chat_template.jinja", b"assistant", b"assistent"
+    ),
+    "weights/.metadata": replaced("weights/.metadata", b"final_layernorm", b"final_layerform"),
+    "weights/common.pt": replaced("weights/common.pt", b"PK", b"PQ"),
+}
+
+
+@pytest.mark.parametrize("file", DAMAGED)
+def test_no_damaged_file_gets_into_an_export(
+    runner: Runner, checkpoint: Path, models: TinyModels, tmp_path: Path, file: str
+) -> None:
+    """Claim: what an export is made of has the checksums of the manifest, small files too; and
+    ``verify`` trusts no damaged configuration."""
+    DAMAGED[file](checkpoint)
+    arguments = ["--checkpoint", checkpoint, "--out", tmp_path / "out", "--format", "qwen3"]
+    patterns = (f"{file} is damaged", "use an earlier checkpoint")
+    runner.refuses(tmp_path, "export_hf", *arguments, patterns=patterns)
+    arguments = ["--hf", models.hf("student", tied=True), "--checkpoint", checkpoint]
+    runner.refuses(tmp_path, "verify", *arguments, patterns=patterns)
+
+
 def test_places_beside_a_checkpoint(runner: Runner, checkpoint: Path, tmp_path: Path) -> None:
     """Claim: the run directory, the Hugging Face part and a plain file are told apart."""
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -4,6 +4,8 @@ its tokenizer has the mask token at the id that the model was trained with."""
 
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,6 +217,29 @@ def test_an_export_can_be_imported_again(exported: Exported, tmp_path: Path) -> 
     )
     for name in ("config.json", "tokenizer.json", "modeling_a2d_qwen3.py", "chat_template.jinja"):
         assert (again.a2d / name).read_bytes() == (exported.a2d / name).read_bytes(), name
+
+
+def test_weights_without_an_end_token_convert(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: only decoding needs an end token. Weights and config.json alone become a checkpoint
+    and a plain export; where blocks are decoded, the refusal says what is missing."""
+    source = Path(shutil.copytree(exported.source, tmp_path / "source"))
+    for file in (*source.glob("*token*"), source / "generation_config.json"):
+        file.unlink()
+    edit_json(source / "config.json", eos_token_id=None, pad_token_id=None)
+
+    def run(main: Callable[[], None], *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        main()
+
+    run(import_hf.main, "--hf", source, "--out", tmp_path / "checkpoint", "--mask-token-id", 60)
+    given = ("--checkpoint", tmp_path / "checkpoint", "--out", tmp_path / "out", "--format")
+    with pytest.raises(InputError, match="names no end token, which decoding needs; set eos_token"):
+        run(export_hf.main, *given, "a2d-qwen3")
+    run(export_hf.main, *given, "qwen3")
+    with open_weights(source) as expected, open_weights(tmp_path / "out") as found:
+        assert all(torch.equal(found.get(n), expected.get(n)) for n in expected.names())
 
 
 def test_verify_finds_one_changed_value(exported: Exported, tmp_path: Path) -> None:

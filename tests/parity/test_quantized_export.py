@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
-from checkpoint_tools import export_hf, import_hf, serve_check, verify
+from checkpoint_tools import export_hf, import_hf, inspect, serve_check, verify
 from checkpoint_tools.engines.demands import read_directory
 from checkpoint_tools.formats import LAYOUTS, Layout
 from evaluation import sample
@@ -68,6 +68,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Quantized:
         run(patch, sample.main, *paths, "--max-new-tokens", 9)
         run(patch, export_hf.main, *flags(result, result.sdar))
     return result
+
+
+def test_inspect_knows_its_own_export(
+    made: Quantized, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: a complete FP8 export is said to be complete"""
+    run(monkeypatch, inspect.main, made.sdar)
+    said = capsys.readouterr().out
+    assert "dtype: fp8 in 14 linears, fp32 elsewhere" in said
+    assert "weight files: 1, " in said and said.endswith("complete: yes\n")
 
 
 def states(row: dict[str, Any]) -> list[list[bool]]:

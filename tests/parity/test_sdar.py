@@ -1,33 +1,28 @@
 """Claims: exported sdar and a2d-qwen3 directories load where there is only torch and transformers,
 and generate exactly the tokens of ``evaluation.sample`` at every residue of the prompt length,
-static and dynamic; the MoE form likewise; published directories import as they are; a contract that
-cannot be honoured is refused."""
+static and dynamic, at the end of the model's positions, and in bf16; the MoE form likewise."""
 
 import importlib.metadata
 import json
+import shutil
 import subprocess
 import sys
 import venv
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from checkpoint_tools import export_hf, import_hf
-from checkpoint_tools.files.hf_files import has_our_code, read_contract
-from checkpoint_tools.formats import LAYOUTS
+from checkpoint_tools.files.own_code import has_our_code
 from checkpoint_tools.manifest import read_manifest
+from checkpoint_tools.qwen3_shape import read_shape
 from evaluation import sample
 from megatron_opdlm.errors import InputError
 from tests.tiny_models import edit_json, make_qwen3, make_tokenizer
@@ -95,12 +90,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def sampled(
-    monkeypatch: pytest.MonkeyPatch, model: Path, root: Path, flags: list[str]
+    monkeypatch: pytest.MonkeyPatch, model: Path, root: Path, flags: list[str], limit: int = 9
 ) -> list[list[int]]:
     """Response ids of ``evaluation.sample`` for ``PROMPTS``."""
     prompts, out = root / "prompts.jsonl", root / f"{'_'.join(flags).strip('-')}.jsonl"
     prompts.write_text("".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in PROMPTS))
-    arguments = ("--model", model, "--prompts", prompts, "--out", out, "--max-new-tokens", 9)
+    arguments = ("--model", model, "--prompts", prompts, "--out", out, "--max-new-tokens", limit)
     run(monkeypatch, sample.main, *arguments, *flags)
     return [json.loads(line)["response_ids"] for line in out.read_text().splitlines()]
 
@@ -166,6 +161,46 @@ def test_clean_environment_generates_what_evaluation_samples(
     assert [json.loads(line.removeprefix("TOKENS ")) for line in lines] == [expected, expected]
 
 
+def generated(model: Any, limit: int = 9, **rules: object) -> list[list[int]]:
+    """Response ids of an exported model's ``generate`` for ``PROMPTS``."""
+    rows = [torch.tensor([ids]) for ids in PROMPTS]
+    made = [model.generate(ids, max_new_tokens=limit, **rules)[0] for ids in rows]
+    return [ids[len(prompt) :].tolist() for ids, prompt in zip(made, PROMPTS, strict=True)]
+
+
+def test_responses_end_with_the_models_positions(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: ``generate`` clips as ``evaluation.sample`` does; a prompt without room is refused."""
+    short = Path(shutil.copytree(exported.sdar, tmp_path / "short"))
+    edit_json(short / "config.json", max_position_embeddings=10)
+    edit_json(short / "generation_config.json", eos_token_id=[47])  # hardly ever drawn
+    expected = sampled(monkeypatch, short, tmp_path, ["--denoising-steps", "4"], limit=32)
+    assert 10 in [len(a) + len(b) for a, b in zip(PROMPTS, expected, strict=True)]
+    model: Any = AutoModelForCausalLM.from_pretrained(short, trust_remote_code=True)
+    assert generated(model, 32, denoising_steps=4) == expected
+    with pytest.raises(ValueError, match="has 10 tokens, but the model has 10 positions; shorten"):
+        model.generate(torch.zeros((1, 10), dtype=torch.int64), max_new_tokens=1)
+
+
+def test_a_bf16_export_gives_the_samplers_tokens_in_float32(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: as docs/serving.md and the model card say it."""
+    run(
+        monkeypatch,
+        export_hf.main,
+        *("--checkpoint", exported.checkpoint, "--out", tmp_path / "bf16"),
+        *("--format", "sdar", "--dtype", "bf16"),
+    )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "bf16", trust_remote_code=True, dtype=torch.float32
+    )
+    flags, rules = DECODINGS[0]
+    assert generated(model, **rules) == sampled(monkeypatch, tmp_path / "bf16", tmp_path, flags)
+    assert "dtype=torch.float32" in (tmp_path / "bf16" / "README.md").read_text()
+
+
 def test_the_sdar_layout(exported: Exported) -> None:
     """Untied and flat, the mask named everywhere, the decoding rules the project's own files."""
     config = json.loads((exported.sdar / "config.json").read_text())
@@ -185,7 +220,7 @@ def test_the_sdar_layout(exported: Exported) -> None:
     assert model.config.rope_theta == 50000.0  # where engines look
 
 
-def make_moe(directory: Path) -> Path:
+def make_moe(directory: Path, **sizes: object) -> Path:
     """A random Qwen3-MoE with published key names."""
     config = Qwen3MoeConfig(
         vocab_size=67,
@@ -198,7 +233,7 @@ def make_moe(directory: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        **sizes,
         max_position_embeddings=512,
         rope_theta=50000.0,
         tie_word_embeddings=False,
@@ -219,7 +254,7 @@ def make_moe(directory: Path) -> Path:
 
 
 def test_the_form_with_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, checkpoint = make_moe(tmp_path / "source"), tmp_path / "checkpoint"
+    source, checkpoint = make_moe(tmp_path / "source", head_dim=32), tmp_path / "checkpoint"
     arguments = ("--hf", source, "--out", checkpoint, "--mask-token-id", MASK_ID)
     run(monkeypatch, import_hf.main, *arguments)
     out = export(monkeypatch, checkpoint, tmp_path / "sdar", "sdar")
@@ -229,117 +264,22 @@ def test_the_form_with_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     flags, rules = DECODINGS[2]
     expected = sampled(monkeypatch, out, tmp_path, flags)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
-    found = [
-        model.generate(torch.tensor([ids]), max_new_tokens=9, **rules)[0, len(ids) :].tolist()
-        for ids in PROMPTS
-    ]
-    assert found == expected
+    assert generated(model, **rules) == expected
     run(monkeypatch, import_hf.main, "--hf", out, "--out", tmp_path / "again")
     assert read_manifest(tmp_path / "again").block_contract.block_size == 4
 
 
-# Keys of the published configurations that a plain Qwen3 has not (sizes stay the tiny model's).
-PUBLISHED = {
-    "a2d": {
-        "model_type": "a2d-qwen3",
-        "architectures": ["A2DQwen3LMHeadModel"],
-        "auto_map": {
-            "AutoConfig": "modeling_qwen3.A2DQwen3Config",
-            "AutoModel": "modeling_qwen3.A2DQwen3Model",
-            "AutoModelForMaskedLM": "modeling_qwen3.A2DQwen3LMHeadModel",
-        },
-        "dtype": "bfloat16",
-        "rope_scaling": None,
-        "rope_theta": 50000.0,
-        "rope_parameters": None,
-    },
-    "sdar": {
-        "model_type": "sdar",
-        "architectures": ["SDARForCausalLM"],
-        "auto_map": {
-            "AutoConfig": "configuration_sdar.SDARConfig",
-            "AutoModel": "modeling_sdar.SDARModel",
-            "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
-        },
-        "attn_implementation": "flex_attention",
-        "block_size": 4,
-        "mask_token_id": 49,
-        "debug": False,
-        "ep_size": 1,
-        "fuse_cross_entropy": True,
-        "micro_forward": False,
-        "skip_checkpoint": False,
-        "use_deepep": False,
-        "rope_scaling": None,
-        "rope_theta": 50000,
-        "rope_parameters": None,
-        "sliding_window": None,
-        "torch_dtype": "bfloat16",
-    },
-}
-
-
-def published(directory: Path, kind: str, mask: str, *, registered: bool) -> Path:
-    """A directory as it is published: its keys, its own code, its mask token."""
-    make_qwen3(directory, tied=kind == "a2d", seed=8, layers=1)
-    edit_json(directory / "config.json", **PUBLISHED[kind])
-    tokenizer: PreTrainedTokenizerFast = make_tokenizer(mask_token=mask if registered else None)
-    if not registered:
-        tokenizer.add_tokens([mask], special_tokens=True)
-    tokenizer.save_pretrained(directory)
-    code = ["tokenization_qwen2.Qwen2Tokenizer", None]
-    edit_json(directory / "tokenizer_config.json", auto_map={"AutoTokenizer": code})
-    (directory / "modeling_sdar.py").write_text("raise SystemExit('foreign code ran')\n")
-    return directory
-
-
-@pytest.mark.parametrize(
-    ("kind", "mask", "registered", "block_size"),
-    [
-        ("a2d", "<|mask|>", True, None),
-        ("sdar", "<|MASK|>", True, 4),
-        ("sdar", "<MASK>", False, 4),
-    ],
-)
-def test_published_directories_import_as_they_are(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    mask: str,
-    registered: bool,
-    block_size: int | None,
-) -> None:
-    source = published(tmp_path / "source", kind, mask, registered=registered)
-    run(monkeypatch, import_hf.main, "--hf", source, "--out", tmp_path / "checkpoint")
-    contract = read_manifest(tmp_path / "checkpoint").block_contract
-    assert (contract.mask_token_id, contract.block_size) == (49, block_size)
-    out = export(monkeypatch, tmp_path / "checkpoint", tmp_path / "out", "sdar")
-    config = json.loads((out / "config.json").read_text())
-    assert "attn_implementation" not in config
-    assert config["auto_map"] == LAYOUTS["sdar"].auto_map
-    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
-    assert (tokenizer.mask_token, tokenizer.mask_token_id) == (mask, 49)
-
-
-@pytest.mark.parametrize(
-    ("keys", "reason"),
-    [
-        ({"clean_context": "causal", "logit_shift": True}, "clean_context='causal'"),  # I-DLM
-        ({"block_alignment": "response"}, "block_alignment='response'"),
-        ({"block_alignment": "middle", "model_type": "qwen3"}, "block_alignment='middle'"),
-        ({"block_size": 0}, "block_size=0"),
-        ({"block_size": "4"}, "block_size='4'"),
-        ({"logit_shift": 1}, "logit_shift=1"),
-    ],
-)
-def test_a_contract_that_cannot_be_honoured(keys: dict[str, object], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
-        read_contract({"model_type": "sdar", **keys}, 49)
-
-
-def test_what_is_recorded_is_read() -> None:
-    keys = {"model_type": "sdar", "block_size": 8, "logit_shift": True}
-    contract = read_contract(keys, 49)
-    assert (contract.block_size, contract.logit_shift) == (8, True)
-    plain = read_contract({"model_type": "qwen3", "block_alignment": "response"}, 49)
-    assert plain.block_alignment == "response"
+def test_experts_without_head_dim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: transformers' Qwen3-MoE has no default head_dim but hidden_size / heads, and an export
+    says it to readers that have another."""
+    source, checkpoint = make_moe(tmp_path / "source"), tmp_path / "checkpoint"
+    assert "head_dim" not in json.loads((source / "config.json").read_text())
+    run(monkeypatch, import_hf.main, "--hf", source, "--out", checkpoint)
+    out = export(monkeypatch, checkpoint, tmp_path / "out", "qwen3")
+    assert json.loads((out / "config.json").read_text())["head_dim"] == 16
+    ids = torch.arange(20)[None]
+    expected = Qwen3MoeForCausalLM.from_pretrained(source)(ids).logits
+    assert torch.equal(Qwen3MoeForCausalLM.from_pretrained(out)(ids).logits, expected)
+    edit_json(source / "config.json", num_attention_heads=6)
+    with pytest.raises(InputError, match="num_attention_heads=6 does not divide hidden_size=64"):
+        read_shape(source)

@@ -176,10 +176,40 @@ def test_mask_token_sources(sharded: Path, tmp_path: Path) -> None:
     ):
         mask_token(sharded, 64)
     make_tokenizer(mask_token="<|MASK|>").save_pretrained(sharded)
+    with pytest.raises(
+        InputError, match=r"config.json has mask_token_id=60, .* mask token '<\|MASK\|>' at 49"
+    ):
+        mask_token(sharded)
+    edit_json(sharded / "config.json", mask_token_id=None)
     assert mask_token(sharded) == 49
     with pytest.raises(InputError, match=r"mask_token_id=64, but the tokenizer .* at 49"):
         mask_token(sharded, 64)
     assert forbidden_ids(sharded, 49) == tuple(range(49, 67))
+
+
+@pytest.mark.parametrize("model_type", ["sdar", "a2d-qwen3"])
+def test_a_mask_that_config_and_tokenizer_disagree_about(sharded: Path, model_type: str) -> None:
+    """Claim: a model decoded with another mask than it was trained with would say nothing right, so
+    neither is taken silently."""
+    make_tokenizer(mask_token="<|MASK|>").save_pretrained(sharded)
+    edit_json(sharded / "config.json", model_type=model_type, mask_token_id=60)
+    for find in (mask_token, known_mask_token):
+        with pytest.raises(
+            InputError, match=r"mask_token_id=60, .* at 49; correct the one"
+        ) as said:
+            find(sharded)
+        assert "\n" not in str(said.value)
+    edit_json(sharded / "config.json", mask_token_id=49)
+    assert mask_token(sharded) == known_mask_token(sharded) == 49
+
+
+def test_of_several_usual_texts_the_recorded_one_is_the_mask(sharded: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|MASK|>", "<MASK>"], special_tokens=True)
+    tokenizer.save_pretrained(sharded)
+    assert mask_token(sharded) == 49
+    edit_json(sharded / "config.json", mask_token_id=50)
+    assert mask_token(sharded) == 50
 
 
 @pytest.mark.parametrize(

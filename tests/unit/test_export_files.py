@@ -120,6 +120,13 @@ def test_a_card_of_an_imported_model_claims_no_training() -> None:
     assert "trust_remote_code" not in card(TrainingRecord(), "qwen3")
 
 
+def test_a_card_says_in_which_type_tokens_are_the_samplers() -> None:
+    exact = "dtype=torch.float32)"
+    assert exact in card(TrainingRecord()) and "computes in float32" in card(TrainingRecord())
+    assert exact not in card(TrainingRecord(), dtype="fp32")  # the stored type is the exact one
+    assert exact not in card(TrainingRecord(), quantized=True)  # which no sampler of ours reads
+
+
 def test_evaluation_rows_are_the_tables_rows(tmp_path: Path) -> None:
     row = {
         "task": "gsm8k",

@@ -76,6 +76,10 @@ def test_a_tokenizer_of_vocabulary_files_only(tmp_path: Path) -> None:
     after = load_tokenizer(tmp_path)
     assert after is not None
     assert after.convert_tokens_to_ids("<|MASK|>") == after.mask_token_id == mask_id
+    written = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in written  # a list, which transformers 4 does not take
+    assert written["tokenizer_class"] != "TokenizersBackend"
+    assert set(written["additional_special_tokens"]) >= {"<|im_start|>", "<|im_end|>"}
 
 
 def test_an_added_but_unregistered_mask_token_keeps_its_text(tmp_path: Path) -> None:

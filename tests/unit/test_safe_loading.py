@@ -19,6 +19,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from checkpoint_tools.manifest import BlockContract, read_manifest, write_manifest
+from checkpoint_tools.qwen3_names import hf_from_megatron
+from checkpoint_tools.qwen3_shape import read_shape
+from checkpoint_tools.streaming.megatron_weights import read_weights
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import load_weights
 from megatron_opdlm.errors import InputError
@@ -131,6 +134,25 @@ def test_every_pickle_of_an_index_reads_back(checkpoint: Path, protocol: int):
     assert again.storage_data == index.storage_data
 
 
+def test_a_flipped_bit_of_the_index_is_an_error_of_ours(checkpoint: Path):
+    """Claim: weights are read, or refused in one line, whatever bit of the index has flipped where
+    no checksum tells (a manifest from before there were any)."""
+    shape, index = read_shape(checkpoint / "huggingface"), checkpoint / "weights" / ".metadata"
+    good, generator = index.read_bytes(), torch.Generator().manual_seed(2)
+    refused = 0
+    for bit in torch.randint(8 * len(good), (200,), generator=generator).tolist():
+        content = bytearray(good)
+        content[bit // 8] ^= 1 << bit % 8
+        index.write_bytes(bytes(content))
+        try:
+            for _ in hf_from_megatron(shape, read_weights(checkpoint, shape)):
+                pass
+        except InputError as error:
+            assert "\n" not in str(error) and ("; use " in str(error) or ": import " in str(error))
+            refused += 1
+    assert refused > 150
+
+
 def test_random_bytes_are_no_index(checkpoint: Path):
     """Claim: a damaged index is an error of ours, never one of pickle's many."""
     generator = torch.Generator().manual_seed(1)
@@ -157,9 +179,68 @@ def calls(tree: ast.AST) -> list[tuple[str, dict[str, ast.expr]]]:
     ]
 
 
+def trusting(tree: ast.AST) -> list[ast.AST]:
+    """Every place where ``trust_remote_code`` gets a value other than ``False``: as an argument, a
+    key, a name or an attribute; and any other use of its name, which might hand it on.
+    """
+    flag, found = "trust_remote_code", []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == flag:
+            found += [node] if ast.unparse(node.value) != "False" else []
+        elif (
+            (isinstance(node, ast.Constant) and node.value == flag)
+            or (isinstance(node, ast.Name) and node.id == flag)
+            or (isinstance(node, ast.Attribute) and node.attr == flag)
+            or (isinstance(node, ast.arg) and node.arg == flag)
+        ):
+            found.append(node)
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "load(x, trust_remote_code=True)",
+        "load(x, trust_remote_code=trusted)",
+        "options = {'trust_remote_code': True}; load(x, **options)",
+        "load(x, **dict(trust_remote_code=True))",
+        "options['trust_remote_code'] = True",
+        "trust_remote_code = True",
+        "options.trust_remote_code = True",
+        "def load(trust_remote_code): ...",
+    ],
+)
+def test_trust_is_seen_in_every_spelling(source: str):
+    assert trusting(ast.parse(source))
+    assert not trusting(ast.parse("load(x, trust_remote_code=False)"))
+
+
+# Where an export is loaded as its users do, if ``foreign_code`` finds nothing.
+TRUSTING = {"checkpoint_tools/engines/load.py": 3}
+
+
+def test_only_our_own_code_is_trusted():
+    """Claim: remote code is switched on in one function alone, whose first act is to leave where
+    there is code of others."""
+    found = {
+        file.relative_to(REPOSITORY).as_posix(): trusting(ast.parse(file.read_text()))
+        for file in SOURCES
+    }
+    assert {file: len(nodes) for file, nodes in found.items() if nodes} == TRUSTING
+    (file,) = TRUSTING
+    (function,) = [
+        node
+        for node in ast.parse((REPOSITORY / file).read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert len(trusting(function)) == TRUSTING[file]
+    first = "\n".join(ast.unparse(node) for node in function.body[1:3])
+    assert first.startswith("foreign = foreign_code(directory)\nif foreign:\n    return ")
+
+
 def test_the_sources_load_data_only():
-    """Claim: no source calls ``pickle`` (but the allow-listed unpickler), ``torch.load`` without
-    ``weights_only=True``, or anything with ``trust_remote_code=True``."""
+    """Claim: no source calls ``pickle`` (but the allow-listed unpickler), or ``torch.load`` without
+    ``weights_only=True``."""
     assert len(SOURCES) > 50
     for file in SOURCES:
         tree = ast.parse(file.read_text())
@@ -173,8 +254,6 @@ def test_the_sources_load_data_only():
         }
         assert not imported & {"dill", "joblib", "cloudpickle", "shelve", "marshal"}, file
         for name, options in calls(tree):
-            flag = options.get("trust_remote_code")
-            assert flag is None or ast.unparse(flag) == "False", (file, name)
             if name == "torch.load":
                 assert ast.unparse(options["weights_only"]) == "True", file
             if file.name != "mailbox.py":  # between the ranks of one job, never from a file

@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str, str]] = {
         write("randomness.py", "raise SystemExit('it ran')"),
         ("transformers",),
         "code",
-        "were not run",
+        "was not run",
     ),
     # 2. untied
     "tied": (edit_config(tie_word_embeddings=True), SERVING, "lm_head", "KeyError"),
