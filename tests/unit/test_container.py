@@ -19,15 +19,15 @@ import pytest
 from launch.environment import HELD, pins
 
 REPOSITORY = Path(__file__).parents[2]
-# nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default. Which NumPy it has is not published:
-# this is the oldest that the pins go with (pandas 3 needs it), and pip refuses an image with 1.26.
+# nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default. Which NumPy it has is not published, so
+# the pins go with the last 1.x and with 2.x.
 IMAGE = {
     "torch": "2.10.0a0+b4e4ee81d3",
     "transformer-engine": "2.10.0+769ed778",
     "flash-attn": "2.7.4.post1+25.12",
     "triton": "3.5.1",
-    "numpy": "2.0.2",
 }
+NUMPY = ("1.26.4", "2.1.0")
 PYTHON = "3.12"
 
 
@@ -61,12 +61,14 @@ def test_the_dockerfile_s_image_is_the_one_tested():
 
 
 @pytest.mark.slow
-def test_pins_resolve_against_the_image(tmp_path: Path):
+@pytest.mark.parametrize("numpy", NUMPY)
+def test_pins_resolve_against_the_image(tmp_path: Path, numpy: str):
     """Claim: for the image's Python, with its own PyTorch, Transformer Engine and flash-attn held,
     pip finds every pinned package, and replaces none of those."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    for name, version in IMAGE.items():
+    image = IMAGE | {"numpy": numpy}
+    for name, version in image.items():
         stand_in(wheels, name, version)
     pinned = pins(REPOSITORY / "launch/constraints.txt")
     for name in SOURCES:
@@ -80,7 +82,7 @@ def test_pins_resolve_against_the_image(tmp_path: Path):
         for line in optional[extra]
     ]
     own = {k: v for k, v in pinned.items() if not HELD.fullmatch(k)}
-    held = "".join(f"{name}=={version}\n" for name, version in (own | IMAGE).items())
+    held = "".join(f"{name}=={version}\n" for name, version in (own | image).items())
     (tmp_path / "constraints.txt").write_text(held)
     (tmp_path / "requirements.txt").write_text("\n".join(wanted) + "\n")
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-input"]
@@ -101,6 +103,6 @@ def test_pins_resolve_against_the_image(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     last = done.stdout.strip().splitlines()[-1]
-    for name, version in IMAGE.items():
+    for name, version in image.items():
         if name != "flash-attn":  # the code uses it where it is there, and asks for nothing
             assert f" {name}-{version} " in last.replace("_", "-") + " " or name == "triton", last
