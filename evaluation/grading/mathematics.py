@@ -23,7 +23,7 @@ SECONDS = 10
 # Responses are graded in this process, one after the other, up to this number; beyond it in
 # children, of which each takes seconds to start and at least this many.
 IN_SERIES = 256
-_KILL_SECONDS = 10 * SECONDS  # for all steps of a response; a child that takes longer hangs
+_KILL_SECONDS = 15 * SECONDS  # for all steps of a response; a child that takes longer hangs
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # one that is escaped is a sign of a set
 _BOX = re.compile(r"\\boxed\s*+\{")
@@ -43,6 +43,7 @@ class MathVerdict:
     correct: bool
     strict: bool  # right, and boxed or announced as the answer; or right in the last box
     timed_out: bool  # the scorer gave up; ``correct`` is then False
+    error: str | None = None  # what a child failed with, if not with the time
 
 
 def grade_math(response: str, reference: str) -> MathVerdict:
@@ -78,13 +79,23 @@ def grade_all_math(responses: list[str], references: list[str]) -> list[MathVerd
     ]
     workers = min(os.cpu_count() or 1, -(-len(jobs) // IN_SERIES))
     return [
-        MathVerdict(**outcome.score) if outcome.error is None else _UNGRADED
+        MathVerdict(**outcome.score) if outcome.error is None else _ungraded(outcome.error)
         for outcome in score_all(jobs, workers)
     ]
 
 
 _IN_CHILD = "evaluation.grading.mathematics:verdict_of"
-_UNGRADED = MathVerdict(extracted=None, correct=False, strict=False, timed_out=True)
+
+
+def _ungraded(error: str) -> MathVerdict:
+    late = error == "timeout"
+    return MathVerdict(
+        extracted=None,
+        correct=False,
+        strict=False,
+        timed_out=late,
+        error=None if late else error,
+    )
 
 
 def verdict_of(row: dict[str, Any], response: str) -> dict[str, Any]:

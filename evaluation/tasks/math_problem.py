@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from evaluation.tasks.published import PublishedTask
-from evaluation.tasks.task import Grade, Row
+from evaluation.tasks.task import SCORER_ERROR, Grade, Row
 
 if TYPE_CHECKING:
     from evaluation.grading.mathematics import MathVerdict
@@ -51,7 +51,9 @@ class MathProblem(PublishedTask):
 
 def _grade(verdict: "MathVerdict") -> Grade:
     flags = ["scorer_timeout"] if verdict.timed_out else []
-    if verdict.extracted is None:
+    if verdict.error is not None:
+        flags.append(f"{SCORER_ERROR}: {verdict.error}")
+    elif verdict.extracted is None:
         flags.append("no_answer")
     return Grade(
         correct=verdict.correct, extracted=verdict.extracted, flags=flags, strict=verdict.strict

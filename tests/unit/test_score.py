@@ -114,6 +114,9 @@ def test_many_mathematical_answers_are_graded_over_the_cores(monkeypatch):
     assert task.grade_all(rows, responses) == here
     assert asked == [min(os.cpu_count() or 1, 2)]
     assert [grade.correct for row in here for grade in row] == [True, False] * 3
+    monkeypatch.setattr(mathematics, "_IN_CHILD", "evaluation.grading.mathematics:no_such")
+    [(failed, _), *_] = task.grade_all(rows, responses)
+    assert (failed.correct, failed.flags) == (False, ["scorer_error: AttributeError"])
 
 
 def test_missing_rows_are_left_out_and_control_tokens_never_reach_the_grader(tmp_path, data):
