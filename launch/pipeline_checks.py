@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from evaluation.jsonl import write_json
 from evaluation.run import load_tasks
@@ -21,9 +22,7 @@ def check_same_command(settings: Settings) -> None:
     """InputError where a stage that has begun was of another command. What a later stage needs may
     change until then; training may change what its own rule lets it (where and how fast).
     """
-    path = settings.out / RECORD
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    wanted = json.loads(json.dumps(settings.identity))
+    found, wanted = _noted(settings), json.loads(json.dumps(settings.identity))
     stages = (
         (settings.imported, ("hf", "mask_token_id"), ""),
         (settings.exported, ("format",), "exported, evaluation and report"),
@@ -42,7 +41,13 @@ def check_same_command(settings: Settings) -> None:
 
 def note_command(settings: Settings) -> None:
     """Write down what this directory is of."""
-    write_json(settings.out / RECORD, settings.identity)
+    if _noted(settings) != json.loads(json.dumps(settings.identity)):
+        write_json(settings.out / RECORD, settings.identity)
+
+
+def _noted(settings: Settings) -> dict[str, Any]:
+    path = settings.out / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _check_same_training(settings: Settings) -> None:
