@@ -20,7 +20,7 @@ import numpy as np
 from evaluation.grading.code_run import LOST, FunctionCall, Verdict, failed, run_calls
 from evaluation.jail.values import decode, encode
 from evaluation.sandbox import Jail, Sandbox, package_directories
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.errors import InputError, RunError
 
 MINIMUM_SECONDS, TIMES_CANONICAL = 1.0, 4.0  # CPU time of a test
 _SANITIZER = Path(__file__).with_name("code_sanitizer.py")
@@ -98,9 +98,9 @@ def _sanitize_in(jail: Jail, texts: list[tuple[str, str]]) -> list[Extraction]:
     jail.load(_WITHOUT_DATA + _SANITIZER.read_text(encoding="utf-8"))
     started = jail.start(cpu=_IMPORT_SECONDS)
     if not started.ok:
-        raise InputError(
-            f"EvalPlus cannot be loaded ({started.status} {started.detail}); install it with "
-            "pip install 'megatron-opdlm[evaluation]'"
+        raise RunError(
+            f"EvalPlus cannot be loaded in the sandbox ({started.status} {started.detail}); run "
+            "launch/setup.sh"
         )
     found: list[Extraction] = []
     for text, entry_point in texts:
