@@ -8,6 +8,7 @@ been compared with the checkpoint (see verify).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def convert(
     exported = FORMATS[model_format].exported_shape(shape)
     team.join()
     with shared_directory(out, team) as directory:
-        team.together(lambda: _check_files(checkpoint, manifest, team))
+        large = team.together(lambda: _check_small_files(checkpoint, manifest, team))
         team.on_first(
             lambda: write_files(
                 directory,
@@ -121,6 +122,7 @@ def convert(
             )
         )
         if quantization is not None:
+            team.together(lambda: check_contents(checkpoint, manifest, large))
             models = directory, checkpoint, manifest.block_contract, shape, exported
             loss = quantize(*models, quantization, dtype=dtype, shard_bytes=shard_bytes)
             print(f"quantised {loss}", flush=True)
@@ -131,29 +133,46 @@ def convert(
             with progress_bar(
                 f"export {out.name}", total // team.size, shown=team.is_first and not quiet
             ) as bar:
-                team.together(lambda: _write(checkpoint, shape, exported, writer, team, bar))
+                team.together(
+                    lambda: _while_checking(
+                        lambda: _write(checkpoint, shape, exported, writer, team, bar),
+                        lambda name: check_contents(checkpoint, manifest, [name]),
+                        large,
+                    )
+                )
         team.disband()
         if team.is_first:  # an export that differs gets no name
             for result in compare(directory, checkpoint, manifest):
                 print(f"verified {result}", flush=True)
 
 
-def _check_files(checkpoint: Path, manifest: Manifest, team: Team) -> None:
-    """This process's share of the files that an export is made of: all but those of the optimizer.
+def _check_small_files(checkpoint: Path, manifest: Manifest, team: Team) -> list[str]:
+    """Check all files but those of tensors; names of those with weights, this process's share.
     Raises InputError where a checksum is another than when the file was written.
     """
-    from checkpoint_tools.files.safe_metadata import INDEX
     from checkpoint_tools.streaming.megatron_weights import weight_files
+
+    small = [name for name in manifest.sha256 if not name.endswith(".distcp")]
+    check_contents(checkpoint, manifest, small)  # the index says in which files weights are
+    large = sorted(set(weight_files(checkpoint)) & set(manifest.sha256))
+    return [large[number] for number in team.share([manifest.files[name] for name in large])]
+
+
+def _while_checking(
+    work: Callable[[], None], check: Callable[[str], object], names: Sequence[str]
+) -> None:
+    """Do ``work`` while threads check the files that it reads; a failed check is what is raised,
+    whatever it made of the work.
+    """
     from checkpoint_tools.streaming.weight_writer import THREADS
 
-    # Every process reads the index, which says in which files weights are.
-    check_contents(checkpoint, manifest, {f"weights/{INDEX}"} & set(manifest.sha256))
-    needed = set(weight_files(checkpoint))
-    names = [name for name in manifest.sha256 if name in needed or not name.endswith(".distcp")]
-    share = team.share([manifest.files[name] for name in names])
     with ThreadPoolExecutor(THREADS) as pool:
-        own = [names[number] for number in share]
-        list(pool.map(lambda name: check_contents(checkpoint, manifest, [name]), own))
+        checks = [pool.submit(check, name) for name in names]
+        try:
+            work()
+        finally:
+            for done in checks:
+                done.result()
 
 
 def _write(

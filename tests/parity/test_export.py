@@ -308,6 +308,6 @@ def test_other_types_round_once(
             for name in found.names():
                 expected = weights.get(name).bfloat16()
                 assert torch.equal(found.get(name).bfloat16(), expected), name
-    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    loaded = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
     assert loaded.dtype is {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     assert loaded.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape == (1, 7)

@@ -77,7 +77,7 @@ def test_a_tokenizer_of_vocabulary_files_only(tmp_path: Path) -> None:
     assert after is not None
     assert after.convert_tokens_to_ids("<|MASK|>") == after.mask_token_id == mask_id
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert "extra_special_tokens" not in written  # a list, which transformers 4 does not take
+    assert not isinstance(written.get("extra_special_tokens"), list)  # transformers 4 takes none
     assert written["tokenizer_class"] != "TokenizersBackend"
     assert set(written["additional_special_tokens"]) >= {"<|im_start|>", "<|im_end|>"}
 

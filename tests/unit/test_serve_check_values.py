@@ -57,7 +57,7 @@ ODD_FILES = {
     "denoising.py": (b"\xff", "imports", "denoising.py is no Python file"),
     "generation_config.json": (b"[5]", "end tokens", "holds a list"),
     "tokenizer.json": (b"5", "mask token", "tokenizer does not load"),
-    "added_tokens.json": (b"\xff\xff", "mask token", "does not load"),
+    "added_tokens.json": (b"\xff\xff", "mask token", "can't decode byte 0xff"),
 }
 
 
