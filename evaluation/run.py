@@ -91,7 +91,10 @@ def evaluate(
         "responses_per_prompt": responses_per_prompt,
         "enable_thinking": enable_thinking,
     }
-    lacks = {task.name: task.missing(rows) for task, rows in tasks}
+    # The writer grades: what its machine lacks is what counts.
+    lacks: dict[str, str | None] = generator.share(
+        {task.name: task.missing(rows) for task, rows in tasks} if generator.is_writer else None
+    )
     asked = {
         task.name: prompts_of(task, rows, generator.tokenizer, enable_thinking=enable_thinking)
         for task, rows in tasks

@@ -13,7 +13,7 @@ from evaluation.grading.livebench import (
     tests_of,
 )
 from evaluation.grading.scorer_process import Job, Outcome, score_all
-from evaluation.sandbox import default_sandbox
+from evaluation.sandbox import default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import Grade, Row
@@ -49,7 +49,10 @@ class LiveBench(PublishedTask):
         return None
 
     def missing(self, rows: list[Row]) -> str | None:
-        return missing_for({scorer for row in rows if (scorer := scorer_of(row))})
+        runs_programs = any(row["livebench_category"] == "coding" for row in rows)
+        return missing_for({scorer for row in rows if (scorer := scorer_of(row))}) or (
+            sandbox_problem() if runs_programs else None
+        )
 
     def settings(self) -> dict[str, Any]:
         return {"sandbox": default_sandbox().describe()} if self._ran_programs else {}
@@ -71,7 +74,13 @@ class LiveBench(PublishedTask):
 def _problem_of_tests(row: Row) -> str | None:
     try:
         tests_of(row)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # of any other shape
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # of any other shape
         return f"its tests cannot be read ({error}); use the published file"
     return None
 
