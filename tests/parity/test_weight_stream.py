@@ -283,7 +283,7 @@ def test_a_description_that_does_not_fit(tmp_path: Path) -> None:
     for change, reason in (
         (shorten, "cannot be read"),
         (swap, "another tensor than its description"),
-        (lose, f"{key} .* has 6144 of 12288 values"),
+        (lose, f"{key} has 6144 of 12288 values"),
         (forget, f"no tensor {key}"),
     ):
         with pytest.raises(InputError, match=reason):
