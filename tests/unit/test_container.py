@@ -19,8 +19,8 @@ import pytest
 from launch.environment import HELD, pins
 
 REPOSITORY = Path(__file__).parents[2]
-# nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default. Which NumPy it has is not published, so
-# the pins go with the last 1.x and with 2.x.
+# nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default. Which NumPy it has is not published,
+# so the pins go with the last 1.x and with 2.x.
 IMAGE = {
     "torch": "2.10.0a0+b4e4ee81d3",
     "transformer-engine": "2.10.0+769ed778",
