@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from megatron_opdlm.supervision import activity
 from megatron_opdlm.supervision.agreement import first_problem
 
 LOCK = ".lock"
-WAIT_SECONDS = 60  # for a job that is leaving: what a killed launcher started saves first
+# For a job that is leaving (what a killed launcher started saves first), and for a file server to
+# notice that a node is gone (NFS: 90 seconds).
+WAIT_SECONDS = 180
 _POLL_SECONDS = 0.2
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without locks
 _held: dict[str, int] = {}  # descriptors: the system lets go of the lock when this process ends
@@ -43,19 +46,23 @@ def _take(out: Path, wait_seconds: float) -> str | None:
     """The lock, or what is in its way."""
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    end = time.monotonic() + wait_seconds
+    end, is_announced = time.monotonic() + wait_seconds, False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "unnamed"
             if time.monotonic() > end:
-                holder = os.read(descriptor, 200).decode(errors="replace").strip()
                 os.close(descriptor)
                 return (
-                    f"train.out={out}: another job works there ({holder or 'unnamed'}); wait for "
-                    "it or end it, or use another directory"
+                    f"train.out={out}: another job works there ({holder}); wait for it or end it, "
+                    "or use another directory"
                 )
+            if not is_announced:
+                text = f"train.out={out}: waiting for {holder} to leave, {wait_seconds:g} s at most"
+                print(text, file=sys.stderr, flush=True)
+                is_announced = True
             activity.advance()
             time.sleep(_POLL_SECONDS)
         except OSError as error:
