@@ -4,6 +4,7 @@ every layout and in every packing. What is expected comes from transformers and 
 """
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +219,22 @@ DECODINGS = {
 }
 
 
+SMALL = ("tp2", "pp2", "dp2", "tp2-sp", "cp2")
+LARGE = ("tp2-pp2", "tp2-dp2-sp", "pp2-cp2")  # four ranks on two cores: one decoding, else slow
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", DECODINGS)
 @pytest.mark.parametrize(
-    "name", ["tp2", "pp2", "dp2", "tp2-sp", "tp2-pp2", "tp2-dp2-sp", "cp2", "pp2-cp2"]
+    ("name", "kind"),
+    [
+        *product(SMALL, DECODINGS),
+        *product(LARGE, ["drawn"]),
+        *(
+            pytest.param(name, kind, marks=pytest.mark.slow)
+            for name, kind in product(LARGE, DECODINGS)
+            if kind != "drawn"
+        ),
+    ],
 )
 def test_rollouts(models: TinyModels, ranks: WorkerGroups, name: str, kind: str):
     """Claim: trajectories (tokens, passes, counts) are identical on every layout and on each of
@@ -246,7 +259,7 @@ def test_rollouts(models: TinyModels, ranks: WorkerGroups, name: str, kind: str)
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("kind", ["drawn", "autoregressive"])
-@pytest.mark.parametrize("name", ["tp2", "pp2", "tp2-pp2"])
+@pytest.mark.parametrize("name", ["tp2", "pp2", pytest.param("tp2-pp2", marks=pytest.mark.slow)])
 def test_rollouts_by_block_rows(models: TinyModels, ranks: WorkerGroups, name: str, kind: str):
     """Claim: forwards of fixed size, as GPUs replay them, make the same trajectories on every
     layout, with groups of slots in flight between the stages."""

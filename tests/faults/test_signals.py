@@ -93,6 +93,7 @@ def test_a_signal_during_set_up(job: Jobs):
     assert ended[0].errors == [expected]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again(job: Jobs, undisturbed, tmp_path: Path):
     """Claim: ``torchrun --max-restarts`` takes code 75 for a reason to start its ranks again, which
     go on from what was saved to the undisturbed run's numbers."""

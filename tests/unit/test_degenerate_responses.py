@@ -34,7 +34,9 @@ KINDS = {
     "thoughts": "<think>",
 }
 OPENINGS = ("The answer is", "Answer:", "answer", "\\boxed{", "the answer is option")
-SECONDS = 5.0  # a quiet core takes less than one
+# A quiet core takes less than one. Nested JSON makes the collector walk over everything that other
+# tests of the process have left, ten seconds of it at times; without the bounds it is hours.
+SECONDS = 60.0
 
 ROWS = {
     "GSM8K": {"question": "Q", "ground_truth_answer": "42"},
@@ -59,7 +61,7 @@ def text_of(kind: str, length: int = LENGTH) -> str:
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_text_grader_gets_through(name):
-    """Claim: each kind is graded in about a second, wrong, and without an exception."""
+    """Claim: each kind is graded in bounded time, wrong, and without an exception."""
     task, row = get_task(name), ROWS[name]
     task.grade(row, "first")  # imports are not what is measured
     for kind in KINDS:

@@ -198,6 +198,7 @@ def test_missing_data_is_found_before_the_model_is_loaded(tmp_path, opened):
     assert opened.loaded == 0
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_a_model(models: TinyModels, data: Path, tmp_path: Path):
     """Claim: the same predictions as evaluation.run makes with the same settings."""
     model = models.hf("student", tied=True)
