@@ -13,23 +13,17 @@ a generous multiple. The clock starts when the interpreter is ready.
 
 import itertools
 import os
-import shutil
 import site
-import socket
-import subprocess
 import sys
 import sysconfig
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, TypeVar
 
-from evaluation.jail import channel
 from evaluation.jail.isolation import LAYERS, Limits
+from evaluation.jail.jail import Jail, JailLost, Outcome
 from megatron_opdlm.errors import RunError
 
 __all__ = [
@@ -46,8 +40,6 @@ __all__ = [
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_REPLY_LIMIT = 1 << 30
-_SLACK_SECONDS = 300.0  # beyond a run's wall limit before a jail counts as lost
 _USERS = range(61184, 65184)  # without names and files; as root each jail takes its own
 # What is given up, in this order, where a jail with all layers does not run a first program.
 _WEAKER: tuple[set[str], ...] = (
@@ -59,7 +51,6 @@ _WEAKER: tuple[set[str], ...] = (
 )
 # Modules that nothing has loaded before: the jail must be able to read the interpreter's library.
 _FIRST_PROGRAM = "import colorsys, decimal, heapq, statistics\nprint(6 * 7)"
-_WALL_FACTOR, _WALL_EXTRA = 6.0, 20.0
 # Without one of each the machine is open in that respect, and users are told.
 _NEEDED = {
     "programs could use the network": {"network_namespace", "seccomp"},
@@ -79,162 +70,6 @@ _LIMITS_NEED = {
     "work_space": {"mount_namespace"},
     "threads": {"unprivileged_user", "user_namespace"},
 }
-
-
-class JailLost(Exception):
-    """The jail's trusted process is gone or could not confine a program; nothing was decided."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run or a call came to.
-
-    ``status``: ``ok``; ``cpu_time``, ``wall_time``, ``output_limit`` (a limit was passed);
-    ``exception`` (raised by a call); ``exit N``, ``signal N`` (how the program ended); ``ended``
-    (before it answered); ``broken_channel`` (it wrote what is no answer).
-    """
-
-    status: str
-    cpu_seconds: float
-    stdout: str = ""
-    stderr: str = ""  # the end of it
-    value: str = ""  # as evaluation.jail.values.decode reads it
-    detail: str = ""
-    failure: str | None = None  # of test code: the first failed test
-    passed: int = 0  # of test code: tests passed
-
-    @property
-    def ok(self) -> bool:
-        return self.status == "ok"
-
-
-def wall_limit(cpu: float) -> float:
-    """Wall seconds granted for ``cpu`` seconds: a busy machine gives a program a share only."""
-    return _WALL_FACTOR * cpu + _WALL_EXTRA
-
-
-class Jail:
-    """One jail: load a program, then run it, call it or test it. Use as a context manager."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.work = "" if settings["own_root"] else tempfile.mkdtemp(prefix="program-")
-        ours, theirs = socket.socketpair()
-        self.channel = ours
-        script = Path(__file__).parent / "jail" / "process.py"
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(script), str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            env={},
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        try:
-            self.greeting = self._exchange({**settings, "work": self.work}, _SLACK_SECONDS)
-        except JailLost:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Jail":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End everything in the jail and remove its directory."""
-        self.channel.close()  # the trusted process ends, and with it its namespace
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-        if self.process.stderr:
-            self.process.stderr.close()
-        if self.work:
-            shutil.rmtree(self.work, ignore_errors=True)
-
-    def load(self, source: str) -> None:
-        """The program of the following runs; what ran before is ended."""
-        self._exchange({"do": "load", "source": source}, _SLACK_SECONDS)
-
-    def stdio(
-        self, stdin: str, *, cpu: float, wall: float | None = None, prompts: bool = True
-    ) -> Outcome:
-        """Run the program as ``__main__`` on ``stdin``, in a process of its own.
-
-        ``ok``: it ran to its end or left by SystemExit. ``cpu``, ``wall``: seconds. ``prompts``:
-        whether what a program asks by ``input(prompt)`` is part of its output, as in Python.
-        """
-        return self._run({"do": "stdio", "stdin": stdin, "prompts": prompts}, cpu, wall)
-
-    def start(self, *, cpu: float, wall: float | None = None) -> Outcome:
-        """Run the program's definitions, to be called afterwards; ``value`` lists its names."""
-        return self._run({"do": "start"}, cpu, wall)
-
-    def call(
-        self,
-        name: str,
-        arguments: str,
-        *,
-        cpu: float,
-        wall: float | None = None,
-        within: str | None = None,
-    ) -> Outcome:
-        """Call a function of the started program, or a method of class ``within`` if it has one.
-
-        ``arguments``: a list, as ``evaluation.jail.values.encode`` writes it.
-        """
-        request = {"do": "call", "name": name, "args": arguments}
-        return self._run({**request, "within": within} if within else request, cpu, wall)
-
-    def judge(
-        self,
-        *,
-        setup: list[str],
-        functions: list[str],
-        snippets: list[str],
-        collect: bool = False,
-        cpu: float,
-        wall: float | None = None,
-    ) -> Outcome:
-        """Run test code against the program (``evaluation.jail.judge.run``), once in a jail's life.
-
-        ``ok`` and ``failure is None``: every test passed. ``cpu`` holds for all tests together. The
-        program's process is made before the tests are sent, and none is made afterwards: a forked
-        process holds whatever the jail's trusted one has held. JailLost: this jail has judged.
-        """
-        self._exchange({"do": "stand_by"}, _SLACK_SECONDS)
-        tests = {"setup": setup, "functions": functions, "snippets": snippets, "collect": collect}
-        return self._run({"do": "judge", "tests": tests}, cpu, wall)
-
-    def _run(self, request: dict[str, Any], cpu: float, wall: float | None) -> Outcome:
-        wall = wall_limit(cpu) if wall is None else wall
-        reply = self._exchange({**request, "cpu": cpu, "wall": wall}, wall + _SLACK_SECONDS)
-        seconds = reply.pop("cpu", 0.0)
-        reply.pop("total", None)
-        return Outcome(cpu_seconds=seconds, **reply)
-
-    def _exchange(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        descriptor = self.channel.fileno()
-        try:
-            channel.send(descriptor, message)
-            deadline = time.monotonic() + seconds
-            reply = channel.receive(descriptor, limit=_REPLY_LIMIT, deadline=deadline)
-        except channel.ChannelClosed as error:
-            raise JailLost(f"{error}{self._last_words()}") from error
-        if reply.get("status") == "sandbox_failed":
-            raise JailLost(reply["detail"])
-        return reply
-
-    def _last_words(self) -> str:
-        if self.process.poll() is None or self.process.stderr is None:
-            return ""
-        lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
 
 
 def package_directories() -> list[str]:

@@ -15,7 +15,6 @@ which MODULE ARGUMENT ... is added; for many nodes see docs/launching.md.
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import shlex
@@ -23,11 +22,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evaluation.jsonl import write_json
 from evaluation.recipe import describe as describe_evaluation
@@ -35,6 +32,7 @@ from launch.pipeline_checks import check_same_command, find_lacks, note_command
 from launch.pipeline_settings import ROOT, Settings, add_flags, read_settings
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, Stopped, command
+from megatron_opdlm.storage.file_lock import wait_for_lock
 
 LOCK_SECONDS = 660  # for the processes of a killed pipeline to be gone: ranks may save for 600
 
@@ -131,7 +129,7 @@ def run_pipeline(settings: Settings) -> None:
     print("".join(f"note: {text}\n" for text in lacks.graders), end="", flush=True)
     settings.out.mkdir(parents=True, exist_ok=True)
     with (settings.out / ".lock").open("w") as lock:
-        _only_one(lock, settings.out)
+        _only_one(lock.fileno(), settings.out)
         check_same_command(settings)
         note_command(settings)
         requests = Requests.listen()
@@ -147,22 +145,11 @@ def run_pipeline(settings: Settings) -> None:
     print(f"report: {settings.out / 'report' / 'report.md'}")
 
 
-def _only_one(lock: Any, out: Path) -> None:
+def _only_one(lock: int, out: Path) -> None:
     """Wait until no process of another pipeline in this directory is left."""
-    end, said = time.monotonic() + LOCK_SECONDS, False
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > end:
-                raise InputError(
-                    f"--out {out}: another pipeline works there; wait for it, or use another"
-                ) from None
-            if not said:
-                text = "processes of another pipeline still work there; waiting for their end"
-                print(f"{out}: {text}, at most {LOCK_SECONDS} s", flush=True)
-            said = True
-            time.sleep(0.2)
+    notice = f"--out {out}: another pipeline works there"
+    if not wait_for_lock(lock, LOCK_SECONDS, notice):
+        raise InputError(f"{notice}; wait for it, or use another")
 
 
 def _run(name: str, argv: list[str], lock: int, requests: "Requests", run: Path) -> None:

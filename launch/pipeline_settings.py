@@ -15,7 +15,7 @@ from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, read_shape
 from evaluation.recipe import RecipeRun, read_recipe
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.planning.layout import Layout
+from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.public_shapes import public_name, public_shape
 from megatron_opdlm.storage.output_paths import check_place
 
@@ -140,18 +140,6 @@ def keys_of(data: Path, overrides: list[str]) -> list[str]:
     return [*([] if named else [f"evaluation.data={data}"]), *overrides]
 
 
-def layout_of(config: Config) -> Layout:
-    """The training's."""
-    m = config.model
-    return Layout(
-        tensor=m.tensor_parallel,
-        pipeline=m.pipeline_parallel,
-        context=m.context_parallel,
-        expert=m.expert_parallel,
-        sequence_parallel=m.sequence_parallel,
-    )
-
-
 def _shape(args: argparse.Namespace) -> Qwen3Shape | None:
     """Of --hf or what was imported from it; where a dry run has neither, of the published model of
     that name.
@@ -234,7 +222,7 @@ def _check_ranks(settings: Settings) -> None:
     """Training's and evaluation's layouts divide the ranks that will be started."""
     if settings.world is None:
         return
-    layout_of(settings.config).data_parallel(settings.world)
+    model_layout(settings.config).data_parallel(settings.world)
     if settings.world % (settings.tp * settings.ep):
         raise InputError(
             f"--tp {settings.tp} --ep {settings.ep}: of the evaluation, do not divide the "

@@ -29,7 +29,7 @@ from megatron_opdlm.model.quantization import require_modelopt
 from megatron_opdlm.model.qwen3 import Qwen3, build_model
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
-from megatron_opdlm.parallel import Layout
+from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.storage.model_source import ModelSource, open_model, require_same_tokens
@@ -56,18 +56,6 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
     for source, key in ((student, "model.path"), (teacher, "teacher.path")):
         require_layout(config, source, key, ranks)
     return student, teacher
-
-
-def model_layout(config: Config) -> Layout:
-    """The parallel layout of student and teacher."""
-    m = config.model
-    return Layout(
-        tensor=m.tensor_parallel,
-        pipeline=m.pipeline_parallel,
-        context=m.context_parallel,
-        expert=m.expert_parallel,
-        sequence_parallel=m.sequence_parallel,
-    )
 
 
 def kernels_of(config: Config, hardware: Hardware) -> tuple[Kernels, Kernels]:

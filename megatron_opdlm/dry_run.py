@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_opdlm.config import Config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.planning.layout import model_layout
 
 if TYPE_CHECKING:
     from megatron_opdlm.build import ModelSource
@@ -48,7 +49,7 @@ def describe(config: Config, world_size: int) -> str:
 
     check_run_directory(config)
     source, teacher, notes = _open_pair(config, world_size)
-    layout = build.model_layout(config)
+    layout = model_layout(config)
     split = _split(config, world_size)
     hardware = select_hardware()
     shape = source.shape
@@ -129,10 +130,9 @@ def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str
 
 
 def _split(config: Config, world_size: int) -> "Split":
-    from megatron_opdlm import build
     from megatron_opdlm.planning.rank_memory import Split
 
-    layout = build.model_layout(config)
+    layout = model_layout(config)
     return Split(
         tensor=layout.tensor,
         pipeline=layout.pipeline,

@@ -12,7 +12,6 @@ from megatron_opdlm.build import (
     build_student,
     choose_teacher,
     describe_kernels,
-    model_layout,
     open_pair,
 )
 from megatron_opdlm.checkpoint import Checkpoints, Progress
@@ -21,6 +20,7 @@ from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.offload import HOST, move_layers
+from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.reporting.tracking import Tracker, open_tracker
 from megatron_opdlm.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan

@@ -60,6 +60,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     from megatron_opdlm import build, parallel
     from megatron_opdlm.model.quantization import quantize_fp8
     from megatron_opdlm.packing import pack_step
+    from megatron_opdlm.planning.layout import model_layout
     from megatron_opdlm.reporting import accounting
     from megatron_opdlm.session import my_share, packing_of
     from megatron_opdlm.states import make_state
@@ -70,7 +71,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     shape = student_source.shape
     rows = read_states(trajectories, shape.vocab_size, shape.max_positions)
     hardware = parallel.init(
-        build.model_layout(config),
+        model_layout(config),
         seed=config.train.seed,
         timeout_seconds=config.distributed.timeout_seconds,
     )

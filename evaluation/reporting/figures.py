@@ -17,7 +17,7 @@ from evaluation.reporting.published import PublishedSweep, sweeps
 from evaluation.reporting.results import Result, plain
 
 _PUBLISHED = "#666666"
-_STYLE: Any = {
+STYLE: Any = {  # of all plots
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -32,7 +32,7 @@ def draw(results: Sequence[Result], out: Path) -> list[Path]:
     (one line a model) into ``out``; the files that were made.
     """
     made = []
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         for sweep in sweeps():
             figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
             figure.suptitle(f"{sweep.task}, dynamic decoding")

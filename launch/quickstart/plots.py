@@ -11,6 +11,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from evaluation.reporting.figures import STYLE
 from launch.quickstart.results import Results
 
 NAMES = {
@@ -20,19 +21,11 @@ NAMES = {
 }
 WINDOW = 8  # steps, in the KL picture: single states are noisy
 _BLUE, _ORANGE, _GREEN, _GREY = "#1f5fa8", "#d95f02", "#1b8a5a", "#666666"
-_STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 11,
-    "legend.frameon": False,
-}
 
 
 def draw(results: Results, out: Path) -> None:
     """Write every picture of ``NAMES`` into ``out``."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(11, 4))
         _loss(axes[0], results)
         _kl(axes[1], results)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_opdlm.config import Config
 from megatron_opdlm.errors import InputError
 
 
@@ -32,3 +33,15 @@ class Layout:
                 "smaller expert_parallel"
             )
         return world_size // model_ranks
+
+
+def model_layout(config: Config) -> Layout:
+    """The layout of student and teacher."""
+    m = config.model
+    return Layout(
+        tensor=m.tensor_parallel,
+        pipeline=m.pipeline_parallel,
+        context=m.context_parallel,
+        expert=m.expert_parallel,
+        sequence_parallel=m.sequence_parallel,
+    )

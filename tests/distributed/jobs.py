@@ -30,6 +30,7 @@ from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_paramete
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
+from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
 from megatron_opdlm.session import my_share, packing_of
@@ -367,7 +368,7 @@ def train_on(overrides: list[str], updates: Sequence[Rows], lr: float) -> dict[s
     """
     config = load_config(None, overrides)
     source, teacher_source = build.open_pair(config)
-    hardware = join(build.model_layout(config))
+    hardware = join(model_layout(config))
     student = build.build_student(source, config, hardware)
     teacher = build.build_teacher(teacher_source, config, hardware)
     objective = build.build_objective(config, teacher)
@@ -420,7 +421,7 @@ def teacher_targets(overrides: list[str], rows: Rows) -> list[tuple[int, np.ndar
     """
     config = load_config(None, overrides)
     source, teacher_source = build.open_pair(config)
-    hardware = join(build.model_layout(config))
+    hardware = join(model_layout(config))
     teacher = build.build_teacher(teacher_source, config, hardware)
     if config.teacher.quantization == "fp8":
         sequences = [[*row["prompt_ids"], *row["response_ids"]] for row in rows]

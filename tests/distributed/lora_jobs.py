@@ -16,6 +16,7 @@ from megatron_opdlm.config import load_config
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.parallel import Layout
+from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.rollout import Request, generate
 from megatron_opdlm.teacher import score
 from megatron_opdlm.update import Student
@@ -32,7 +33,7 @@ def open_student(overrides: list[str]) -> Student:
     """The student that training would start with."""
     config = load_config(None, overrides)
     source, _ = build.open_pair(config)
-    return build.build_student(source, config, jobs.join(build.model_layout(config)))
+    return build.build_student(source, config, jobs.join(model_layout(config)))
 
 
 def whole_terms(model: Qwen3, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> Terms | None:
@@ -137,7 +138,7 @@ def both_teachers(overrides: list[str], rows: jobs.Rows) -> tuple[bool, bool] | 
     """
     config = load_config(None, overrides)
     sources = build.open_pair(config)
-    hardware = jobs.join(build.model_layout(config))
+    hardware = jobs.join(model_layout(config))
     student = build.build_student(sources[0], config, hardware)
     fill_b(student.model)
     chosen = build.choose_teacher(student, *sources, config, hardware)

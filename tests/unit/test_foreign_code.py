@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools import export_hf, import_hf, verify
+from checkpoint_tools import verify
 from checkpoint_tools.engines.load import problem_of_loading
 from checkpoint_tools.files.own_code import foreign_code, has_our_code
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
-from tests.tiny_models import edit_json, make_qwen3
+from checkpoint_tools.manifest import read_manifest
+from tests.exported import make_export
+from tests.tiny_models import edit_json
 
 EXTENSION = "blocks.cpython-311-x86_64-linux-gnu.so"
 
@@ -25,18 +24,7 @@ EXTENSION = "blocks.cpython-311-x86_64-linux-gnu.so"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``checkpoint`` and ``export``."""
     root = tmp_path_factory.mktemp("made")
-    source = make_qwen3(root / "source", tied=True, seed=3, layers=1)
-    with open_weights(source) as weights:
-        contract = BlockContract(mask_token_id=64, block_size=4)
-        import_hf.convert(weights, root / "checkpoint", contract, "fp32")
-    export_hf.convert(
-        root / "checkpoint",
-        root / "export",
-        read_manifest(root / "checkpoint"),
-        read_shape(source),
-        model_format="sdar",
-        dtype="fp32",
-    )
+    make_export(root, model_format="sdar", dtype="fp32")
     return root
 
 

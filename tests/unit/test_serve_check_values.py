@@ -6,25 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools import export_hf, import_hf, serve_check
+from checkpoint_tools import serve_check
 from checkpoint_tools.engines.demands import read_directory
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
-from tests.tiny_models import edit_json, make_qwen3
+from tests.exported import make_export
+from tests.tiny_models import edit_json
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
-    source = make_qwen3(root / "source", tied=True, seed=3, layers=1)
-    with open_weights(source) as weights:
-        contract = BlockContract(mask_token_id=64, block_size=4)
-        import_hf.convert(weights, root / "checkpoint", contract, "fp32")
-    manifest, shape = read_manifest(root / "checkpoint"), read_shape(source)
-    formats = {"model_format": "sdar", "dtype": "bf16"}
-    export_hf.convert(root / "checkpoint", root / "sdar", manifest, shape, **formats)
-    return root / "sdar"
+    return make_export(root, model_format="sdar", dtype="bf16")
 
 
 @pytest.fixture
