@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from checkpoint_tools.files.safetensors_writer import write_weights
-from checkpoint_tools.qwen3_shape import hf_names, read_shape
+from checkpoint_tools.export.safetensors_writer import write_weights
+from megatron_opdlm.model_files.shape import hf_names, read_shape
 
 SMALLEST = {  # Qwen3-0.6B
     "hidden_size": 1024,
@@ -47,8 +47,8 @@ _IMPORT = """
 import sys, time
 from pathlib import Path
 from checkpoint_tools import import_hf
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.safetensors_dir import open_weights
 import checkpoint_tools.streaming.weight_writer
 with open_weights(sys.argv[1]) as weights:
     start = time.perf_counter()
@@ -60,8 +60,8 @@ import sys, time
 from pathlib import Path
 from checkpoint_tools import export_hf
 import checkpoint_tools.streaming.megatron_weights
-from checkpoint_tools.manifest import read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
+from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.shape import read_shape
 export_hf.compare = lambda *arguments, **options: []
 source = Path(sys.argv[1])
 manifest, shape = read_manifest(source), read_shape(source / "huggingface")

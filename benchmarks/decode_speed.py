@@ -13,24 +13,24 @@ import time
 
 import torch
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
-from megatron_opdlm.model.qwen3 import Qwen3, build_model
+from megatron_opdlm.model.gpt import LanguageModel, build_model
+from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.records import Prompt, Vocabulary
 from megatron_opdlm.rollout import Rollout, generate
 
 SHAPES = {  # the published configurations
-    "qwen3-0.6b": Qwen3Shape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960),
-    "qwen3-1.7b": Qwen3Shape(28, 2048, 16, 8, 128, 6144, 151936, True, 1e6, 1e-6, 40960),
-    "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 512, True, 1e6, 1e-6, 4096),
+    "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960),
+    "qwen3-1.7b": ModelShape(28, 2048, 16, 8, 128, 6144, 151936, True, 1e6, 1e-6, 40960),
+    "tiny": ModelShape(3, 64, 4, 2, 16, 128, 512, True, 1e6, 1e-6, 4096),
 }
 BLOCK_SIZE = 4
 
 
-def random_model(shape: Qwen3Shape, hardware: Hardware) -> Qwen3:
+def random_model(shape: ModelShape, hardware: Hardware) -> LanguageModel:
     """Normal weights of standard deviation 0.02, norms at 1."""
     model = build_model(shape, parallel.Layout(), hardware.dtype, hardware)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def bytes_per_second(hardware: Hardware, size: int) -> float:
     return 2 * size / best
 
 
-def least_bytes(shape: Qwen3Shape, dtype: torch.dtype, sequences: int, context: float) -> float:
+def least_bytes(shape: ModelShape, dtype: torch.dtype, sequences: int, context: float) -> float:
     """What one denoising forward must read: every weight, and all cached keys and values."""
     cached = 2 * shape.layers * shape.groups * shape.head_dim * context * sequences
     return dtype.itemsize * (shape.parameters + cached)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape
+from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.states import State
 
 
@@ -39,7 +39,7 @@ class PaddedUpdate:
 
     def __init__(
         self,
-        shape: Qwen3Shape,
+        shape: ModelShape,
         student: Mapping[str, Tensor],
         teacher: Mapping[str, Tensor],
         *,
@@ -145,7 +145,7 @@ class PaddedUpdate:
         )
 
 
-def _model(shape: Qwen3Shape, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+def _model(shape: ModelShape, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     config = Qwen3Config(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden,

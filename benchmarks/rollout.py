@@ -20,26 +20,27 @@ from typing import TypeVar
 import torch
 
 from benchmarks.static_batch_sampler import StaticResult, sample_static
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
-from megatron_opdlm.model.qwen3 import Qwen3, build_model, fill
+from megatron_opdlm.model.gpt import LanguageModel, build_model
+from megatron_opdlm.model.weights import fill
+from megatron_opdlm.model_files.shape import ModelShape, hf_names
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Rollout, generate
 
 SHAPES = {
-    "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
+    "tiny": ModelShape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
     # Half as wide as Qwen3-0.6B, its head's share of the operations kept.
-    "wide": Qwen3Shape(6, 512, 8, 4, 64, 1536, 12288, True, 1e6, 1e-6, 4096),
+    "wide": ModelShape(6, 512, 8, 4, 64, 1536, 12288, True, 1e6, 1e-6, 4096),
 }
 KEY = (1, 1)
 BLOCK_SIZE = 4
 T = TypeVar("T")
 
 
-def random_model(shape: Qwen3Shape) -> Qwen3:
+def random_model(shape: ModelShape) -> LanguageModel:
     """A model of this shape with normal weights (norms at 1), the same every time."""
     hardware = parallel.init(parallel.Layout())
     generator = torch.Generator().manual_seed(0)

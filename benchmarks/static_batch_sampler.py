@@ -18,8 +18,8 @@ from megatron_opdlm.diffusion.blocks import first_block_start
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.model.attention_plan import cached_plan
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.kv_cache import KVCache
-from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import project
 from megatron_opdlm.records import Vocabulary
 
@@ -34,7 +34,7 @@ class StaticResult:
 
 @torch.inference_mode()
 def sample_static(
-    model: Qwen3,
+    model: LanguageModel,
     requests: Sequence[Request],
     decoding: Decoding,
     vocabulary: Vocabulary,
@@ -57,7 +57,7 @@ class _Batch:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: LanguageModel,
         requests: Sequence[Request],
         rules: Decoding,
         vocabulary: Vocabulary,

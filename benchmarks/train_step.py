@@ -23,20 +23,22 @@ from pathlib import Path
 import torch
 
 from benchmarks.padded_update import PaddedUpdate
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
-from megatron_opdlm import build, parallel
+from megatron_opdlm import parallel
 from megatron_opdlm.config import Config, load_config
-from megatron_opdlm.model.qwen3 import build_model, fill
+from megatron_opdlm.model.gpt import build_model
+from megatron_opdlm.model.weights import fill
+from megatron_opdlm.model_files.shape import ModelShape, hf_names
 from megatron_opdlm.packing import pack_step
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.session import packing_of
+from megatron_opdlm.run import build
+from megatron_opdlm.run.session import packing_of
 from megatron_opdlm.states import State, choose_states
 from megatron_opdlm.teacher import score
 from megatron_opdlm.update import update
 
 SHAPES = {
-    "vocabulary": Qwen3Shape(4, 128, 4, 2, 32, 384, 151936, True, 1e6, 1e-6, 4096),
-    "tiny": Qwen3Shape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
+    "vocabulary": ModelShape(4, 128, 4, 2, 32, 384, 151936, True, 1e6, 1e-6, 4096),
+    "tiny": ModelShape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
 }
 LONGEST = {"vocabulary": 1024, "tiny": 160}  # response tokens
 SPREAD = 20  # longest response / shortest
@@ -46,7 +48,7 @@ TOLERANCE = 1e-5  # relative; of the loss and of the gradient norm
 Update = Callable[[Sequence[State]], tuple[float, float]]  # states -> (loss, gradient norm)
 
 
-def random_weights(shape: Qwen3Shape, seed: int) -> dict[str, torch.Tensor]:
+def random_weights(shape: ModelShape, seed: int) -> dict[str, torch.Tensor]:
     """Normal weights (norms at 1) under Hugging Face names; flat enough for a KL of a few nats."""
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -97,7 +99,7 @@ def _recorded(
     )
 
 
-def our_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Update:
+def our_update(shape: ModelShape, vocabulary: Vocabulary, config: Config) -> Update:
     """What training does with the states of one update."""
     hardware = parallel.init(parallel.Layout())
     source = build.ModelSource(
@@ -119,7 +121,7 @@ def our_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Upd
     return run
 
 
-def padded_update(shape: Qwen3Shape, vocabulary: Vocabulary, config: Config) -> Update:
+def padded_update(shape: ModelShape, vocabulary: Vocabulary, config: Config) -> Update:
     """The baseline on the same weights."""
     torch.set_num_threads(1)
     return PaddedUpdate(

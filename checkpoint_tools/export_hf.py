@@ -14,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
-from checkpoint_tools.files.export_files import CardFacts, write_files
-from checkpoint_tools.files.hf_files import DEFAULT_BLOCK_SIZE
-from checkpoint_tools.files.publish import check_free
-from checkpoint_tools.files.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
-from checkpoint_tools.formats import FORMATS, check_format, with_explicit_head
-from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
-from checkpoint_tools.model_card import read_evaluation
+from checkpoint_tools.export.export_files import CardFacts, write_files
+from checkpoint_tools.export.formats import FORMATS, check_format, with_explicit_head
+from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE
+from checkpoint_tools.export.model_card import read_evaluation
+from checkpoint_tools.export.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
 from checkpoint_tools.quantization.export import (
     DEFAULT_CALIBRATION,
     DEFAULT_HELD_OUT,
@@ -29,11 +27,13 @@ from checkpoint_tools.quantization.export import (
     quantize,
     read_quantization,
 )
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_shape
 from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import compare
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.manifest import Manifest, check_contents, read_manifest
+from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
+from megatron_opdlm.model_files.writing import check_free
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -91,7 +91,7 @@ def convert(
     checkpoint: Path,
     out: Path,
     manifest: Manifest,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     *,
     model_format: str,
     dtype: str,
@@ -177,15 +177,15 @@ def _while_checking(
 
 def _write(
     checkpoint: Path,
-    shape: Qwen3Shape,
-    exported: Qwen3Shape,
+    shape: ModelShape,
+    exported: ModelShape,
     writer: ShardWriter,
     team: Team,
     progress: Progress,
 ) -> None:
     """Write this process's share of the tensors."""
-    from checkpoint_tools.qwen3_names import hf_parts, megatron_names, sources
     from checkpoint_tools.streaming.megatron_weights import read_weights
+    from megatron_opdlm.model_files.names import hf_parts, megatron_names, sources
 
     get = with_explicit_head(read_weights(checkpoint, shape), shape)
     names, sizes = megatron_names(exported), hf_names(exported)

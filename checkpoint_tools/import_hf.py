@@ -8,25 +8,25 @@ at any tensor, pipeline and expert parallelism.
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
-from checkpoint_tools.files.hf_files import (
+from checkpoint_tools.export.hf_files import (
     carry_over,
-    plain_qwen3_config,
+    plain_config,
     read_contract,
     write_json,
 )
-from checkpoint_tools.files.publish import check_free
-from checkpoint_tools.files.safetensors_dir import HFWeights, open_weights
-from checkpoint_tools.manifest import BlockContract, write_manifest
-from checkpoint_tools.qwen3_shape import read_json, read_shape
 from checkpoint_tools.streaming.progress import progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
-from checkpoint_tools.vocabulary import (
+from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.model_files.manifest import BlockContract, write_manifest
+from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
+from megatron_opdlm.model_files.shape import read_json, read_shape
+from megatron_opdlm.model_files.vocabulary import (
     end_tokens,
     known_mask_token,
     names_end_token,
     pad_token,
 )
-from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.model_files.writing import check_free
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def convert(
 def _carry_over(source: Path, target: Path, contract: BlockContract) -> None:
     """Copy what is no weights; the configuration becomes Qwen3's own, with the mask token."""
     carry_over(source, target)
-    config = plain_qwen3_config(read_json(target / "config.json"))
+    config = plain_config(read_json(target / "config.json"))
     if contract.mask_token_id is not None:
         config["mask_token_id"] = contract.mask_token_id
     write_json(target / "config.json", config)

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint_tools.files.hf_files import CONTRACT_KEYS
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import is_checkpoint, read_manifest
+from checkpoint_tools.export.hf_files import CONTRACT_KEYS
 from checkpoint_tools.quantization.export import is_quantized, read_record
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.manifest import is_checkpoint, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
 
 
 def main() -> None:
@@ -45,13 +45,13 @@ def hf_facts(directory: Path) -> Iterator[tuple[str, str]]:
     yield "block contract", json.dumps(contract) if contract else "none recorded"
 
 
-def _weight_facts(directory: Path, shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
+def _weight_facts(directory: Path, shape: ModelShape) -> Iterator[tuple[str, str]]:
     with open_weights(directory, shape) as weights:
         yield "dtype", weights.stored_dtype()
         yield from _files(weights.files())
 
 
-def _quantized_facts(directory: Path, shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
+def _quantized_facts(directory: Path, shape: ModelShape) -> Iterator[tuple[str, str]]:
     """Of an export with ``--quantize``; a directory that others quantised is refused."""
     from checkpoint_tools.quantization.fp8_weights import Fp8Weights
 
@@ -81,7 +81,7 @@ def megatron_facts(directory: Path) -> Iterator[tuple[str, str]]:
         yield "trained tokens", f"{state.get('cumulative_trained_tokens', 0):,}"
 
 
-def shape_facts(shape: Qwen3Shape) -> Iterator[tuple[str, str]]:
+def shape_facts(shape: ModelShape) -> Iterator[tuple[str, str]]:
     """The model's sizes."""
     yield "parameters", f"{shape.parameters:,}"
     feed_forward = f"ffn {shape.ffn}"

@@ -69,8 +69,8 @@ def _loading(directory: Directory) -> Finding:
 
 def _parity(directory: Directory, checkpoint: Path) -> Finding:
     """Checks 9 and 10 of the list: logits and greedy tokens."""
-    from checkpoint_tools.manifest import read_manifest
     from checkpoint_tools.verify import compare
+    from megatron_opdlm.model_files.manifest import read_manifest
 
     try:
         lines = list(compare(directory.path, checkpoint, read_manifest(checkpoint)))

@@ -22,20 +22,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.arguments import start_alone
-from checkpoint_tools.files.own_code import foreign_code
-from checkpoint_tools.files.safetensors_dir import HFWeights, open_weights
-from checkpoint_tools.formats import LAYOUTS, with_explicit_head
-from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
+from checkpoint_tools.export.formats import LAYOUTS, with_explicit_head
+from checkpoint_tools.export.own_code import foreign_code
 from checkpoint_tools.quantization.export import is_quantized, read_record
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json, read_shape
-from checkpoint_tools.vocabulary import read_vocabulary
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.manifest import Manifest, check_contents, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
+from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
+from megatron_opdlm.model_files.vocabulary import read_vocabulary
 from megatron_opdlm.records import Prompt, Vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from megatron_opdlm.model.qwen3 import Qwen3
+    from megatron_opdlm.model.gpt import LanguageModel
+
 
 LOGITS_TOLERANCE = 1e-4  # of max |difference|, float32
 PROMPT_TOKENS = 24  # of the causal comparison; decoding prompts are shorter
@@ -84,7 +85,7 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
 
 
 def _compare_quantized(
-    hf_dir: Path, checkpoint: Path, shape: Qwen3Shape, stored: Qwen3Shape
+    hf_dir: Path, checkpoint: Path, shape: ModelShape, stored: ModelShape
 ) -> str:
     """Its logits and tokens are not the checkpoint's: ``quantization.json`` says how far off."""
     from checkpoint_tools.quantization.fp8_weights import Fp8Weights, compare_fp8
@@ -100,8 +101,8 @@ def compare_weights(
     weights: HFWeights, checkpoint: Path, get: "Callable[[str], Tensor]", narrow: str
 ) -> str:
     """Bit equality in the narrower type. Raises RunError with the first tensor that differs."""
-    from checkpoint_tools.qwen3_names import hf_from_megatron
     from checkpoint_tools.streaming.megatron_weights import DTYPES
+    from megatron_opdlm.model_files.names import hf_from_megatron
 
     dtype = DTYPES[narrow]
     for name, tensor in hf_from_megatron(weights.model_shape, get):
@@ -122,7 +123,7 @@ def _bits(x: "Tensor") -> "Tensor":
     return x.contiguous().view(torch.int32 if x.dtype is torch.float32 else torch.int16)
 
 
-def compare_logits(weights: HFWeights, model: "Qwen3", narrow: str) -> str:
+def compare_logits(weights: HFWeights, model: "LanguageModel", narrow: str) -> str:
     """Causal logits of both implementations on a random sequence; RunError when they differ."""
     import torch
 
@@ -165,7 +166,7 @@ def _transformers_own(weights: HFWeights) -> tuple[Any, Any]:
     return getattr(transformers, f"{name}ForCausalLM"), config
 
 
-def compare_tokens(weights: HFWeights, model: "Qwen3", narrow: str) -> str:
+def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> str:
     """Greedy tokens of ``generate`` and of the rollout engine; RunError when they differ."""
     import torch
 
@@ -231,7 +232,7 @@ def _exported_own(weights: HFWeights) -> tuple[Any, Any]:
 
 
 def _decode(
-    model: "Qwen3", vocabulary: Vocabulary, prompts: list[list[int]], block: int, steps: int
+    model: "LanguageModel", vocabulary: Vocabulary, prompts: list[list[int]], block: int, steps: int
 ) -> list[list[int]]:
     """Responses of the rollout engine to all prompts at once, static decoding."""
     from megatron_opdlm.diffusion.decoding import Decoding

@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from evaluation.codeforces_data import codeforces_rows
 from evaluation.grading.code_evalplus import HUMANEVAL, MBPP, Source, cached, files_in
 from evaluation.jsonl import read_rows, write_json
 from evaluation.tasks import PAPER_TASKS, Task, get_task
+from evaluation.tasks.codeforces_data import codeforces_rows
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
 Result = TypeVar("Result")

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.data.json_text import parse, problem
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.file_kinds import foreign_kind
 from megatron_opdlm.storage.output_paths import check_place
 
 

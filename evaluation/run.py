@@ -30,8 +30,8 @@ from evaluation.generation.task_run import TaskRun
 from evaluation.jsonl import write_json, write_jsonl
 from evaluation.prompting import prompt_from
 from evaluation.report import table
+from evaluation.reporting.summary import is_waiting, skipped
 from evaluation.sample import open_generator
-from evaluation.summary import is_waiting, skipped
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command

@@ -32,7 +32,7 @@ from launch.pipeline_checks import check_same_command, find_lacks, note_command
 from launch.pipeline_settings import ROOT, Settings, add_flags, read_settings
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, Stopped, command
-from megatron_opdlm.storage.file_lock import wait_for_lock
+from megatron_opdlm.run.file_lock import wait_for_lock
 
 LOCK_SECONDS = 660  # for the processes of a killed pipeline to be gone: ranks may save for 600
 
@@ -246,7 +246,7 @@ def _end_with_parent() -> None:
 
 def show(settings: Settings) -> str:
     """What would be done: the layout, the evaluation's runs and the commands; writes nothing."""
-    from megatron_opdlm.dry_run import describe, usual_ranks
+    from megatron_opdlm.run.dry_run import describe, usual_ranks
 
     check_same_command(settings)
     imported = settings.imported.is_dir()

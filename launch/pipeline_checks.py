@@ -55,7 +55,7 @@ def _check_same_training(settings: Settings) -> None:
     if not recorded.is_file() or not differing_keys(load_config(recorded, []), settings.config):
         return
     # Imported late, since Megatron comes with it.
-    from megatron_opdlm.storage.run_directory import check_run_directory
+    from megatron_opdlm.run.run_directory import check_run_directory
 
     check_run_directory(settings.config)
 

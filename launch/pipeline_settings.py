@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.formats import FORMATS, check_format
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, read_shape
+from checkpoint_tools.export.formats import FORMATS, check_format
 from evaluation.recipe import RecipeRun, read_recipe
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.public_shapes import public_name, public_shape
 from megatron_opdlm.storage.output_paths import check_place
@@ -140,7 +140,7 @@ def keys_of(data: Path, overrides: list[str]) -> list[str]:
     return [*([] if named else [f"evaluation.data={data}"]), *overrides]
 
 
-def _shape(args: argparse.Namespace) -> Qwen3Shape | None:
+def _shape(args: argparse.Namespace) -> ModelShape | None:
     """Of --hf or what was imported from it; where a dry run has neither, of the published model of
     that name.
     """
@@ -158,7 +158,7 @@ def _shape(args: argparse.Namespace) -> Qwen3Shape | None:
     return public_shape(name) if name else None
 
 
-def _format(given: str | None, recipe: Config, shape: Qwen3Shape | None) -> str:
+def _format(given: str | None, recipe: Config, shape: ModelShape | None) -> str:
     """--format, or the one that can say what the recipe makes; InputError where it cannot."""
     contract = BlockContract(
         mask_token_id=0,  # training has one, or says so itself
@@ -175,7 +175,7 @@ def _format(given: str | None, recipe: Config, shape: Qwen3Shape | None) -> str:
 
 
 def _evaluation_layout(
-    args: argparse.Namespace, recipe: Config, shape: Qwen3Shape | None
+    args: argparse.Namespace, recipe: Config, shape: ModelShape | None
 ) -> tuple[int, int]:
     """Tensor- and expert-parallel ranks; experts are shared out as in training unless said."""
     tp, ep = args.tp or 1, args.ep

@@ -17,18 +17,19 @@ from typing import NoReturn
 
 import torch
 
-from checkpoint_tools.files.hf_files import carry_over
-from checkpoint_tools.files.publish import publish, sync
-from checkpoint_tools.manifest import (
+from checkpoint_tools.export.hf_files import carry_over
+from megatron_opdlm import parallel
+from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model import lora
+from megatron_opdlm.model.gpt import LanguageModel
+from megatron_opdlm.model.weights import load_hf
+from megatron_opdlm.model_files.manifest import (
     BlockContract,
     LowRank,
     is_checkpoint,
     write_manifest,
 )
-from megatron_opdlm import parallel
-from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.model import lora
-from megatron_opdlm.model.qwen3 import Qwen3, load_hf
+from megatron_opdlm.model_files.writing import publish, sync
 from megatron_opdlm.storage.model_state import (
     PREFIX,
     fill,
@@ -53,7 +54,7 @@ def huggingface_dir(model_dir: Path) -> Path:
     return model_dir / HUGGINGFACE if is_checkpoint(model_dir) else model_dir
 
 
-def load_model(model: Qwen3, model_dir: Path) -> None:
+def load_model(model: LanguageModel, model_dir: Path) -> None:
     """Fill a model from a Hugging Face directory or a Megatron checkpoint of either kind.
 
     A checkpoint's low-rank terms are merged into the weights of a model that has none, and go on
@@ -76,7 +77,7 @@ def load_model(model: Qwen3, model_dir: Path) -> None:
         load_weights(model, model_dir / WEIGHTS, low_rank=stored is not None)
 
 
-def save_weights(model: Qwen3, directory: Path) -> None:
+def save_weights(model: LanguageModel, directory: Path) -> None:
     """Write the weights as a torch_dist checkpoint into a new directory, all ranks together."""
     _on_writer(directory, lambda: directory.mkdir(parents=True))
     save = ShardedSave({"model": weights_state(model)}, directory, content=layout_metadata())
@@ -84,7 +85,7 @@ def save_weights(model: Qwen3, directory: Path) -> None:
     _on_writer(directory, lambda: save.write_index(written))
 
 
-def load_weights(model: Qwen3, directory: Path, *, low_rank: bool = True) -> None:
+def load_weights(model: LanguageModel, directory: Path, *, low_rank: bool = True) -> None:
     """Fill a model from the ``weights/`` of a checkpoint, whatever layout wrote it. ``low_rank``
     False: the checkpoint has no low-rank terms, and those of the model stay.
     """

@@ -12,7 +12,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
 
 HOST = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def optimizer_away(optimizer: MegatronOptimizer, *, on: bool) -> Iterator[None]:
         optimizer.restore_from_cpu()
 
 
-def move_layers(model: Qwen3, device: torch.device) -> None:
+def move_layers(model: LanguageModel, device: torch.device) -> None:
     """Move the weights of the transformer layers, in place of their tensors; embedding, final norm
     and output layer stay: the divergence projects the targets with them.
     """
@@ -49,7 +49,7 @@ def move_layers(model: Qwen3, device: torch.device) -> None:
 
 
 @contextmanager
-def layers_here(model: Qwen3, device: torch.device, *, on: bool) -> Iterator[None]:
+def layers_here(model: LanguageModel, device: torch.device, *, on: bool) -> Iterator[None]:
     """The layers, in host memory otherwise, are on the device during the body."""
     if not on:
         yield

@@ -246,9 +246,9 @@ def _template(given: str | None, published: Published | None) -> tuple[str, str]
 
 
 def _checks(args: argparse.Namespace, problems: EvaluationProblems | None) -> Checks:
-    from checkpoint_tools.qwen3_shape import read_shape
-    from checkpoint_tools.vocabulary import load_tokenizer
     from megatron_opdlm.checkpoint import huggingface_dir
+    from megatron_opdlm.model_files.shape import read_shape
+    from megatron_opdlm.model_files.vocabulary import load_tokenizer
 
     files = huggingface_dir(args.tokenizer)
     tokenizer = load_tokenizer(files)

@@ -57,12 +57,13 @@ def _require_ids(where: str, key: str, value: Any, limit: int) -> None:
 
 def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     """Loss of fixed states under ``config``'s loss and layout; the same on every rank."""
-    from megatron_opdlm import build, parallel
+    from megatron_opdlm import parallel
     from megatron_opdlm.model.quantization import quantize_fp8
     from megatron_opdlm.packing import pack_step
     from megatron_opdlm.planning.layout import model_layout
     from megatron_opdlm.reporting import accounting
-    from megatron_opdlm.session import my_share, packing_of
+    from megatron_opdlm.run import build
+    from megatron_opdlm.run.session import my_share, packing_of
     from megatron_opdlm.states import make_state
     from megatron_opdlm.teacher import score
     from megatron_opdlm.update import measure

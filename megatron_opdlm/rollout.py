@@ -28,8 +28,8 @@ from megatron_opdlm.engine.slots import Masked, Request, SlotTable, Windows
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.flops import forward_flops
+from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
 from megatron_opdlm.model.kv_cache import KVCache
-from megatron_opdlm.model.qwen3 import Qwen3, without_sequence_parallel
 from megatron_opdlm.model.vocab_parallel import project
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
@@ -52,7 +52,7 @@ class Rollout:
 
 @torch.inference_mode()
 def generate(
-    model: Qwen3,
+    model: LanguageModel,
     requests: Sequence[Request],
     decoding: Decoding,
     vocabulary: Vocabulary,
@@ -133,7 +133,7 @@ def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
             )
 
 
-def _fitting_slots(model: Qwen3, positions: int, kv_cache_tokens: int | None) -> int:
+def _fitting_slots(model: LanguageModel, positions: int, kv_cache_tokens: int | None) -> int:
     """Sequences of ``positions`` cached tokens that the budget holds, at least one."""
     if kv_cache_tokens is None:
         free = CACHE_SHARE * select_hardware().free_memory_bytes()
@@ -147,11 +147,11 @@ def _fitting_slots(model: Qwen3, positions: int, kv_cache_tokens: int | None) ->
     return kv_cache_tokens // positions
 
 
-def _local_groups(model: Qwen3) -> int:
+def _local_groups(model: LanguageModel) -> int:
     return model.shape.groups // model.config.tensor_model_parallel_size
 
 
-def _bytes_per_token(model: Qwen3) -> int:
+def _bytes_per_token(model: LanguageModel) -> int:
     """Cache memory of one position on this rank: keys and values of its layers and groups."""
     values = 2 * len(model.layer_numbers) * _local_groups(model) * model.shape.head_dim
     return values * model.config.params_dtype.itemsize
@@ -171,7 +171,7 @@ class _Engine:
 
     def __init__(
         self,
-        model: Qwen3,
+        model: LanguageModel,
         table: SlotTable,
         key: tuple[int, int],
         forward: DecodeForward,

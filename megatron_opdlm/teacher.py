@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.lora import base_only
-from megatron_opdlm.model.qwen3 import Qwen3
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import FinishedBatch
 from megatron_opdlm.parallel import Sending
@@ -27,7 +27,7 @@ Keep = Callable[[Tensor], Targets]
 
 @torch.inference_mode()
 def score(
-    teacher: Qwen3,
+    teacher: LanguageModel,
     batches: Sequence[FinishedBatch],
     *,
     offload: bool = False,
@@ -45,7 +45,7 @@ def score(
 
 
 def _score_all(
-    teacher: Qwen3, batches: Sequence[FinishedBatch], offload: bool, keep: Keep
+    teacher: LanguageModel, batches: Sequence[FinishedBatch], offload: bool, keep: Keep
 ) -> Targets | None:
     stored: list[Tensor] = []
     first, sending = 0, []
@@ -81,7 +81,7 @@ def rows_of(targets: Targets, index_M: Tensor) -> Targets:
     return targets.index_select(0, index_M.to(targets.device)).to(index_M.device)
 
 
-def _score(teacher: Qwen3, batch: FinishedBatch) -> Tensor | Sending:
+def _score(teacher: LanguageModel, batch: FinishedBatch) -> Tensor | Sending:
     config = teacher.config
     if not parallel.is_first_stage():
         rows = len(batch.tokens) // (

@@ -14,9 +14,9 @@ from megatron_opdlm.errors import Arguments, InputError, command
 
 def run(config: Config) -> None:
     """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
-    from megatron_opdlm.endings import kept
-    from megatron_opdlm.in_training_evaluation import read_evaluation
-    from megatron_opdlm.opening import open_session
+    from evaluation.in_training import read_evaluation
+    from megatron_opdlm.run.interruption import kept
+    from megatron_opdlm.run.opening import open_session
     from megatron_opdlm.states import choose_states
     from megatron_opdlm.supervision.failures import reported
     from megatron_opdlm.update import update
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require(config, "model.path", "data.path", "train.out")
     require_known_tasks(config)
     if options.dry_run:
-        from megatron_opdlm.dry_run import describe, fewest_ranks
+        from megatron_opdlm.run.dry_run import describe, fewest_ranks
 
         if options.world_size is not None and options.world_size < 1:
             raise InputError(f"--world-size {options.world_size}: a number of ranks; use 1 or more")

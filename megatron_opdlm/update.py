@@ -29,7 +29,7 @@ from megatron_opdlm.divergence import (
     likelihood_loss,
 )
 from megatron_opdlm.errors import RunError
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import PackedBatch
 from megatron_opdlm.states import State
@@ -51,7 +51,7 @@ class Student:
     optimizer.
     """
 
-    model: Qwen3
+    model: LanguageModel
     ddp: DistributedDataParallel
     optimizer: MegatronOptimizer
 
@@ -62,7 +62,7 @@ class Objective:
 
     divergence: Divergence  # kind "nll" needs no teacher
     chunk_rows: int
-    teacher: Qwen3 | None  # its output projection turns hidden states into distributions
+    teacher: LanguageModel | None  # its output projection turns hidden states into distributions
     keep_top_k: bool = False  # the form of the targets: the largest entries of the distributions
 
     def keep(self, hidden: Tensor) -> Targets:
@@ -214,7 +214,7 @@ def _distance(
     hidden: Tensor,
     targets: Targets,
     batch: PackedBatch,
-    model: Qwen3,
+    model: LanguageModel,
     objective: Objective,
     common: dict[str, Any],
 ) -> Loss:
@@ -230,7 +230,7 @@ def _distance(
     )
 
 
-def _own_columns(model: Qwen3) -> dict[str, Any]:
+def _own_columns(model: LanguageModel) -> dict[str, Any]:
     """This rank's columns of the vocabulary that are tokens, and the reductions over all shards."""
     shard = model.shard
     columns = max(0, min(shard.columns, shard.vocab_size - shard.start))

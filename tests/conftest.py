@@ -49,9 +49,9 @@ class TinyModels:
 
     def imported(self, role: str, *, tied: bool) -> Path:
         """The same as a Megatron checkpoint, made by ``import_hf``."""
-        from checkpoint_tools.files.safetensors_dir import open_weights
         from checkpoint_tools.import_hf import convert
-        from checkpoint_tools.manifest import BlockContract
+        from megatron_opdlm.model_files.manifest import BlockContract
+        from megatron_opdlm.model_files.safetensors_dir import open_weights
 
         hf_dir = self.hf(role, tied=tied)
         out = hf_dir.with_name(hf_dir.name + "-megatron")

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools import export_hf, import_hf
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
+from megatron_opdlm.model_files.manifest import BlockContract, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
 from tests.tiny_models import make_qwen3
 
 CONTRACT = BlockContract(mask_token_id=64, block_size=4)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.files.own_code import foreign_code
+from checkpoint_tools.export.own_code import foreign_code
 from megatron_opdlm.errors import InputError
 
 

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.files.own_code import foreign_code
-from checkpoint_tools.qwen3_shape import read_json
+from checkpoint_tools.export.own_code import foreign_code
+from megatron_opdlm.model_files.shape import read_json
 
 
 def problem_of_loading(directory: Path) -> str:

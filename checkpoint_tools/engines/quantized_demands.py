@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.quantization.export import ENGINE_RECORD
-from checkpoint_tools.qwen3_shape import read_json, read_shape
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.shape import read_json, read_shape
 
 
 def quantized_weights(directory: Path) -> tuple[str, str]:

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_tools.files.hf_files import DEFAULT_BLOCK_SIZE, write_json
-from checkpoint_tools.formats import with_explicit_head
-from checkpoint_tools.manifest import BlockContract
+from checkpoint_tools.export.formats import with_explicit_head
+from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE, write_json
 from checkpoint_tools.quantization.rollouts import OPTION, Rollouts, read_rollouts
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json
-from checkpoint_tools.vocabulary import read_vocabulary
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import ModelShape, read_json
+from megatron_opdlm.model_files.vocabulary import read_vocabulary
 from megatron_opdlm.records import Trajectory, Vocabulary
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Quantization:
 def read_quantization(
     kind: str | None,
     checkpoint: Path,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     contract: BlockContract,
     *,
     calibration: Path | None,
@@ -92,7 +92,7 @@ def read_quantization(
     return Quantization(rollouts=rollouts, vocabulary=vocabulary, max_kl=max_kl)
 
 
-def _check_kind(kind: str, shape: Qwen3Shape, contract: BlockContract) -> None:
+def _check_kind(kind: str, shape: ModelShape, contract: BlockContract) -> None:
     if kind != "fp8":
         raise InputError(
             f"--quantize {kind} is not built: no engine that serves block diffusion was found to "
@@ -114,8 +114,8 @@ def quantize(
     directory: Path,
     checkpoint: Path,
     contract: BlockContract,
-    shape: Qwen3Shape,
-    exported: Qwen3Shape,
+    shape: ModelShape,
+    exported: ModelShape,
     request: Quantization,
     *,
     dtype: str,
@@ -181,7 +181,7 @@ def _batches(
 
 
 def _calibrate(
-    checkpoint: Path, shape: Qwen3Shape, dtype: str, batches: "Sequence[PackedBatch]"
+    checkpoint: Path, shape: ModelShape, dtype: str, batches: "Sequence[PackedBatch]"
 ) -> "Scales":
     """Scales of the weights, rounded to the export's type, and of what the linears see. The whole
     model is in memory here.
@@ -191,8 +191,8 @@ def _calibrate(
     from checkpoint_tools.streaming.megatron_weights import DTYPES
     from megatron_opdlm import parallel
     from megatron_opdlm.checkpoint import load_model
+    from megatron_opdlm.model.gpt import build_model
     from megatron_opdlm.model.quantization import calibrate_fp8, fp8_scales
-    from megatron_opdlm.model.qwen3 import build_model
 
     hardware = parallel.init(parallel.Layout())
     model = build_model(shape, parallel.Layout(), hardware.dtype, hardware, name=str(checkpoint))

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint_tools.files.safetensors_dir import INDEX, SINGLE
-from checkpoint_tools.qwen3_names import (
+from checkpoint_tools.streaming.megatron_weights import DTYPES
+from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.names import (
     FC1,
     FC2,
     PROJ,
@@ -28,9 +29,8 @@ from checkpoint_tools.qwen3_names import (
     sources,
     split_layer,
 )
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_json
-from checkpoint_tools.streaming.megatron_weights import DTYPES
-from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.safetensors_dir import INDEX, SINGLE
+from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_json
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
@@ -44,7 +44,7 @@ def is_linear(name: str) -> bool:
     return name.startswith("decoder.layers.") and split_layer(name)[1] in (QKV, PROJ, FC1, FC2)
 
 
-def quantized_names(shape: Qwen3Shape) -> dict[str, str]:
+def quantized_names(shape: ModelShape) -> dict[str, str]:
     """Hugging Face name of each quantised weight -> the Megatron parameter that it is a part of."""
     return {
         source: name
@@ -66,7 +66,7 @@ def to_fp8(tensor: Tensor, scale: Tensor) -> Tensor:
 
 def write_fp8(
     directory: Path,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     get: Callable[[str], Tensor],
     scales: Scales,
     dtype: str,
@@ -140,7 +140,7 @@ class _Shards:
 class Fp8Weights:
     """The tensors of a quantised export, checked by name, type and size, read one at a time."""
 
-    def __init__(self, directory: Path, shape: Qwen3Shape) -> None:
+    def __init__(self, directory: Path, shape: ModelShape) -> None:
         """Raises InputError where a file is missing or broken, or a tensor is not as it must be."""
         self.directory, self.shape = directory, shape
         self.quantized = quantized_names(shape)

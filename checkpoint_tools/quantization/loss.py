@@ -14,8 +14,9 @@ from torch import Tensor
 
 from checkpoint_tools.quantization.fp8_weights import Fp8Weights, is_linear, to_fp8
 from checkpoint_tools.streaming.streamed_models import streamed_megatron
-from megatron_opdlm.model.qwen3 import Qwen3, named_global_parameters
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import project, select_positions
+from megatron_opdlm.model.weights import named_global_parameters
 from megatron_opdlm.packing import PackedBatch
 
 _ROWS = 128  # positions whose distributions are in memory at once
@@ -37,7 +38,7 @@ class QuantizationLoss:
         )
 
 
-def fp8_model(weights: Fp8Weights) -> Qwen3:
+def fp8_model(weights: Fp8Weights) -> LanguageModel:
     """The quantised export as a GPTModel in float32, as FP8 units would compute it."""
     name = str(weights.directory)
     model = streamed_megatron(weights.shape, weights.megatron, "fp32", name)
@@ -60,8 +61,8 @@ def _rounding(scale: Tensor) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]
 
 @torch.inference_mode()
 def measure(
-    plain: Qwen3,
-    quantized: Qwen3,
+    plain: LanguageModel,
+    quantized: LanguageModel,
     batches: Sequence[PackedBatch],
     forbidden_ids: Sequence[int],
 ) -> QuantizationLoss:
@@ -90,13 +91,13 @@ def measure(
     )
 
 
-def _hidden(model: Qwen3, batch: PackedBatch) -> Tensor:
+def _hidden(model: LanguageModel, batch: PackedBatch) -> Tensor:
     """[M, H]"""
     output = model.run(batch.student_tokens, batch.student_positions, batch.student_plan)
     return select_positions(output, batch.student_read, sequence_parallel=False)
 
 
-def _log_probabilities(model: Qwen3, hidden: Tensor) -> Tensor:
+def _log_probabilities(model: LanguageModel, hidden: Tensor) -> Tensor:
     """[rows, V], float64"""
     logits = project(hidden, model.head_weight, model.shard)[:, : model.shape.vocab_size]
     return logits.double().log_softmax(-1)

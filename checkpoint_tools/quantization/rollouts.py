@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape
-from checkpoint_tools.vocabulary import load_tokenizer
 from megatron_opdlm.data.rows import Row, read_rows
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.shape import ModelShape
+from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.prompts import check_vocabulary, render
 from megatron_opdlm.records import Prompt, Trajectory
 
@@ -28,7 +28,7 @@ class Rollouts:
 
 
 def read_rollouts(
-    path: Path, files: Path, shape: Qwen3Shape, *, calibration: int, held_out: int
+    path: Path, files: Path, shape: ModelShape, *, calibration: int, held_out: int
 ) -> Rollouts:
     """The first ``calibration`` rollouts of a file and the last ``held_out``; of a short file at
     most a quarter is held out, and what is left calibrates. Equal rollouts count once.
@@ -59,7 +59,7 @@ def read_rollouts(
     )
 
 
-def _trajectory(row: Row, tokenizer: Any, shape: Qwen3Shape) -> Trajectory:
+def _trajectory(row: Row, tokenizer: Any, shape: ModelShape) -> Trajectory:
     """Without ``committed_at`` no passes are known, and states are masked at random."""
     prompt = _prompt(row.fields, tokenizer)
     response = _ids(row.fields, "response_ids", "rollouts as evaluation.sample writes them")

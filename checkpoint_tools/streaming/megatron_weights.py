@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint_tools.manifest import read_manifest
-from checkpoint_tools.qwen3_names import FUSED_NORMS, megatron_names, split_expert, split_layer
-from checkpoint_tools.qwen3_shape import Qwen3Shape
 from checkpoint_tools.streaming.weight_reader import StoredWeights
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.names import FUSED_NORMS, megatron_names, split_expert, split_layer
+from megatron_opdlm.model_files.shape import ModelShape
 
 PREFIX = "model."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STORED_NORMS = {plain: fused for fused, plain in FUSED_NORMS.items()}
 
 
-def read_weights(directory: Path, shape: Qwen3Shape) -> Callable[[str], Tensor]:
+def read_weights(directory: Path, shape: ModelShape) -> Callable[[str], Tensor]:
     """Open a checkpoint's weights in this one process; returns ``get`` for ``hf_from_megatron``,
     which reads one global tensor. What it returns may lie in a mapped file: writing to it changes
     nothing but that tensor. Low-rank terms are merged into the weights that they stand beside.

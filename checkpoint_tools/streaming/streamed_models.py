@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint_tools.files.safetensors_dir import HFWeights
-from checkpoint_tools.qwen3_names import EMBEDDING, OUTPUT
-from checkpoint_tools.qwen3_shape import Qwen3Shape
 from checkpoint_tools.streaming.lockstep import Lockstep
 from checkpoint_tools.streaming.megatron_weights import DTYPES
 from megatron_opdlm import parallel
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import select_hardware
-from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
+from megatron_opdlm.model.gpt import LanguageModel, build_model
+from megatron_opdlm.model.weights import named_global_parameters
+from megatron_opdlm.model_files.names import EMBEDDING, OUTPUT
+from megatron_opdlm.model_files.safetensors_dir import HFWeights
+from megatron_opdlm.model_files.shape import ModelShape
 
 Loader = Callable[[], Tensor]
 
@@ -77,8 +78,8 @@ def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def streamed_megatron(
-    shape: Qwen3Shape, get: Callable[[str], Tensor], narrow: str, name: str
-) -> Qwen3:
+    shape: ModelShape, get: Callable[[str], Tensor], narrow: str, name: str
+) -> LanguageModel:
     """The checkpoint's GPTModel in float32; ``get`` reads a tensor by its global Megatron name."""
     hardware = parallel.init(parallel.Layout())
     precision = Precision(narrow=narrow, device=hardware.device)

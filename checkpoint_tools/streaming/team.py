@@ -13,8 +13,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from checkpoint_tools.files.publish import new_directory
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.writing import new_directory
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from checkpoint_tools.files.safe_metadata import read_metadata
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.storage.safe_metadata import read_metadata
 
 # isort: split
 from megatron.core.dist_checkpointing.core import CheckpointingException

@@ -39,14 +39,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from checkpoint_tools.files.checksums import HashingFile
-from checkpoint_tools.files.safetensors_dir import HFWeights
-from checkpoint_tools.qwen3_names import QKV, megatron_from_hf, megatron_names, sources
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
 from checkpoint_tools.streaming.megatron_weights import stored_key
 from checkpoint_tools.streaming.progress import Progress
 from checkpoint_tools.streaming.team import Team, shares
 from megatron_opdlm.errors import RunError
+from megatron_opdlm.model_files.checksums import HashingFile
+from megatron_opdlm.model_files.names import QKV, megatron_from_hf, megatron_names, sources
+from megatron_opdlm.model_files.safetensors_dir import HFWeights
+from megatron_opdlm.model_files.shape import ModelShape, hf_names
 
 # What Megatron writes beside the tensors: how it laid them out, and in which format.
 CONTENT = {
@@ -85,7 +85,7 @@ class Piece:
         return math.prod(self.size)
 
 
-def pieces(shape: Qwen3Shape, item_bytes: int) -> list[Piece]:
+def pieces(shape: ModelShape, item_bytes: int) -> list[Piece]:
     """All tensors to store, in the order in which they are written; a value takes ``item_bytes``.
 
     All but the query/key/value matrix are their sources one below the other, so these are written

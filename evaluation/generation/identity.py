@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.manifest import NAME as MANIFEST
 from evaluation.tasks import Row, Task
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.model_files.manifest import NAME as MANIFEST
 
 _EDGE = 1 << 20  # bytes read of each end of a file of weights
 

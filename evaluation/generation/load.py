@@ -6,19 +6,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.files.hf_files import read_contract
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, is_checkpoint, read_manifest
-from checkpoint_tools.qwen3_shape import check_layout, read_json, read_shape
-from checkpoint_tools.vocabulary import load_tokenizer, mask_token, read_vocabulary
+from checkpoint_tools.export.hf_files import read_contract
 from evaluation.generation.mailbox import Mailbox
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import huggingface_dir, load_model
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import InputError, Stopped
+from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import choose_kernels
-from megatron_opdlm.model.qwen3 import Qwen3, build_model
+from megatron_opdlm.model_files.manifest import BlockContract, is_checkpoint, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import check_layout, read_json, read_shape
+from megatron_opdlm.model_files.vocabulary import load_tokenizer, mask_token, read_vocabulary
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
@@ -36,7 +36,7 @@ class Generator:
     ``load_generator`` makes one of a directory; training makes one of its live student.
     """
 
-    model: Qwen3
+    model: LanguageModel
     tokenizer: Any  # None where the directory has none
     vocabulary: Vocabulary
     contract: BlockContract | None  # None: no mask token is known, only --mode ar works

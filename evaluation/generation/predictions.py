@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from evaluation.jsonl import write_json
 from evaluation.reporting.results import SUMMARY, read_summary
-from evaluation.summary import is_waiting
+from evaluation.reporting.summary import is_waiting
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.storage.output_paths import check_place
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.grading.code_run import LOST, FunctionCall, Verdict, failed, run_calls
+from evaluation.jail.sandbox import Jail, Sandbox, package_directories
 from evaluation.jail.values import decode, encode
-from evaluation.sandbox import Jail, Sandbox, package_directories
 from megatron_opdlm.errors import InputError, RunError
 
 MINIMUM_SECONDS, TIMES_CANONICAL = 1.0, 4.0  # CPU time of a test

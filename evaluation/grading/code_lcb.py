@@ -11,7 +11,7 @@ from typing import Any
 
 from evaluation.grading.code_outputs import same_lines, same_value
 from evaluation.grading.code_run import FunctionCall, InputOutput, Verdict, run_calls, run_stdio
-from evaluation.sandbox import Jail
+from evaluation.jail.sandbox import Jail
 
 TEST_SECONDS = 6.0  # of CPU time, each test; also to run a program's definitions
 _MAX_UNPACKED = 1 << 30  # bytes of one problem's private tests

@@ -19,7 +19,7 @@ from evaluation.grading.code_run import (
     run_tests,
 )
 from evaluation.grading.code_text import called_function, fenced_python
-from evaluation.sandbox import Jail
+from evaluation.jail.sandbox import Jail
 
 ALL_TESTS_SECONDS, ONE_CASE_SECONDS = 20.0, 5.0  # of CPU time
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from evaluation.jail.sandbox import Jail, Outcome
 from evaluation.jail.values import decode, encode
-from evaluation.sandbox import Jail, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)

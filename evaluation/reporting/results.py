@@ -94,7 +94,7 @@ _COUNTED += ("mean_response_tokens", "seconds")
 
 
 def _is_row(row: object) -> bool:
-    """A row as ``evaluation.summary`` writes it, with settings that say how it was decoded (or say
+    """A row as ``reporting.summary`` writes it, with settings that say how it was decoded (or say
     nothing of it)."""
     if not isinstance(row, dict) or not isinstance(row.get("settings"), dict):
         return False

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from evaluation.grading.code_outputs import same_words
 from evaluation.grading.code_run import InputOutput, Verdict, run_stdio
 from evaluation.grading.code_text import fenced_python
-from evaluation.sandbox import Jail, default_sandbox, sandbox_problem
+from evaluation.jail.sandbox import Jail, default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.task import Grade, Row, Task
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from evaluation.grading import code_evalplus as evalplus
 from evaluation.grading.code_run import LOST, Verdict, run_tests
 from evaluation.grading.code_text import called_function
-from evaluation.sandbox import Jail, Sandbox, default_sandbox, sandbox_problem
+from evaluation.jail.sandbox import Jail, Sandbox, default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_of
 from evaluation.tasks.task import NOT_SCORED, Grade, Row, Task
 

@@ -13,7 +13,7 @@ from evaluation.grading.livebench import (
     tests_of,
 )
 from evaluation.grading.scorer_process import Job, Outcome, score_all
-from evaluation.sandbox import default_sandbox, sandbox_problem
+from evaluation.jail.sandbox import default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.published import PublishedTask
 from evaluation.tasks.task import Grade, Row

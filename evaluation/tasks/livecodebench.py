@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from evaluation.grading import code_lcb as lcb
 from evaluation.grading.code_run import Verdict
 from evaluation.grading.code_text import last_fence
-from evaluation.sandbox import Jail, default_sandbox, sandbox_problem
+from evaluation.jail.sandbox import Jail, default_sandbox, sandbox_problem
 from evaluation.tasks.programs import grade_programs
 from evaluation.tasks.task import Grade, Row, Task
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from evaluation.grading.code_run import LOST, Verdict
-from evaluation.sandbox import Jail, Sandbox
+from evaluation.jail.sandbox import Jail, Sandbox
 from evaluation.tasks.task import Grade, Row
 
 Item = TypeVar("Item")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from evaluation.grading.code_probe import check, program_of, read_tests
-from evaluation.sandbox import default_sandbox, sandbox_problem
+from evaluation.jail.sandbox import default_sandbox, sandbox_problem
 from evaluation.tasks.math_problem import MathProblem
 from evaluation.tasks.multiple_choice import MultipleChoice
 from evaluation.tasks.programs import grade_programs

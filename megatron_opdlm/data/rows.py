@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.data.json_text import parse, parse_at, problem
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.file_kinds import foreign_kind
 
 
 @dataclass(frozen=True, kw_only=True)

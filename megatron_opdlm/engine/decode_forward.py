@@ -20,8 +20,8 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import cached_plan
 from megatron_opdlm.model.decode_attention import BlockRows
 from megatron_opdlm.model.flops import attended_pairs
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.kv_cache import KVCache
-from megatron_opdlm.model.qwen3 import Qwen3
 
 Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
@@ -51,7 +51,7 @@ class DecodeForward(Protocol):
 class BucketForward:
     """Packed windows, attention by length."""
 
-    def __init__(self, model: Qwen3, cache: KVCache, block_size: int) -> None:
+    def __init__(self, model: LanguageModel, cache: KVCache, block_size: int) -> None:
         self.model, self.cache, self.block_size = model, cache, block_size
 
     def prepare(self, active: Tensor, windows: Windows, read_M: Tensor, span: range) -> Prepared:
@@ -77,7 +77,7 @@ class BucketForward:
 
 
 def _run(
-    model: Qwen3,
+    model: LanguageModel,
     tokens_N: Tensor,
     position_N: Tensor,
     plan: AttentionPlan,
@@ -95,7 +95,7 @@ class RowForward:
     """
 
     def __init__(
-        self, model: Qwen3, cache: KVCache, block_size: int, capture: Capture | None
+        self, model: LanguageModel, cache: KVCache, block_size: int, capture: Capture | None
     ) -> None:
         self.model, self.cache, self.block_size = model, cache, block_size
         self.capture = capture
@@ -160,7 +160,7 @@ class _RowGraph:
     """A captured forward of a fixed number of rows R; its inputs and output stay where they are."""
 
     def __init__(
-        self, model: Qwen3, cache: KVCache, rows: int, block_size: int, capture: Capture
+        self, model: LanguageModel, cache: KVCache, rows: int, block_size: int, capture: Capture
     ) -> None:
         self.rows, self.block_size, self.scratch = rows, block_size, cache.slots - 1
         tokens, device = rows * block_size, cache.device

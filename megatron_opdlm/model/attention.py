@@ -53,7 +53,7 @@ class AttentionPlan(PackedSeqParams):
         """Packed tokens that go on after this layer's attention, None for all of them.
 
         Under sequence parallelism every rank keeps its equal share of the rows to the end. Nor do
-        we go on with no row at all: not every fused kernel takes that (``Qwen3`` drops them).
+        we go on with no row at all: not every fused kernel takes that (``LanguageModel`` drops it).
         """
         last = layer_number == config.num_layers and not config.sequence_parallel
         return self.read if last and not self.reads_nothing else None

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from checkpoint_tools.qwen3_shape import Experts
+from megatron_opdlm.model_files.shape import Experts
 
 # Megatron 0.16 asks whether it is None, but without Transformer Engine never defines it.
 _utils: Any = moe_utils

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from checkpoint_tools.manifest import LowRank
-from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.dense_attention import packed_pairs
+from megatron_opdlm.model_files.manifest import LowRank
+from megatron_opdlm.model_files.shape import ModelShape
 
 
 def forward_flops(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     *,
     tokens: int,
     attended_pairs: float,
@@ -38,7 +38,7 @@ def forward_flops(
     return body_operations + attention + 2.0 * embedding * projected_rows
 
 
-def _mlp_parameters(shape: Qwen3Shape) -> int:
+def _mlp_parameters(shape: ModelShape) -> int:
     """Parameters of a layer's MLP, or of its router and experts, that work on a token."""
     if shape.experts is None:
         return 3 * shape.hidden * shape.ffn
@@ -46,12 +46,12 @@ def _mlp_parameters(shape: Qwen3Shape) -> int:
     return shape.hidden * (experts.count + 3 * experts.per_token * experts.ffn)
 
 
-def attention_flops(shape: Qwen3Shape, attended_pairs: float) -> float:
+def attention_flops(shape: ModelShape, attended_pairs: float) -> float:
     """Operations of all layers' products of queries, keys and values in a forward."""
     return 4.0 * shape.layers * shape.heads * shape.head_dim * attended_pairs
 
 
-def low_rank_parameters(shape: Qwen3Shape, low_rank: LowRank) -> int:
+def low_rank_parameters(shape: ModelShape, low_rank: LowRank) -> int:
     """Numbers in A [rank, in] and B [out, rank] of all layers."""
     query, groups = shape.heads * shape.head_dim, shape.groups * shape.head_dim
     sizes = {
@@ -63,7 +63,7 @@ def low_rank_parameters(shape: Qwen3Shape, low_rank: LowRank) -> int:
     return shape.layers * low_rank.rank * sum(sizes[target] for target in low_rank.targets)
 
 
-def layer_linear_parameters(shape: Qwen3Shape) -> int:
+def layer_linear_parameters(shape: ModelShape) -> int:
     """Numbers in the weights of all layers' linears."""
     attention = (2 * shape.heads + 2 * shape.groups) * shape.head_dim
     ffn = shape.experts.count * shape.experts.ffn if shape.experts else shape.ffn

@@ -15,11 +15,11 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
-from checkpoint_tools.qwen3_shape import Experts
 from megatron_opdlm.model.attention import MaskedAttention
 from megatron_opdlm.model.experts import experts_spec
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer import Qwen3Layer
+from megatron_opdlm.model_files.shape import Experts
 
 
 class RMSNorm(torch.nn.Module):

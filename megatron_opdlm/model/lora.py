@@ -9,7 +9,7 @@ are, and without adapters nothing here runs.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,11 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from checkpoint_tools.manifest import LowRank
 from megatron_opdlm import parallel
 from megatron_opdlm.configuration.rules import LORA_TARGETS
 from megatron_opdlm.diffusion.randomness import INITIALISE, uniform
-
-if TYPE_CHECKING:
-    from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
+from megatron_opdlm.model_files.manifest import LowRank
 
 NAME = "adapters"  # of the module that a model holds its low-rank terms in
 _SPLIT_BY_COLUMNS = ("linear_proj", "linear_fc2")
@@ -115,7 +113,7 @@ class Adapter(torch.nn.Module):
 class Adapters(torch.nn.Module):
     """All terms of this pipeline stage. ``enabled`` False: the model is its frozen base."""
 
-    def __init__(self, model: "Qwen3", low_rank: LowRank) -> None:
+    def __init__(self, model: LanguageModel, low_rank: LowRank) -> None:
         super().__init__()
         self.low_rank, self.enabled = low_rank, True
         self.numbers = [number - 1 for number in model.layer_numbers]  # global, from 0
@@ -131,7 +129,7 @@ class Adapters(torch.nn.Module):
             for linear, adapter in self.pairs(model)
         ]
 
-    def pairs(self, model: "Qwen3") -> Iterator[tuple[Any, Adapter]]:
+    def pairs(self, model: LanguageModel) -> Iterator[tuple[Any, Adapter]]:
         """(linear, its term) of every adapted linear."""
         for layer, adapters in zip(model.decoder.layers, self.layers, strict=True):
             assert isinstance(adapters, torch.nn.ModuleDict)
@@ -195,14 +193,14 @@ def _normed(linear: Any, x: Tensor) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], weight.float(), linear.eps).to(x.dtype)
 
 
-def adapters_of(model: "Qwen3") -> Adapters | None:
+def adapters_of(model: LanguageModel) -> Adapters | None:
     """A model's low-rank terms, None where it has none."""
     found = model._modules.get(NAME)
     assert found is None or isinstance(found, Adapters)
     return found
 
 
-def attach(model: "Qwen3", low_rank: LowRank, *, seed: int) -> None:
+def attach(model: LanguageModel, low_rank: LowRank, *, seed: int) -> None:
     """Give a model fresh low-rank terms, which change nothing yet."""
     adapters = Adapters(model, low_rank)
     for number, _, adapter in adapters.named_terms():
@@ -210,7 +208,7 @@ def attach(model: "Qwen3", low_rank: LowRank, *, seed: int) -> None:
     model.add_module(NAME, adapters)
 
 
-def freeze_base(model: "Qwen3") -> None:
+def freeze_base(model: LanguageModel) -> None:
     """Train the low-rank terms only. To be called before Megatron's wrapper for gradients, so that
     neither gradients nor optimizer state of the frozen weights exist.
     """
@@ -231,7 +229,7 @@ def _require_gradient(embedding: Any, inputs: Any, output: Tensor) -> None:
 
 
 @torch.no_grad()
-def merge(model: "Qwen3") -> None:
+def merge(model: LanguageModel) -> None:
     """Add the low-rank terms to the weights and take them away."""
     adapters = adapters_of(model)
     assert adapters is not None
@@ -249,7 +247,7 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 @contextmanager
-def base_only(model: "Qwen3") -> Iterator["Qwen3"]:
+def base_only(model: LanguageModel) -> Iterator[LanguageModel]:
     """The frozen base that low-rank terms stand beside; a model without them is its own base."""
     adapters, training = adapters_of(model), model.training
     if adapters is None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.packing import FinishedBatch, Packing, pack_step
 from megatron_opdlm.records import Prompt
 from megatron_opdlm.states import State
@@ -51,7 +51,9 @@ def calibration_sequences(
     return [[*p.ids, *(p.response_ids or [])][:max_positions] for p in prompts[:count]]
 
 
-def quantize_fp8(teacher: Qwen3, sequences: Sequence[Sequence[int]], packing: Packing) -> None:
+def quantize_fp8(
+    teacher: LanguageModel, sequences: Sequence[Sequence[int]], packing: Packing
+) -> None:
     """Replace the layers' linears by FP8 ones, in place; embedding, norms and output head stay.
     ``sequences``: token ids, the same on every rank.
 
@@ -80,7 +82,7 @@ def quantize_fp8(teacher: Qwen3, sequences: Sequence[Sequence[int]], packing: Pa
 
 
 def calibrate_fp8(
-    model: Qwen3, run_all: Callable[[torch.nn.Module], None], *, whose: str, remedy: str
+    model: LanguageModel, run_all: Callable[[torch.nn.Module], None], *, whose: str, remedy: str
 ) -> None:
     """Put quantizers into the layers' linears and give them the scales of what ``run_all`` computes
     with the model; the weights stay as they are, their products are rounded from here on.
@@ -95,7 +97,7 @@ def calibrate_fp8(
     _require_scales(model, whose, remedy)
 
 
-def fp8_scales(model: Qwen3) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def fp8_scales(model: LanguageModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Parameter name of each calibrated linear -> the scales of its weight and of its inputs,
     float32 scalars: amax / 448, as ModelOpt's exporter has them.
     """
@@ -137,7 +139,7 @@ def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _require_scales(model: Qwen3, whose: str, remedy: str) -> None:
+def _require_scales(model: LanguageModel, whose: str, remedy: str) -> None:
     found = dict(quantized_linears(model.decoder))
     names = sorted(name.rpartition(".")[2] for name in found)
     assert names == sorted(_LINEARS * len(model.decoder.layers)), names

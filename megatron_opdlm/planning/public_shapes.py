@@ -7,7 +7,7 @@ and arithmetic. A path means the model whose name its last part is, whatever its
 
 from pathlib import Path
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_shape
+from megatron_opdlm.model_files.shape import ModelShape, read_shape
 from megatron_opdlm.records import Vocabulary
 
 SHAPES = Path(__file__).parents[2] / "configs" / "shapes"
@@ -28,11 +28,11 @@ def public_name(path: str) -> str | None:
     return next((name for name in public_names() if name.lower() == last), None)
 
 
-def public_shape(name: str) -> Qwen3Shape:
+def public_shape(name: str) -> ModelShape:
     return read_shape(SHAPES / name)
 
 
-def public_vocabulary(shape: Qwen3Shape, mask_token_id: int | None) -> Vocabulary:
+def public_vocabulary(shape: ModelShape, mask_token_id: int | None) -> Vocabulary:
     """Roles of the ids in every published Qwen3; ``mask_token_id`` None: 151669."""
     return Vocabulary(
         size=shape.vocab_size,

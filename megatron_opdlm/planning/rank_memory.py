@@ -8,7 +8,7 @@ and the allocator's waste come on top of everything here.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape, padded_vocab
+from megatron_opdlm.model_files.shape import ModelShape, padded_vocab
 
 GRADIENT_BYTES = 4  # sums are float32 whatever the weights are
 
@@ -43,7 +43,7 @@ class RankNumbers:
         return self.dense / copies + self.experts / (copies / split.expert)
 
 
-def rank_numbers(shape: Qwen3Shape, split: Split) -> RankNumbers:
+def rank_numbers(shape: ModelShape, split: Split) -> RankNumbers:
     """Weights of the fullest pipeline stage on one of its tensor ranks."""
     embedding = padded_vocab(shape.vocab_size, split.tensor) * shape.hidden
     attention = 2 * (shape.heads + shape.groups) * shape.head_dim * shape.hidden
@@ -62,7 +62,7 @@ def rank_numbers(shape: Qwen3Shape, split: Split) -> RankNumbers:
     )
 
 
-def kv_bytes_per_token(shape: Qwen3Shape, split: Split, item_bytes: int) -> float:
+def kv_bytes_per_token(shape: ModelShape, split: Split, item_bytes: int) -> float:
     """Cache of one position on one rank: keys and values of its layers and its groups."""
     layers, groups = shape.layers / split.pipeline, shape.groups / split.tensor
     return 2 * layers * groups * shape.head_dim * item_bytes

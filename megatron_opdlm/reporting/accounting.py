@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoint_tools.manifest import LowRank
-from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm import parallel
 from megatron_opdlm.model.flops import (
     attention_flops,
@@ -17,6 +15,8 @@ from megatron_opdlm.model.flops import (
     low_rank_parameters,
     packed_row_pairs,
 )
+from megatron_opdlm.model_files.manifest import LowRank
+from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.states import State
@@ -24,7 +24,7 @@ from megatron_opdlm.update import UpdateReport
 
 
 def student_flops(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     batch: PackedBatch,
     *,
     recompute: bool,
@@ -47,13 +47,13 @@ def student_flops(
     return (forwards + 1) * layers + products + (forwards + 2) * terms + 2 * head
 
 
-def low_rank_flops(shape: Qwen3Shape, low_rank: LowRank, tokens: int) -> float:
+def low_rank_flops(shape: ModelShape, low_rank: LowRank, tokens: int) -> float:
     """Operations of a forward of all low-rank terms, every token in every layer."""
     return 2.0 * low_rank_parameters(shape, low_rank) * tokens
 
 
 def teacher_flops(
-    shape: Qwen3Shape, batch: FinishedBatch, *, sequence_parallel: bool, attention: str = "dense"
+    shape: ModelShape, batch: FinishedBatch, *, sequence_parallel: bool, attention: str = "dense"
 ) -> float:
     """Operations of the teacher's forward without its output layer."""
     rows = len(batch.read)
@@ -61,12 +61,12 @@ def teacher_flops(
     return _layers_flops(shape, batch.tokens, pairs, rows, sequence_parallel)
 
 
-def projection_flops(shape: Qwen3Shape, rows: int) -> float:
+def projection_flops(shape: ModelShape, rows: int) -> float:
     """Operations of projecting rows of hidden states to the vocabulary."""
     return 2.0 * shape.vocab_size * shape.hidden * rows
 
 
-def state_cost(student: Qwen3Shape, teacher: Qwen3Shape, state: State, packed_tokens: int) -> float:
+def state_cost(student: ModelShape, teacher: ModelShape, state: State, packed_tokens: int) -> float:
     """Operations of training on a state, for sharing work out: attention makes long sequences cost
     more than their tokens. ``packed_tokens``: what the student reads.
     """
@@ -79,8 +79,8 @@ def state_cost(student: Qwen3Shape, teacher: Qwen3Shape, state: State, packed_to
 
 
 def step_flops(
-    student: Qwen3Shape,
-    teacher: Qwen3Shape | None,
+    student: ModelShape,
+    teacher: ModelShape | None,
     batches: StepBatches,
     *,
     uses: int,
@@ -120,7 +120,7 @@ def step_flops(
 
 
 def _layers_flops(
-    shape: Qwen3Shape, tokens: Tensor, pairs: float, rows: int, sequence_parallel: bool
+    shape: ModelShape, tokens: Tensor, pairs: float, rows: int, sequence_parallel: bool
 ) -> float:
     """Operations of a forward without the output layer."""
     return forward_flops(
@@ -132,7 +132,7 @@ def _layers_flops(
     )
 
 
-def paper_flops(shape: Qwen3Shape, trained_tokens: int) -> float:
+def paper_flops(shape: ModelShape, trained_tokens: int) -> float:
     """The paper's figure 8 N D: 2 N teacher + 6 N student per trained token, generation and prompts
     left out. N of a mixture of experts are the parameters that work on a token.
     """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.vocabulary import load_tokenizer
+from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.records import Trajectory
 
 

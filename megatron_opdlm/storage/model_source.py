@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, LowRank, is_checkpoint, read_manifest
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_shape
-from checkpoint_tools.vocabulary import load_tokenizer, read_vocabulary
 from megatron_opdlm.checkpoint import huggingface_dir
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract, LowRank, is_checkpoint, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import ModelShape, read_shape
+from megatron_opdlm.model_files.vocabulary import load_tokenizer, read_vocabulary
 from megatron_opdlm.records import Vocabulary
 
 
@@ -17,7 +17,7 @@ class ModelSource:
     """A checked model directory: everything but the weights' values is known."""
 
     directory: Path
-    shape: Qwen3Shape
+    shape: ModelShape
     vocabulary: Vocabulary
     contract: BlockContract | None  # of a Megatron checkpoint
     low_rank: LowRank | None  # terms that a Megatron checkpoint has beside its weights

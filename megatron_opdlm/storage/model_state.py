@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.update import Student
 
 PREFIX = "model."  # of the weights' keys, in imported and in training checkpoints alike
@@ -21,7 +21,7 @@ def layout_metadata() -> dict[str, Any]:
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
-def weights_state(model: Qwen3) -> dict[str, Any]:
+def weights_state(model: LanguageModel) -> dict[str, Any]:
     """The weights as Megatron stores them. Layers of either spec have the same: Megatron's own are
     stored under the names of Transformer Engine's, whose "extra state" (scales of FP8 products,
     which we do not compute) is left out.
@@ -30,7 +30,7 @@ def weights_state(model: Qwen3) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith(_EXTRA_STATE)}
 
 
-def fill(model: Qwen3, loaded: dict[str, Any], kept: dict[str, Any]) -> None:
+def fill(model: LanguageModel, loaded: dict[str, Any], kept: dict[str, Any]) -> None:
     """Give a model what ``weights_state`` asked for, and the values in ``kept``."""
     values = {name.removeprefix(PREFIX): value for name, value in loaded.items()}
     problems = model.load_state_dict(kept | values, strict=False)

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.shape import read_json
 from megatron_opdlm.records import Prompt
 
 STATE = "state.json"

@@ -19,9 +19,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 
-from checkpoint_tools.files.safe_metadata import SafeCommon, use_in_megatron
-from checkpoint_tools.manifest import Manifest, check_contents, read_manifest
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import Manifest, check_contents, read_manifest
+from megatron_opdlm.storage.safe_metadata import SafeCommon, use_in_megatron
 from megatron_opdlm.supervision.agreement import first_problem
 
 use_in_megatron()

@@ -38,9 +38,9 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from checkpoint_tools.files.checksums import HashingFile
-from checkpoint_tools.files.safe_metadata import COMMON
 from megatron_opdlm.errors import RunError
+from megatron_opdlm.model_files.checksums import HashingFile
+from megatron_opdlm.storage.safe_metadata import COMMON
 from megatron_opdlm.supervision.agreement import first_problem
 
 BACKEND = ("torch_dist", 1)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_opdlm.errors import FAILURE, report_failure
 from megatron_opdlm.supervision import activity, preemption
-from megatron_opdlm.supervision.star import connect
+from megatron_opdlm.supervision.rank_connections import connect
 
 # The watchdog speaks before the collectives' own time-outs, which know less.
 _PATIENCE = 0.75  # of timeout_seconds

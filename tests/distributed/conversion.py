@@ -13,13 +13,13 @@ import pytest
 
 from checkpoint_tools import export_hf, import_hf
 from checkpoint_tools.arguments import start
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
 from checkpoint_tools.streaming import weight_writer
 from checkpoint_tools.streaming.team import Team, from_environment
 from megatron_opdlm.checkpoint import save_weights
 from megatron_opdlm.errors import RunError, command
+from megatron_opdlm.model_files.manifest import BlockContract, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.parallel import Layout
 from tests.distributed import jobs
 

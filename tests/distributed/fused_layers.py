@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm import build, parallel
+from megatron_opdlm import parallel
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer_spec import RMSNorm
+from megatron_opdlm.run import build
 from tests.distributed import jobs
 
 # isort: split

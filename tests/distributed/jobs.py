@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opdlm import build, parallel, replay, rollout, train
+from megatron_opdlm import parallel, replay, rollout, train
 from megatron_opdlm.checkpoint import huggingface_dir, load_model
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.diffusion import denoising, truncation
@@ -25,15 +25,17 @@ from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
+from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.quantization import quantize_fp8
-from megatron_opdlm.model.qwen3 import Qwen3, build_model, named_global_parameters
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
+from megatron_opdlm.model.weights import named_global_parameters
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate
-from megatron_opdlm.session import my_share, packing_of
+from megatron_opdlm.run import build
+from megatron_opdlm.run.session import my_share, packing_of
 from megatron_opdlm.states import State, choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.update import Student, UpdateReport, update
@@ -41,8 +43,8 @@ from megatron_opdlm.update import Student, UpdateReport, update
 # isort: split
 from megatron.core import parallel_state
 
-from checkpoint_tools import qwen3_names
-from checkpoint_tools.qwen3_shape import Qwen3Shape, padded_vocab, read_shape
+from megatron_opdlm.model_files import names
+from megatron_opdlm.model_files.shape import ModelShape, padded_vocab, read_shape
 
 COLLECTIVE_SECONDS = 120  # a rank left alone in a collective gives up
 Arrays = dict[str, np.ndarray]
@@ -54,7 +56,7 @@ def join(layout: Layout) -> Hardware:
     return parallel.init(layout, timeout_seconds=COLLECTIVE_SECONDS)
 
 
-def load(layout: Layout, model_dir: Path, **options: Any) -> Qwen3:
+def load(layout: Layout, model_dir: Path, **options: Any) -> LanguageModel:
     """A float32 model on a layout, ready for forwards."""
     hardware = join(layout)
     shape = read_shape(huggingface_dir(model_dir))
@@ -64,7 +66,7 @@ def load(layout: Layout, model_dir: Path, **options: Any) -> Qwen3:
 
 
 def final_hidden(
-    model: Qwen3, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan, read_M: Tensor
+    model: LanguageModel, tokens_N: Tensor, positions_N: Tensor, plan: AttentionPlan, read_M: Tensor
 ) -> Tensor | None:
     """Hidden states [M, H] on the last pipeline stage, None on the others."""
     config = model.config
@@ -81,7 +83,7 @@ def final_hidden(
     return None
 
 
-def whole_logits(model: Qwen3, hidden_MH: Tensor) -> np.ndarray:
+def whole_logits(model: LanguageModel, hidden_MH: Tensor) -> np.ndarray:
     """Logits [M, vocab_size]; the rows that pad the layout must be -inf and are cut off."""
     logits = model.shard.gather_rows(project(hidden_MH, model.head_weight, model.shard))
     size = model.shape.vocab_size
@@ -312,7 +314,9 @@ def _complete_gradients(student: Student) -> None:
             bucket.grad_data.copy_(torch.cat(gathered))
 
 
-def under_hf_names(model: Qwen3, value: Callable[[torch.nn.Parameter], Tensor]) -> Arrays | None:
+def under_hf_names(
+    model: LanguageModel, value: Callable[[torch.nn.Parameter], Tensor]
+) -> Arrays | None:
     """A value of every parameter (weights or gradients), joined over all ranks, under Hugging
     Face's names; on rank 0.
 
@@ -349,8 +353,8 @@ def _joined(name: str, parts: list[np.ndarray]) -> Tensor:
     return tensors[0]
 
 
-def _as_hugging_face(shape: Qwen3Shape, rows: int, whole: dict[str, Tensor]) -> Arrays:
-    embedding, output = (whole.get(n) for n in (qwen3_names.EMBEDDING, qwen3_names.OUTPUT))
+def _as_hugging_face(shape: ModelShape, rows: int, whole: dict[str, Tensor]) -> Arrays:
+    embedding, output = (whole.get(n) for n in (names.EMBEDDING, names.OUTPUT))
     assert embedding is not None
     if shape.tied and output is not None:  # the last pipeline stage has its own copy
         assert torch.equal(embedding, output)
@@ -358,7 +362,7 @@ def _as_hugging_face(shape: Qwen3Shape, rows: int, whole: dict[str, Tensor]) -> 
         if tensor is not None:
             assert len(tensor) == rows
             assert not tensor[shape.vocab_size :].any(), "the layout's padding rows moved"
-    named = qwen3_names.hf_from_megatron(shape, lambda name: whole[name])
+    named = names.hf_from_megatron(shape, lambda name: whole[name])
     return {name: tensor.numpy() for name, tensor in named}
 
 

@@ -8,16 +8,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint_tools.files.hf_files import carry_over
-from checkpoint_tools.manifest import BlockContract, write_manifest
-from megatron_opdlm import build, parallel, replay
+from checkpoint_tools.export.hf_files import carry_over
+from megatron_opdlm import parallel, replay
 from megatron_opdlm.checkpoint import save_weights
 from megatron_opdlm.config import load_config
 from megatron_opdlm.model import lora
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
+from megatron_opdlm.model_files.manifest import BlockContract, write_manifest
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.rollout import Request, generate
+from megatron_opdlm.run import build
 from megatron_opdlm.teacher import score
 from megatron_opdlm.update import Student
 from tests.conftest import MASK
@@ -36,7 +37,9 @@ def open_student(overrides: list[str]) -> Student:
     return build.build_student(source, config, jobs.join(model_layout(config)))
 
 
-def whole_terms(model: Qwen3, value: Callable[[torch.nn.Parameter], torch.Tensor]) -> Terms | None:
+def whole_terms(
+    model: LanguageModel, value: Callable[[torch.nn.Parameter], torch.Tensor]
+) -> Terms | None:
     """A value of every factor, joined over all ranks; on rank 0. Asserts that what is replicated
     is equal bit for bit.
     """
@@ -78,7 +81,7 @@ def initial_terms(overrides: list[str]) -> Terms | None:
     return whole_terms(open_student(overrides).model, lambda p: p.data)
 
 
-def fill_b(model: Qwen3) -> None:
+def fill_b(model: LanguageModel) -> None:
     """Terms that matter, as after training."""
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
@@ -115,7 +118,7 @@ def replay_with_gradients(overrides: list[str], trajectories: Path) -> dict[str,
     return result | {"gradients": whole_terms(model, lambda p: p.main_grad)}
 
 
-def frozen(model: Qwen3) -> list[torch.nn.Parameter]:
+def frozen(model: LanguageModel) -> list[torch.nn.Parameter]:
     """Parameters that are no factor."""
     return [p for name, p in model.named_parameters() if not name.startswith(f"{lora.NAME}.")]
 

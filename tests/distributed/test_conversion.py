@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import write_manifest
-from checkpoint_tools.qwen3_names import hf_from_megatron
-from checkpoint_tools.qwen3_shape import read_shape
 from checkpoint_tools.streaming.megatron_weights import read_weights
+from megatron_opdlm.model_files.manifest import write_manifest
+from megatron_opdlm.model_files.names import hf_from_megatron
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.parallel import Layout
 from tests import oracle
 from tests.conftest import VOCABULARY, TinyModels

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm import build
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model import quantization
-from megatron_opdlm.opening import open_session
+from megatron_opdlm.run import build
+from megatron_opdlm.run.opening import open_session
 from tests import oracle, training_run
 from tests.conftest import END_IDS, MASK, TinyModels
 from tests.distributed import jobs

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.manifest import read_manifest
-from checkpoint_tools.qwen3_names import hf_from_megatron
-from checkpoint_tools.qwen3_shape import read_shape
 from checkpoint_tools.streaming.megatron_weights import read_weights
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.kernels import Kernels
+from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.names import hf_from_megatron
+from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.parallel import Layout
 from tests import oracle, training_run
 from tests.conftest import TinyModels

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import LowRank
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model import lora
+from megatron_opdlm.model_files.manifest import LowRank
+from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.parallel import Layout
 from tests import oracle
 from tests.conftest import TinyModels

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.files.safetensors_dir import open_weights
 from checkpoint_tools.streaming.team import Team, shares
+from megatron_opdlm.model_files.safetensors_dir import open_weights
 from tests.conftest import TinyModels
 from tests.distributed import conversion
 from tests.distributed.workers import _free_port

@@ -22,9 +22,8 @@ from typing import Any, NoReturn
 import transformers.models.auto.tokenization_auto
 import transformers.models.qwen2.tokenization_qwen2  # noqa: F401
 
-import megatron_opdlm.endings
-import megatron_opdlm.in_training_evaluation
-import megatron_opdlm.opening
+import megatron_opdlm.run.interruption
+import megatron_opdlm.run.opening
 import megatron_opdlm.supervision.failures  # noqa: F401
 from megatron_opdlm import train
 from megatron_opdlm.errors import command

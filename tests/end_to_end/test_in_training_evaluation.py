@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evaluation import in_training
 from evaluation.generation.load import load_generator
 from evaluation.sample import sample
-from megatron_opdlm import in_training_evaluation, train
+from megatron_opdlm import train
 from megatron_opdlm.config import load_config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, Stopped
@@ -176,10 +177,10 @@ def test_killed_in_an_evaluation_and_in_keeping_the_best(
     out = tmp_path / "run"
     overrides = command(model, prompts, data, out)
     kills = [
-        Kill(function="megatron_opdlm.in_training_evaluation:evaluate", call=1, moment="after"),
+        Kill(function="evaluation.in_training:evaluate", call=1, moment="after"),
         Kill(function="megatron_opdlm.metrics:_append", call=1, moment="half way"),
         Kill(function="megatron_opdlm.metrics:_amend_last", call=2, moment="after"),
-        Kill(function="megatron_opdlm.in_training_evaluation:evaluate", call=2),
+        Kill(function="evaluation.in_training:evaluate", call=2),
         Kill(function="megatron_opdlm.checkpoint:Checkpoints._point_to_best", call=2),
     ]
     for kill in kills:
@@ -205,7 +206,7 @@ def test_a_request_to_stop_ends_an_evaluation(
     without its evaluation; the same command evaluates step 3, and ends like the undisturbed run."""
     out = tmp_path / "run"
     overrides = command(model, prompts, data, out)
-    evaluate = in_training_evaluation.evaluate
+    evaluate = in_training.evaluate
     calls = 0
 
     def asked_to_stop(*args: Any, **kwargs: Any) -> Any:
@@ -216,7 +217,7 @@ def test_a_request_to_stop_ends_an_evaluation(
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(in_training_evaluation, "evaluate", asked_to_stop)
+        patch.setattr(in_training, "evaluate", asked_to_stop)
         with pytest.raises(Stopped, match="step 3 is saved"):
             train.run(load_config(None, overrides))
     assert [row["step"] for row in evaluations(out)] == [0]

@@ -11,10 +11,10 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from checkpoint_tools import export_hf, inspect
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import LowRank, read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
 from megatron_opdlm.model.attention_plan import causal_plan
+from megatron_opdlm.model_files.manifest import LowRank, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
 from tests import training_run
 from tests.conftest import MASK, TinyModels
 from tests.distributed import jobs, lora_jobs

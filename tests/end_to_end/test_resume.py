@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoint_tools.manifest import read_manifest
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import read_manifest
 from tests import training_run
 from tests.conftest import TinyModels
 from tests.distributed import jobs
@@ -61,7 +61,7 @@ CHECKPOINT = "megatron_opdlm.checkpoint"
 KILLS: list[Kill | KillWithin] = [
     # before its configuration is recorded, and before there is any checkpoint
     Kill(function="os:replace", call=1),
-    Kill(function="megatron_opdlm.session:generate", call=2),
+    Kill(function="megatron_opdlm.run.session:generate", call=2),
     # step 2: weights without manifest; complete but not yet named; gone and not yet written again
     Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
     Kill(function=f"{CHECKPOINT}:replace_text", call=1),
@@ -74,7 +74,7 @@ KILLS: list[Kill | KillWithin] = [
     Kill(function=f"{CHECKPOINT}:replace_text", call=1, moment="after"),
     # step 6, somewhere in its save; steps 7 and 8, anywhere
     KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
-    KillWithin(function="megatron_opdlm.session:generate", call=1, seconds=0.4, seed=2),
+    KillWithin(function="megatron_opdlm.run.session:generate", call=1, seconds=0.4, seed=2),
 ]
 
 

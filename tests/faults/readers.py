@@ -9,9 +9,6 @@ from typing import Any
 
 import yaml
 
-from checkpoint_tools.files.safetensors_dir import TensorEntry, read_header
-from checkpoint_tools.manifest import FORMAT, Manifest, read_manifest
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_shape
 from evaluation import jsonl
 from evaluation.recipe import read_recipe
 from evaluation.reporting.results import read_summary
@@ -19,6 +16,9 @@ from evaluation.score import read_predictions
 from evaluation.tasks import get_task
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.data import rows
+from megatron_opdlm.model_files.manifest import FORMAT, Manifest, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import TensorEntry, read_header
+from megatron_opdlm.model_files.shape import ModelShape, read_shape
 from megatron_opdlm.prompts import load_prompts
 from megatron_opdlm.replay import read_states
 
@@ -66,7 +66,7 @@ def is_rows(value: Any) -> bool:
 
 
 def is_shape(value: Any) -> bool:
-    return isinstance(value, Qwen3Shape) and value.parameters > 0 and value.rope_theta > 0
+    return isinstance(value, ModelShape) and value.parameters > 0 and value.rope_theta > 0
 
 
 def is_header(value: Any) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from checkpoint_tools.manifest import read_manifest
 from megatron_opdlm.checkpoint import Checkpoints
+from megatron_opdlm.model_files.manifest import read_manifest
 from megatron_opdlm.storage import sharded_save
 from tests import training_run
 from tests.conftest import TinyModels
@@ -119,7 +119,7 @@ def test_a_run_directory_holds_no_pickle_but_the_index(
 
     import torch
 
-    from checkpoint_tools.files.safe_metadata import read_common, read_metadata
+    from megatron_opdlm.storage.safe_metadata import read_common, read_metadata
 
     out = tmp_path / "run"
     options = "train.steps=2", "logging.tensorboard=true", "logging.samples_every=1"

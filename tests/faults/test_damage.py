@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools.manifest import check_contents, read_manifest
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.storage import run_lock
+from megatron_opdlm.model_files.manifest import check_contents, read_manifest
+from megatron_opdlm.run import run_lock
 from tests import training_run
 from tests.distributed.workers import WorkerGroup, WorkerGroups
 from tests.end_to_end import killed
@@ -177,7 +177,7 @@ def test_a_run_that_went_back_keeps_what_it_saves(
     arguments = training_run.overrides(
         fault_model, fault_prompts, out, "checkpoint.keep=1", "checkpoint.async_save=false"
     )
-    kill = killed.Kill(function="megatron_opdlm.session:generate", call=5)  # in step 7
+    kill = killed.Kill(function="megatron_opdlm.run.session:generate", call=5)  # in step 7
     (ended,) = one_rank.run(killed.run, overrides=arguments, kill=kill, timeout=SECONDS)
     assert ended["code"] == -9, ended
     assert pointer.read_text() == "step_0000006\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools.manifest import check_contents, read_manifest
+from megatron_opdlm.model_files.manifest import check_contents, read_manifest
 from tests import training_run
 from tests.distributed.workers import WorkerGroup, WorkerGroups
 from tests.end_to_end import killed

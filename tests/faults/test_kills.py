@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools.manifest import check_contents, read_manifest
+from megatron_opdlm.model_files.manifest import check_contents, read_manifest
 from tests import training_run
 from tests.distributed.workers import WorkerGroup, WorkerGroups
 from tests.end_to_end import killed
@@ -29,10 +29,10 @@ SECONDS = 300  # for one start on a busy machine
 # Where a kill's clock starts, and how long it may run (seconds): together they cover a run from its
 # first file to its last, each phase about as often as another.
 MOMENTS = {
-    "set-up": ("megatron_opdlm.opening:build_student", 1, 0.3),
+    "set-up": ("megatron_opdlm.run.opening:build_student", 1, 0.3),
     "loading": ("megatron_opdlm.checkpoint:verify", 1, 0.2),
-    "rollout": ("megatron_opdlm.session:generate", 3, 0.2),
-    "teacher": ("megatron_opdlm.session:score", 3, 0.05),
+    "rollout": ("megatron_opdlm.run.session:generate", 3, 0.2),
+    "teacher": ("megatron_opdlm.run.session:score", 3, 0.05),
     "update": ("megatron_opdlm.update:update", 5, 0.1),
     "metrics": ("megatron_opdlm.metrics:_append", 3, 0.01),
     "begin of a save": ("megatron_opdlm.checkpoint:Checkpoints.save", 3, 0.1),

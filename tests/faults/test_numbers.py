@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools.manifest import read_manifest
+from megatron_opdlm.model_files.manifest import read_manifest
 from megatron_opdlm.supervision import activity, failures
 from tests import training_run
 from tests.conftest import LAST_TOKEN

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from checkpoint_tools.files.safetensors_dir import TensorEntry, read_header
-from checkpoint_tools.files.safetensors_writer import plan_shards
-from checkpoint_tools.manifest import read_manifest
+from checkpoint_tools.export.safetensors_writer import plan_shards
 from evaluation import jsonl
 from megatron_opdlm.config import Config, flatten, load_config, to_yaml
 from megatron_opdlm.data import rows
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.safetensors_dir import TensorEntry, read_header
 from tests.faults.readers import MANIFEST, READERS, TREES, Reader
 
 EXAMPLES = int(os.environ.get("FAULT_EXAMPLES", "40"))  # a test

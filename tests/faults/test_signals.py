@@ -20,7 +20,7 @@ from tests.training_run import STEPS
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-SESSION = "megatron_opdlm.session"
+SESSION = "megatron_opdlm.run.session"
 NEVER = "checkpoint.every=1000"
 Jobs = Callable[..., Job]
 
@@ -85,7 +85,7 @@ def test_a_signal_during_set_up(job: Jobs):
     """Claim: before the first step the run leaves at once, with the same code."""
     asked = job(2)
     disturbance = Disturbance(
-        function="megatron_opdlm.opening:build_student", call=1, action="terminate", rank=None
+        function="megatron_opdlm.run.opening:build_student", call=1, action="terminate", rank=None
     )
     ended = asked(disturbance=disturbance)
     assert [one.code for one in ended] == [STOPPED, STOPPED]

@@ -17,16 +17,17 @@ from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed
 from megatron_opdlm.model.flex_attention import attend_flex, compiled_kernel, flex_mask
+from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.packed_row import PackedRow
-from megatron_opdlm.model.qwen3 import Qwen3, build_model, load_hf
+from megatron_opdlm.model.weights import load_hf
 from megatron_opdlm.parallel import Layout
 from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.parity.test_attention import expected_attention, two_stream
 
 # isort: split
-from checkpoint_tools.qwen3_shape import read_shape
+from megatron_opdlm.model_files.shape import read_shape
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,7 +112,7 @@ def needs_transformer_engine() -> None:
         pytest.skip("Transformer Engine is not installed")
 
 
-def built(models: TinyModels, kernels: Kernels) -> Qwen3:
+def built(models: TinyModels, kernels: Kernels) -> LanguageModel:
     """A tiny student in bfloat16."""
     hardware = jobs.join(Layout())
     hf_dir = models.hf("student", tied=False)
@@ -121,7 +122,7 @@ def built(models: TinyModels, kernels: Kernels) -> Qwen3:
     return model
 
 
-def hidden_and_gradients(model: Qwen3, student: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def hidden_and_gradients(model: LanguageModel, student: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Final hidden states of the tokens of the sequences, and gradients of a weighted sum."""
     packed = two_stream(LENGTHS)
     row = on_the_gpu(packed.row)

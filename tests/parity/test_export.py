@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from checkpoint_tools import export_hf, import_hf, verify
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import BlockContract, read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.manifest import BlockContract, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
 from tests.tiny_models import edit_json, make_qwen3
 
 MASK_ID = 64  # the tokenizer ends at 48: an id that leaves a gap

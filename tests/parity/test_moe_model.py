@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.qwen3_shape import read_shape
-from megatron_opdlm import build
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model.experts import MixtureOfExperts
 from megatron_opdlm.model.flops import forward_flops
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.reporting import accounting
+from megatron_opdlm.run import build
 from tests import oracle
 from tests.conftest import MASK, TinyModels
 from tests.distributed import jobs

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.padded_update import PaddedUpdate
 from benchmarks.train_step import SPREAD, make_states
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.qwen3_shape import hf_names, read_shape
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import hf_names, read_shape
 from megatron_opdlm.states import make_state
 from tests import oracle
 from tests.conftest import END_IDS, MASK, TinyModels

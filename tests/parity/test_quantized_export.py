@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check, verify
 from checkpoint_tools.engines.demands import read_directory
-from checkpoint_tools.formats import LAYOUTS, Layout
+from checkpoint_tools.export.formats import LAYOUTS, Layout
 from evaluation import sample
 from megatron_opdlm.errors import InputError, RunError
 from tests.tiny_models import make_qwen3

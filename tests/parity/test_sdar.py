@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from checkpoint_tools import export_hf, import_hf
-from checkpoint_tools.files.own_code import has_our_code
-from checkpoint_tools.manifest import read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
+from checkpoint_tools.export.own_code import has_our_code
 from evaluation import sample
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.shape import read_shape
 from tests.tiny_models import edit_json, make_qwen3, make_tokenizer
 
 MASK_ID = 64

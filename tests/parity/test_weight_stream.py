@@ -12,19 +12,20 @@ from safetensors.torch import load_file
 
 from benchmarks import conversion
 from checkpoint_tools import export_hf
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.files.safetensors_writer import write_weights
+from checkpoint_tools.export.safetensors_writer import write_weights
 from checkpoint_tools.import_hf import convert
-from checkpoint_tools.manifest import BlockContract, read_manifest, write_manifest
-from checkpoint_tools.qwen3_names import hf_from_megatron
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_shape
 from checkpoint_tools.streaming import weight_writer
 from checkpoint_tools.streaming.megatron_weights import DTYPES, read_weights, stored_key
 from checkpoint_tools.streaming.weight_reader import StoredWeights
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import load_weights, save_weights
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.model.qwen3 import build_model, load_hf
+from megatron_opdlm.model.gpt import build_model
+from megatron_opdlm.model.weights import load_hf
+from megatron_opdlm.model_files.manifest import BlockContract, read_manifest, write_manifest
+from megatron_opdlm.model_files.names import hf_from_megatron
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.public_shapes import SHAPES
 
@@ -44,7 +45,7 @@ KINDS = {
 @dataclass(frozen=True)
 class Written:
     hf: Path
-    shape: Qwen3Shape
+    shape: ModelShape
     dtype: str
     streamed: Path  # by import_hf
     saved: Path  # by Megatron, from a model that was filled from the same directory
@@ -176,7 +177,7 @@ LARGEST = {  # Qwen3-235B-A22B, where it differs from Qwen3-30B-A3B
 }
 
 
-def scaled_down(name: str, directory: Path) -> Qwen3Shape:
+def scaled_down(name: str, directory: Path) -> ModelShape:
     """The published configuration with its proportions of heads, groups and widths, and its kind of
     embedding, at a size for tests."""
     largest = name == "Qwen3-235B-A22B"
@@ -225,7 +226,7 @@ def test_round_trip_of_published_shapes(
 # --- damage
 
 
-def streamed(tmp_path: Path) -> tuple[Path, Qwen3Shape]:
+def streamed(tmp_path: Path) -> tuple[Path, ModelShape]:
     hf = make_qwen3(tmp_path / "hf", tied=True, seed=5, layers=1)
     with open_weights(hf) as weights:
         convert(weights, tmp_path / "checkpoint", MASK, "fp32")

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.files.safetensors_writer import write_weights
-from checkpoint_tools.vocabulary import (
+from checkpoint_tools.export.safetensors_writer import write_weights
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.vocabulary import (
     end_tokens,
     forbidden_ids,
     known_mask_token,
     mask_token,
     pad_token,
 )
-from megatron_opdlm.errors import InputError
 from tests.tiny_models import edit_json, make_qwen3, make_tokenizer
 
 SECOND_SHARD = "model-00002-of-00003.safetensors"

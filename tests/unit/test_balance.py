@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape
+from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.planning.balance import fill_bins, share_out
 from megatron_opdlm.reporting.accounting import state_cost
 from megatron_opdlm.states import State
@@ -56,7 +56,7 @@ def test_replicas_get_equal_work_and_about_as_many_microbatches():
     """Claim: over 8 replicas the operations differ by a few percent, although lengths differ 200
     times and the longest sequences are dominated by attention; the numbers of microbatches differ
     by two at most."""
-    shape = Qwen3Shape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960)
+    shape = ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960)
     states = [
         State(
             sample=i,

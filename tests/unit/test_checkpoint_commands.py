@@ -16,14 +16,19 @@ from pathlib import Path
 import pytest
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check
-from checkpoint_tools.files.checksums import sha256_of
-from checkpoint_tools.files.publish import check_free, new_directory
-from checkpoint_tools.formats import check_format
-from checkpoint_tools.manifest import BlockContract, Manifest, read_manifest, write_manifest
-from checkpoint_tools.qwen3_shape import Experts, read_shape
+from checkpoint_tools.export.formats import check_format
 from megatron_opdlm.checkpoint import Checkpoints
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.storage import run_lock
+from megatron_opdlm.model_files.checksums import sha256_of
+from megatron_opdlm.model_files.manifest import (
+    BlockContract,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
+from megatron_opdlm.model_files.shape import Experts, read_shape
+from megatron_opdlm.model_files.writing import check_free, new_directory
+from megatron_opdlm.run import run_lock
 from tests.tiny_models import edit_json, make_qwen3
 
 

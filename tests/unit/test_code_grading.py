@@ -10,13 +10,13 @@ from typing import cast
 
 import pytest
 
-import evaluation.sandbox
+import evaluation.jail.sandbox
 from evaluation.grading import code_evalplus, code_lcb, code_probe, code_sanitizer
 from evaluation.grading.code_evalplus import HUMANEVAL, Oracle, find_problems
 from evaluation.grading.code_outputs import same_lines, same_value, same_words
 from evaluation.grading.code_sanitizer import longest_python, sanitized
 from evaluation.grading.code_text import called_function, fenced_python, last_fence
-from evaluation.sandbox import Jail, Outcome, Sandbox
+from evaluation.jail.sandbox import Jail, Outcome, Sandbox
 from evaluation.tasks.codeforces import Codeforces
 from evaluation.tasks.evalplus import own_tests
 from evaluation.tasks.humaneval import HumanEval
@@ -437,8 +437,8 @@ def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
     def refuse():
         raise RunError("programs cannot be run safely here; run as an ordinary user")
 
-    monkeypatch.setattr(evaluation.sandbox, "_default", None)
-    monkeypatch.setattr(evaluation.sandbox, "Sandbox", refuse)
+    monkeypatch.setattr(evaluation.jail.sandbox, "_default", None)
+    monkeypatch.setattr(evaluation.jail.sandbox, "Sandbox", refuse)
     carried = {**QUESTION, "test_list": ["assert add(1, 2) == 3"]}
     probe = {"question": "q", "domain": "code", "tests_json": "['assert f(1) == 2']"}
     for task, row in [

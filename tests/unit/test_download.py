@@ -9,9 +9,9 @@ import huggingface_hub
 import pytest
 
 from evaluation import download
-from evaluation.codeforces_data import prepare
 from evaluation.grading.code_evalplus import HUMANEVAL, find_problems
 from evaluation.tasks import PAPER_TASKS, get_task
+from evaluation.tasks.codeforces_data import prepare
 from megatron_opdlm.errors import InputError, RunError
 
 

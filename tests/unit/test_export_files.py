@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 import yaml
 
-from checkpoint_tools.engines.settings import (
+from checkpoint_tools.export.engine_settings import (
     EngineSettings,
     engine_settings,
     read_lmdeploy,
     read_sglang,
     write_engine_settings,
 )
-from checkpoint_tools.formats import FORMATS
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.mask_registration import register_mask
-from checkpoint_tools.model_card import model_card, read_evaluation
-from checkpoint_tools.qwen3_shape import Qwen3Shape
+from checkpoint_tools.export.formats import FORMATS
+from checkpoint_tools.export.mask_registration import register_mask
+from checkpoint_tools.export.model_card import model_card, read_evaluation
+from checkpoint_tools.export.training_record import TrainingRecord, read_training_record
 from checkpoint_tools.streaming.lockstep import Lockstep
-from checkpoint_tools.training_record import TrainingRecord, read_training_record
-from checkpoint_tools.vocabulary import load_tokenizer, mask_token
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import ModelShape
+from megatron_opdlm.model_files.vocabulary import load_tokenizer, mask_token
 from tests.tiny_models import make_qwen3, make_tokenizer
 
-SHAPE = Qwen3Shape(2, 64, 4, 2, 32, 96, 67, False, 1e6, 1e-6, 512)
+SHAPE = ModelShape(2, 64, 4, 2, 32, 96, 67, False, 1e6, 1e-6, 512)
 CONTRACT = BlockContract(mask_token_id=64, block_size=4)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from checkpoint_tools import verify
 from checkpoint_tools.engines.load import problem_of_loading
-from checkpoint_tools.files.own_code import foreign_code, has_our_code
-from checkpoint_tools.manifest import read_manifest
+from checkpoint_tools.export.own_code import foreign_code, has_our_code
+from megatron_opdlm.model_files.manifest import read_manifest
 from tests.exported import make_export
 from tests.tiny_models import edit_json
 

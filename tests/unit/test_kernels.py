@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opdlm import build
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.kernels import Kernels, choose_kernels
+from megatron_opdlm.run import build
 from tests.conftest import MASK, TinyModels
 
 CPU = replace(

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint_tools.mask_registration import register_mask, write_for_transformers_4
-from checkpoint_tools.vocabulary import load_tokenizer
+from checkpoint_tools.export.mask_registration import register_mask, write_for_transformers_4
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from tests.tiny_models import make_tokenizer
 
 TEXT = "the fox 1+2=3\n<|im_start|>user the<think></think><|im_end|>"

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import build
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.run import build
 from tests.conftest import MASK, VOCABULARY, TinyModels
 from tests.tiny_models import edit_json, make_qwen3
 

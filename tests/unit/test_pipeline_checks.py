@@ -186,9 +186,9 @@ def test_train_takes_keys_on_both_sides_of_a_flag(capsys, tmp_path, monkeypatch)
 
 
 def test_the_dry_run_knows_the_quickstarts_model(tmp_path):
-    from checkpoint_tools.qwen3_shape import read_shape
     from launch.quickstart.teacher import MASK_ROW, build_model
-    from megatron_opdlm.dry_run import QUICKSTART_SHAPE
+    from megatron_opdlm.model_files.shape import read_shape
+    from megatron_opdlm.run.dry_run import QUICKSTART_SHAPE
 
     build_model(0).config.save_pretrained(tmp_path)
     assert read_shape(QUICKSTART_SHAPE) == read_shape(tmp_path)

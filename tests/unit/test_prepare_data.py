@@ -12,7 +12,7 @@ from megatron_opdlm.data.checks import EvaluationProblems, Identity, duplicates,
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.data.sources import TRAINING_SETS, ask, fetch
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.storage import run_directory
+from megatron_opdlm.run import run_directory
 from tests.conftest import TinyModels
 
 LONG = "a b c d e f g h i j k l m n o"

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from evaluation.summary import SummaryRow
+from evaluation.reporting.summary import SummaryRow
 from launch.quickstart.report import checks, report
 from launch.quickstart.results import read_results, report_json
 from megatron_opdlm.errors import InputError

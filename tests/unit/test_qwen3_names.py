@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_tools import qwen3_names as names
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files import names as names
 
-SHAPE = names.Qwen3Shape(
+SHAPE = names.ModelShape(
     layers=2,
     hidden=10,
     heads=6,
@@ -23,8 +23,8 @@ SHAPE = names.Qwen3Shape(
     rms_eps=1e-6,
     max_positions=64,
 )
-TIED = names.Qwen3Shape(**{**SHAPE.__dict__, "tied": True})
-MOE = names.Qwen3Shape(
+TIED = names.ModelShape(**{**SHAPE.__dict__, "tied": True})
+MOE = names.ModelShape(
     **{
         **SHAPE.__dict__,
         "experts": names.Experts(count=6, per_token=2, ffn=18, renormalize=True),
@@ -32,7 +32,7 @@ MOE = names.Qwen3Shape(
 )
 
 
-def random_weights(shape: names.Qwen3Shape) -> dict[str, torch.Tensor]:
+def random_weights(shape: names.ModelShape) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
         name: torch.randn(size, generator=generator) for name, size in names.hf_names(shape).items()
@@ -52,7 +52,7 @@ def join(name: str, parts: list[torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [SHAPE, TIED, MOE], ids=["untied", "tied", "experts"])
 @pytest.mark.parametrize("tp", [1, 2])
-def test_round_trip_is_bit_for_bit(shape: names.Qwen3Shape, tp: int) -> None:
+def test_round_trip_is_bit_for_bit(shape: names.ModelShape, tp: int) -> None:
     weights = random_weights(shape)
     padded = names.padded_vocab(shape.vocab_size, tp)
     joined = {
@@ -173,7 +173,7 @@ def test_context_ranks_that_do_not_divide_the_heads() -> None:
     ],
 )
 def test_expert_ranks_that_do_not_divide(
-    shape: names.Qwen3Shape, tp: int, ep: int, reason: str
+    shape: names.ModelShape, tp: int, ep: int, reason: str
 ) -> None:
     names.check_layout(MOE, 2, 2, "toy", ep=3)
     with pytest.raises(InputError, match=reason):
@@ -191,7 +191,7 @@ def test_expert_ranks_that_do_not_divide(
 def test_parameters_of_the_published_mixtures(
     layers: int, hidden: int, ffn: int, heads: int, parameters: int, active: int
 ) -> None:
-    shape = names.Qwen3Shape(
+    shape = names.ModelShape(
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -216,7 +216,7 @@ def test_parameters_of_the_published_mixtures(
 def test_parameters_of_the_published_sizes(
     layers: int, hidden: int, ffn: int, heads: int, tied: bool, parameters: int
 ) -> None:
-    shape = names.Qwen3Shape(
+    shape = names.ModelShape(
         layers=layers,
         hidden=hidden,
         heads=heads,

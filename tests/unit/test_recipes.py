@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from checkpoint_tools.qwen3_shape import read_shape
-from megatron_opdlm import dry_run, train
+from megatron_opdlm import train
 from megatron_opdlm.config import Config, flatten, load_config
 from megatron_opdlm.curriculum import generation_budget
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.planning.public_shapes import SHAPES, public_name, public_names
 from megatron_opdlm.planning.rank_memory import Split, optimizer_bytes_per_number, rank_numbers
+from megatron_opdlm.run import dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny_cpu")

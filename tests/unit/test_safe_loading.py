@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from checkpoint_tools.files import safe_metadata
+from megatron_opdlm.storage import safe_metadata
 
 # isort: split
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from checkpoint_tools.manifest import BlockContract, read_manifest, write_manifest
-from checkpoint_tools.qwen3_names import hf_from_megatron
-from checkpoint_tools.qwen3_shape import read_shape
 from checkpoint_tools.streaming.megatron_weights import read_weights
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import load_weights
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract, read_manifest, write_manifest
+from megatron_opdlm.model_files.names import hf_from_megatron
+from megatron_opdlm.model_files.shape import read_shape
 from tests.conftest import TinyModels
 from tests.distributed import jobs
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import sandbox as sandbox_module
+from evaluation.jail import sandbox as sandbox_module
 from evaluation.jail import seccomp as sandbox_seccomp
+from evaluation.jail.sandbox import Jail, JailLost, Limits, Outcome, Sandbox, package_directories
 from evaluation.jail.values import Opaque, decode, encode
-from evaluation.sandbox import Jail, JailLost, Limits, Outcome, Sandbox, package_directories
 from megatron_opdlm.errors import RunError
 
 CPU = 20.0  # seconds, where the limit is not the claim
@@ -515,7 +515,7 @@ def test_no_tests_is_no_pass(jail):
 
 def test_a_grader_that_dies_takes_its_jails_with_it():
     script = (
-        "import os, sys\nfrom evaluation.sandbox import Sandbox\n"
+        "import os, sys\nfrom evaluation.jail.sandbox import Sandbox\n"
         "jail = Sandbox().open()\nprint(jail.process.pid, flush=True)\n"
         "jail.load('while True: pass')\njail.stdio('', cpu=1000.0)"
     )
@@ -588,7 +588,9 @@ def _raise(error: Exception) -> None:
 
 
 def test_a_machine_that_cannot_run_programs_is_refused(monkeypatch):
-    monkeypatch.setattr("evaluation.sandbox._FIRST_PROGRAM", "raise RuntimeError('nothing works')")
+    monkeypatch.setattr(
+        "evaluation.jail.sandbox._FIRST_PROGRAM", "raise RuntimeError('nothing works')"
+    )
     with pytest.raises(RunError, match="nothing works"):
         Sandbox(limits=SMALL)
 

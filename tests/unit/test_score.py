@@ -8,8 +8,8 @@ import pytest
 
 from evaluation.grading import mathematics
 from evaluation.report import decoding_label, read_summary, table
+from evaluation.reporting.summary import Counts, summarize
 from evaluation.score import score, tell_scorer_errors
-from evaluation.summary import Counts, summarize
 from evaluation.tasks import Grade, get_task
 from megatron_opdlm.errors import InputError
 

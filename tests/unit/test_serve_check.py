@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint_tools import export_hf, import_hf, serve_check
 from checkpoint_tools.engines.demands import read_directory
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.manifest import read_manifest
-from checkpoint_tools.qwen3_shape import read_shape
-from checkpoint_tools.vocabulary import QWEN3_MASK_ID, known_mask_token
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.shape import read_shape
+from megatron_opdlm.model_files.vocabulary import QWEN3_MASK_ID, known_mask_token
 from tests.tiny_models import edit_json, make_qwen3
 
 ALL = ("SGLang", "LMDeploy", "transformers")

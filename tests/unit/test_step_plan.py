@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm import build
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.run import build
 from megatron_opdlm.step_plan import StepPlan
 from tests.conftest import MASK, TinyModels
 

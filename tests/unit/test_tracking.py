@@ -10,7 +10,7 @@ import pytest
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.reporting.tracking import open_tracker
-from megatron_opdlm.storage import provenance
+from megatron_opdlm.run import provenance
 
 # One start of a run: W&B serves one run a process well, and takes its service down with it.
 START = """

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.engines.settings import engine_settings, write_engine_settings
-from checkpoint_tools.files.hf_files import (
+from checkpoint_tools.export.engine_settings import engine_settings, write_engine_settings
+from checkpoint_tools.export.formats import Format
+from checkpoint_tools.export.hf_files import (
     DEFAULT_BLOCK_SIZE,
     carry_over,
     export_config,
     write_generation_config,
     write_json,
 )
-from checkpoint_tools.files.own_code import copy_code
-from checkpoint_tools.formats import Format
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.mask_registration import register_mask, write_for_transformers_4
-from checkpoint_tools.model_card import model_card
-from checkpoint_tools.qwen3_shape import Qwen3Shape, read_json
-from checkpoint_tools.training_record import read_training_record
-from checkpoint_tools.vocabulary import forbidden_ids, names_end_token
+from checkpoint_tools.export.mask_registration import register_mask, write_for_transformers_4
+from checkpoint_tools.export.model_card import model_card
+from checkpoint_tools.export.own_code import copy_code
+from checkpoint_tools.export.training_record import read_training_record
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import ModelShape, read_json
+from megatron_opdlm.model_files.vocabulary import forbidden_ids, names_end_token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def write_files(
     directory: Path,
     checkpoint: Path,
     contract: BlockContract,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     *,
     model_format: Format,
     dtype: str,

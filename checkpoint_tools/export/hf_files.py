@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.formats import LAYOUTS, Format
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.qwen3_shape import EXPERT_TYPES, Qwen3Shape, read_json
-from checkpoint_tools.vocabulary import end_tokens, names_end_token, pad_token
+from checkpoint_tools.export.formats import LAYOUTS, Format
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import EXPERT_TYPES, ModelShape, read_json
+from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
 
 EXPORTER_VERSION = "megatron-opdlm 0.1"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
@@ -43,7 +43,7 @@ def carry_over(hf_dir: Path, target: Path) -> None:
             shutil.copytree(path, target / path.name)
 
 
-def plain_qwen3_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what another format added: model type, code, block contract."""
     added = ("auto_map", *CONTRACT_KEYS, *FOREIGN_KEYS)
     plain = {k: v for k, v in config.items() if k not in added}
@@ -90,7 +90,7 @@ def read_contract(config: Mapping[str, Any], mask_token_id: int | None) -> Block
 
 def export_config(
     config: Mapping[str, Any],
-    shape: Qwen3Shape,
+    shape: ModelShape,
     contract: BlockContract,
     forbidden_ids: Sequence[int],
     *,
@@ -103,7 +103,7 @@ def export_config(
     ``shape`` is the export's: untied where the format has it so.
     """
     layout = model_format.layout(shape)
-    exported = plain_qwen3_config(config) | {
+    exported = plain_config(config) | {
         # transformers 4 and serving engines read this flat key and fall back to 10000 without it
         "rope_theta": shape.rope_theta,
         "tie_word_embeddings": shape.tied,
@@ -128,7 +128,7 @@ def export_config(
     return exported | {"model_type": layout.model_type, "architectures": [layout.architecture]}
 
 
-def _as_sdar_writes(config: dict[str, Any], shape: Qwen3Shape) -> dict[str, Any]:
+def _as_sdar_writes(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
     """Every key that serving engines read, explicit and in the spelling of transformers 4."""
     newer = ("rope_parameters", "dtype", "num_local_experts")
     explicit: dict[str, Any] = {

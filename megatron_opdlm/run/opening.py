@@ -5,15 +5,6 @@ import sys
 from pathlib import Path
 
 from megatron_opdlm import parallel
-from megatron_opdlm.build import (
-    build_checkpoints,
-    build_objective,
-    build_plan,
-    build_student,
-    choose_teacher,
-    describe_kernels,
-    open_pair,
-)
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config, flatten
 from megatron_opdlm.hardware import Hardware
@@ -22,11 +13,20 @@ from megatron_opdlm.model.quantization import calibration_sequences, quantize_fp
 from megatron_opdlm.offload import HOST, move_layers
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.reporting.tracking import Tracker, open_tracker
-from megatron_opdlm.session import Session, packing_of
+from megatron_opdlm.run.build import (
+    build_checkpoints,
+    build_objective,
+    build_plan,
+    build_student,
+    choose_teacher,
+    describe_kernels,
+    open_pair,
+)
+from megatron_opdlm.run.provenance import record_start
+from megatron_opdlm.run.run_directory import check_run_directory, prepare_run_directory
+from megatron_opdlm.run.run_lock import hold_run_directory
+from megatron_opdlm.run.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
-from megatron_opdlm.storage.provenance import record_start
-from megatron_opdlm.storage.run_directory import check_run_directory, prepare_run_directory
-from megatron_opdlm.storage.run_lock import hold_run_directory
 from megatron_opdlm.storage.run_state import RunIdentity
 from megatron_opdlm.supervision import watchdog
 

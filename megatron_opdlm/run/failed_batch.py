@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_tools.files.hf_files import carry_over
-from checkpoint_tools.files.publish import publish
-from checkpoint_tools.manifest import write_manifest
+from checkpoint_tools.export.hf_files import carry_over
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import CONFIG, HUGGINGFACE, WEIGHTS, Checkpoints, save_weights
 from megatron_opdlm.errors import RunError
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
+from megatron_opdlm.model_files.manifest import write_manifest
+from megatron_opdlm.model_files.writing import publish
 from megatron_opdlm.states import State
 
 TRAJECTORIES, STUDENT, README = "trajectories.jsonl", "student", "README.md"
@@ -33,7 +33,7 @@ class FailedBatch:
     reason: str
     teacher: Path  # directory of the teacher's weights
 
-    def save(self, run: Path, student: Qwen3, checkpoints: Checkpoints) -> Path:
+    def save(self, run: Path, student: LanguageModel, checkpoints: Checkpoints) -> Path:
         """Write it whole or not at all, all ranks together; RunError where that fails."""
         final = run / "failed" / f"step_{self.step:07d}"
         temporary = final.with_name(f".{final.name}.tmp")

@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.qwen3_shape import read_json
-from checkpoint_tools.vocabulary import MASK_TEXTS, load_tokenizer
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.shape import read_json
+from megatron_opdlm.model_files.vocabulary import MASK_TEXTS, load_tokenizer
 
 
 def register_mask(directory: Path, mask_id: int) -> None:

@@ -14,9 +14,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
-from checkpoint_tools.manifest import BlockContract, LowRank
-from checkpoint_tools.qwen3_shape import check_layout
-from checkpoint_tools.vocabulary import load_tokenizer
 from megatron_opdlm.checkpoint import Checkpoints, dtype_name, load_model
 from megatron_opdlm.config import Config, to_yaml
 from megatron_opdlm.divergence import Divergence
@@ -24,9 +21,12 @@ from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.flops import layer_linear_parameters
+from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.quantization import require_modelopt
-from megatron_opdlm.model.qwen3 import Qwen3, build_model
+from megatron_opdlm.model_files.manifest import BlockContract, LowRank
+from megatron_opdlm.model_files.shape import check_layout
+from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
 from megatron_opdlm.planning.layout import model_layout
@@ -147,7 +147,7 @@ def _recorded(
     return Recorded(prompts=prompts, order=order, samples_per_prompt=samples)
 
 
-def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> Qwen3:
+def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> LanguageModel:
     """The frozen autoregressive model, on the same layout as the student."""
     dtype = resolve_dtype(config.teacher.dtype, hardware)
     kernels = kernels_of(config, hardware)[1]
@@ -187,7 +187,7 @@ def choose_teacher(
     teacher_source: ModelSource,
     config: Config,
     hardware: Hardware,
-) -> Qwen3:
+) -> LanguageModel:
     """The student's own base where that is the teacher, else a second model."""
     if shares_base(config, source, hardware):
         return student.model
@@ -233,7 +233,7 @@ def build_student(
     return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(adam, [ddp]))
 
 
-def build_objective(config: Config, teacher: Qwen3 | None) -> Objective:
+def build_objective(config: Config, teacher: LanguageModel | None) -> Objective:
     """What the update minimises."""
     loss = config.loss
     divergence = Divergence(

@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint_tools.formats import LAYOUTS, Layout
-from checkpoint_tools.qwen3_shape import read_json
+from checkpoint_tools.export.formats import LAYOUTS, Layout
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.shape import read_json
 
 # What Python imports, or a loader of its.
 _IMPORTABLE = (".py", ".pyc", ".pyo", ".pyw", ".so", ".pyd", ".dll", ".dylib", ".pth", ".egg")

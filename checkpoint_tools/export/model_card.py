@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.engines.settings import LMDEPLOY, SGLANG, EngineSettings
-from checkpoint_tools.formats import Format
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.qwen3_shape import Qwen3Shape
-from checkpoint_tools.training_record import TrainingRecord
+from checkpoint_tools.export.engine_settings import LMDEPLOY, SGLANG, EngineSettings
+from checkpoint_tools.export.formats import Format
+from checkpoint_tools.export.training_record import TrainingRecord
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import ModelShape
 
 # Settings of a run that decide what it learns, in the order of the table.
 RECIPE = (
@@ -84,7 +84,7 @@ def read_evaluation(paths: Sequence[Path]) -> tuple[dict[str, Any], ...]:
 
 
 def model_card(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     contract: BlockContract,
     record: TrainingRecord,
     settings: EngineSettings,
@@ -119,7 +119,7 @@ def model_card(
 
 
 def _description(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     contract: BlockContract,
     record: TrainingRecord,
     model_format: Format,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from checkpoint_tools.vocabulary import load_tokenizer
 from evaluation.generation.load import Generator
 from evaluation.run import evaluate, load_tasks
 from evaluation.tasks import Row, Task, get_task
@@ -28,7 +27,8 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.metrics import EVALUATION
-from megatron_opdlm.session import Session
+from megatron_opdlm.model_files.vocabulary import load_tokenizer
+from megatron_opdlm.run.session import Session
 from megatron_opdlm.supervision import activity, preemption
 
 _POLL_SECONDS = 0.2

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names, read_json, read_shape
-from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.file_kinds import foreign_kind
+from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_json, read_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def _end(entries: Mapping[str, TensorEntry], first: int) -> int:
 class HFWeights:
     """A checked Hugging Face Qwen3 whose tensors are read one at a time."""
 
-    def __init__(self, directory: Path, shape: Qwen3Shape, entries: Mapping[str, TensorEntry]):
+    def __init__(self, directory: Path, shape: ModelShape, entries: Mapping[str, TensorEntry]):
         self.directory = directory
         self.model_shape = shape
         self._entries = entries
@@ -185,7 +185,7 @@ class HFWeights:
         self.close()
 
 
-def open_weights(hf_dir: Path | str, shape: Qwen3Shape | None = None) -> HFWeights:
+def open_weights(hf_dir: Path | str, shape: ModelShape | None = None) -> HFWeights:
     """Check a Hugging Face Qwen3 directory and open its weights.
 
     ``shape`` None reads it from the directory. Raises InputError for a missing, truncated or broken

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_opdlm import parallel
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.storage.file_lock import wait_for_lock
+from megatron_opdlm.run.file_lock import wait_for_lock
 from megatron_opdlm.supervision import activity
 from megatron_opdlm.supervision.agreement import first_problem
 

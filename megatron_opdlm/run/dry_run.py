@@ -13,8 +13,8 @@ from megatron_opdlm.errors import InputError
 from megatron_opdlm.planning.layout import model_layout
 
 if TYPE_CHECKING:
-    from megatron_opdlm.build import ModelSource
     from megatron_opdlm.planning.rank_memory import Split
+    from megatron_opdlm.run.build import ModelSource
 
 GIB = 2**30
 USUAL_RANKS = 8  # of a machine that trains
@@ -42,10 +42,10 @@ def describe(config: Config, world_size: int) -> str:
     Raises InputError exactly where training would before it builds anything; a model that is not
     there yet is allowed where it is named after a published one, and said.
     """
-    from checkpoint_tools.qwen3_shape import padded_vocab
-    from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.storage.run_directory import check_run_directory
+    from megatron_opdlm.model_files.shape import padded_vocab
+    from megatron_opdlm.run import build
+    from megatron_opdlm.run.run_directory import check_run_directory
 
     check_run_directory(config)
     source, teacher, notes = _open_pair(config, world_size)
@@ -75,8 +75,8 @@ def describe(config: Config, world_size: int) -> str:
 
 def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSource, list[str]]":
     """Both models, checked; and a note where a published shape stands in for one."""
-    from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
+    from megatron_opdlm.run import build
 
     paths = [("model.path", config.model.path), ("teacher.path", config.teacher.path)]
     missing = [(key, path) for key, path in paths if path and not Path(path).is_dir()]
@@ -99,15 +99,15 @@ def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSour
 
 
 def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str]]":
-    from checkpoint_tools.qwen3_shape import read_shape
-    from checkpoint_tools.vocabulary import read_vocabulary
-    from megatron_opdlm import build
+    from megatron_opdlm.model_files.shape import read_shape
+    from megatron_opdlm.model_files.vocabulary import read_vocabulary
     from megatron_opdlm.planning.public_shapes import (
         public_name,
         public_names,
         public_shape,
         public_vocabulary,
     )
+    from megatron_opdlm.run import build
 
     if Path(path).exists():
         return build.open_model(path, key, mask), []
@@ -154,7 +154,7 @@ def _feed_forward(source: "ModelSource") -> str:
 
 def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> list[str]:
     """Prompts and steps; without a tokenizer, only what the configuration says of them."""
-    from megatron_opdlm import build
+    from megatron_opdlm.run import build
 
     each = (
         f"{config.rollout.prompts_per_step} prompts x "
@@ -180,7 +180,6 @@ def _memory(
     config: Config, source: "ModelSource", teacher: "ModelSource", split: "Split"
 ) -> list[str]:
     """Bytes of the fullest rank, by what they are for and by phase."""
-    from megatron_opdlm import build
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.model.flops import low_rank_parameters
     from megatron_opdlm.planning.rank_memory import (
@@ -189,6 +188,7 @@ def _memory(
         optimizer_bytes_per_number,
         rank_numbers,
     )
+    from megatron_opdlm.run import build
 
     hardware = select_hardware()
     item = build.resolve_dtype(config.model.dtype, hardware).itemsize

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from megatron_opdlm import parallel
-from megatron_opdlm.build import ModelSource, kernels_of, low_rank_of
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
 from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import Stopped
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
-from megatron_opdlm.model.qwen3 import Qwen3
+from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.offload import layers_here, optimizer_away
 from megatron_opdlm.packing import (
     PackedBatch,
@@ -30,6 +29,7 @@ from megatron_opdlm.records import Trajectory
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.reporting.sample_texts import sample_rows
 from megatron_opdlm.rollout import Rollout, generate
+from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
 from megatron_opdlm.states import State
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.supervision import preemption, watchdog
@@ -48,7 +48,9 @@ class Session:
     source: ModelSource
     plan: StepPlan
     student: Student
-    teacher: Qwen3 | None  # None: the loss needs none; may be the student, whose base is asked
+    teacher: (
+        LanguageModel | None
+    )  # None: the loss needs none; may be the student, whose base is asked
     teacher_source: ModelSource
     objective: Objective
     checkpoints: Checkpoints

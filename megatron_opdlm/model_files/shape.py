@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.file_kinds import foreign_kind
 
 DENSE_TYPES = ("qwen3", "a2d-qwen3", "sdar")
 EXPERT_TYPES = ("qwen3_moe", "sdar_moe")
@@ -28,7 +28,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Qwen3Shape:
+class ModelShape:
     """What of a Qwen3 ``config.json`` decides tensor shapes and arithmetic."""
 
     layers: int
@@ -76,7 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> Qwen3Shape:
+def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> ModelShape:
     """The shape of the Qwen3 in a Hugging Face directory. ``allow_quantized``: the caller reads the
     quantised weights himself.
 
@@ -91,7 +91,7 @@ def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> Qwen3Shape:
     if config.get("quantization_config") and not allow_quantized:
         raise InputError(f"{path}: weights are quantised; use the unquantised (bf16 or fp32) model")
     heads = _positive(config, "num_attention_heads", path)
-    shape = Qwen3Shape(
+    shape = ModelShape(
         layers=_positive(config, "num_hidden_layers", path),
         hidden=_positive(config, "hidden_size", path),
         heads=heads,
@@ -119,7 +119,7 @@ def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> Qwen3Shape:
     return shape
 
 
-def hf_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
+def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model and its shape; ``lm_head.weight`` only if untied."""
     hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.groups * shape.head_dim
     of_layer = {
@@ -141,7 +141,7 @@ def hf_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
     return names
 
 
-def _mlp_names(shape: Qwen3Shape) -> dict[str, tuple[int, ...]]:
+def _mlp_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     def gated(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
         return {
             f"{prefix}.gate_proj.weight": (ffn, shape.hidden),
@@ -163,7 +163,7 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def check_layout(shape: Qwen3Shape, tp: int, pp: int, name: str, cp: int = 1, ep: int = 1) -> None:
+def check_layout(shape: ModelShape, tp: int, pp: int, name: str, cp: int = 1, ep: int = 1) -> None:
     """Refuse a parallel layout that does not divide the model, whose ``name`` the message gives."""
     sizes = (
         ("tensor_parallel", tp),

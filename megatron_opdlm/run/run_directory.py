@@ -5,13 +5,13 @@ configuration made.
 import json
 from pathlib import Path
 
-from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm.checkpoint import CONFIG, replace_text
 from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.shape import read_json
+from megatron_opdlm.run.run_lock import LOCK
 from megatron_opdlm.storage.output_paths import check_place
-from megatron_opdlm.storage.run_lock import LOCK
 
 DATA = "data.json"  # {path: SHA-256} of the files that the run reads
 

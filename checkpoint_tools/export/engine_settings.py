@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from checkpoint_tools.training_record import TrainingRecord
+from checkpoint_tools.export.training_record import TrainingRecord
 from megatron_opdlm.errors import InputError
 
 SGLANG, LMDEPLOY = "sglang.yaml", "lmdeploy.args"

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from checkpoint_tools.qwen3_shape import read_json
+from megatron_opdlm.model_files.shape import read_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_tools.qwen3_shape import read_json, read_shape
-from megatron_opdlm.data.file_kinds import foreign_kind
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.file_kinds import foreign_kind
+from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.records import Vocabulary
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint_tools.files.safetensors_dir import INDEX, ITEM_BYTES, SINGLE
-from checkpoint_tools.qwen3_shape import Qwen3Shape, hf_names
+from megatron_opdlm.model_files.safetensors_dir import INDEX, ITEM_BYTES, SINGLE
+from megatron_opdlm.model_files.shape import ModelShape, hf_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class ShardWriter:
     def __init__(
         self,
         directory: Path,
-        shape: Qwen3Shape,
+        shape: ModelShape,
         dtype: str,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
@@ -103,7 +103,7 @@ class ShardWriter:
 
 def write_weights(
     directory: Path,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     tensors: Iterable[tuple[str, "Tensor"]],
     dtype: str,
     shard_bytes: int = DEFAULT_SHARD_BYTES,

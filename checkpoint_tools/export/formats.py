@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint_tools.manifest import BlockContract
-from checkpoint_tools.qwen3_shape import Qwen3Shape
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.shape import ModelShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +73,7 @@ class Format:
         """Whether the export decodes blocks by its own ``generate``."""
         return bool(self.dense.module)
 
-    def layout(self, shape: Qwen3Shape) -> Layout:
+    def layout(self, shape: ModelShape) -> Layout:
         """The form for a model of this shape. Raises InputError where there is none."""
         if shape.experts is None:
             return self.dense
@@ -84,7 +84,7 @@ class Format:
             )
         return self.experts
 
-    def exported_shape(self, shape: Qwen3Shape) -> Qwen3Shape:
+    def exported_shape(self, shape: ModelShape) -> ModelShape:
         """The shape of the export: untied where serving engines read it."""
         return replace(shape, tied=False) if self.served else shape
 
@@ -137,7 +137,7 @@ LAYOUTS = {
 }
 
 
-def check_format(name: str, contract: BlockContract, shape: Qwen3Shape) -> None:
+def check_format(name: str, contract: BlockContract, shape: ModelShape) -> None:
     """Refuse what readers of the format would decode otherwise than it was trained."""
     model_format = FORMATS[name]
     model_format.layout(shape)
@@ -162,7 +162,7 @@ def check_format(name: str, contract: BlockContract, shape: Qwen3Shape) -> None:
 
 
 def with_explicit_head(
-    get: "Callable[[str], Tensor]", stored: Qwen3Shape
+    get: "Callable[[str], Tensor]", stored: ModelShape
 ) -> "Callable[[str], Tensor]":
     """``get`` of a checkpoint for readers that need an output layer: a tied one's is the embedding
     once more.

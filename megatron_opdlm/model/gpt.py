@@ -2,10 +2,8 @@
 evaluation.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +14,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from checkpoint_tools import qwen3_names
-from checkpoint_tools.files.safetensors_dir import open_weights
-from checkpoint_tools.qwen3_shape import Qwen3Shape, check_layout, padded_vocab
 from megatron_opdlm.hardware import Hardware
-from megatron_opdlm.model import lora
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.experts import expert_options
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer_spec import block_spec
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
+from megatron_opdlm.model_files.shape import ModelShape, check_layout, padded_vocab
 from megatron_opdlm.parallel import Layout
 
 
@@ -49,12 +44,12 @@ class ExplicitRope(torch.nn.Module):
         return torch.cat((angle, angle), dim=-1).unsqueeze(2)
 
 
-class Qwen3(GPTModel):
+class LanguageModel(GPTModel):
     """A GPTModel whose last pipeline stage returns final hidden states: logits are taken only where
     they are needed.
     """
 
-    shape: Qwen3Shape
+    shape: ModelShape
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         plan = kwargs["packed_seq_params"]
@@ -94,7 +89,7 @@ class Qwen3(GPTModel):
 
 
 def transformer_config(
-    shape: Qwen3Shape, layout: Layout, dtype: torch.dtype, hardware: Hardware, *, recompute: bool
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, hardware: Hardware, *, recompute: bool
 ) -> TransformerConfig:
     """Megatron's description of a Qwen3 of this shape on this hardware."""
     recomputation = {
@@ -140,7 +135,7 @@ def transformer_config(
 
 
 def build_model(
-    shape: Qwen3Shape,
+    shape: ModelShape,
     layout: Layout,
     dtype: torch.dtype,
     hardware: Hardware,
@@ -148,14 +143,14 @@ def build_model(
     name: str = "model",
     recompute: bool = False,
     kernels: Kernels = Kernels(),  # noqa: B008 -- frozen
-) -> Qwen3:
+) -> LanguageModel:
     """This rank's part of a Qwen3, its weights not yet filled. ``name`` stands in error messages.
 
     Raises InputError where the layout does not divide the shape.
     """
     check_layout(shape, layout.tensor, layout.pipeline, name, layout.context, layout.expert)
     config = transformer_config(shape, layout, dtype, hardware, recompute=recompute)
-    model = Qwen3(
+    model = LanguageModel(
         config=config,
         transformer_layer_spec=block_spec(config, kernels, shape.experts),
         vocab_size=padded_vocab(shape.vocab_size, layout.tensor),
@@ -182,7 +177,7 @@ _SPLIT_DIMENSION = {
 }
 
 
-def _mark_tensor_parallel(model: Qwen3) -> None:
+def _mark_tensor_parallel(model: LanguageModel) -> None:
     """Tell Megatron which parameters are split over tensor ranks; the others count once in the
     gradient norm.
 
@@ -198,67 +193,6 @@ def _mark_tensor_parallel(model: Qwen3) -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)
 
 
-def named_global_parameters(model: Qwen3) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name in the whole model, parameter) of this rank's part; low-rank terms are no part of a
-    Qwen3.
-    """
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{lora.NAME}."):
-            yield global_name(model, name), parameter
-
-
-def global_name(model: Qwen3, name: str) -> str:
-    """Name of a parameter in this rank's model -> its name in the whole model.
-
-    Of Transformer Engine's experts, parameter ``linear_fc1.weight3`` is that of local expert 3.
-    """
-    prefix, _, rest = name.partition("decoder.layers.")
-    if prefix or not rest:
-        return name
-    number, _, attribute = rest.partition(".")
-    if (found := _EXPERT.fullmatch(attribute)) is not None:
-        linear, last = found["linear"], found["grouped"]
-        local = int(found["one"] if last is None else last)
-        attribute = f"mlp.experts.{local + _first_expert(model)}.{linear}.weight"
-    full = f"decoder.layers.{int(number) + get_transformer_layer_offset(model.config)}.{attribute}"
-    layer, attribute = qwen3_names.split_layer(full)
-    return f"decoder.layers.{layer}.{attribute}"
-
-
-_EXPERT = re.compile(
-    r"mlp\.experts\.(local_experts\.(?P<one>\d+)\.)?(?P<linear>\w+)\.weight(?P<grouped>\d+)?"
-)
-
-
-def _first_expert(model: Qwen3) -> int:
-    """Number in the whole model of this rank's first expert."""
-    experts = model.shape.experts
-    assert experts is not None
-    local = experts.count // parallel_state.get_expert_model_parallel_world_size()
-    return local * parallel_state.get_expert_model_parallel_rank()
-
-
-@torch.no_grad()
-def fill(model: Qwen3, get: Callable[[str], Tensor]) -> None:
-    """Fill every parameter of this rank from whole Hugging Face tensors returned by ``get``."""
-    tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-    tensor_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    for name, parameter in named_global_parameters(model):
-        part = qwen3_names.megatron_from_hf(
-            name, model.shape, get, tensor_rank, tensor_ranks, model.vocab_size
-        )
-        assert part.shape == parameter.shape, (name, tuple(part.shape), tuple(parameter.shape))
-        parameter.copy_(part)
-
-
-def load_hf(model: Qwen3, hf_dir: Path) -> None:
-    """Fill the model from a Hugging Face directory; each rank reads the tensors that it holds a
-    part of.
-    """
-    with open_weights(hf_dir) as weights:
-        fill(model, weights.get)
-
-
 _SEQUENCE_PARALLEL_SWITCHES = (
     "sequence_parallel",
     "scatter_to_sequence_parallel",
@@ -267,7 +201,7 @@ _SEQUENCE_PARALLEL_SWITCHES = (
 
 
 @contextmanager
-def without_sequence_parallel(model: Qwen3) -> Iterator[None]:
+def without_sequence_parallel(model: LanguageModel) -> Iterator[None]:
     """Switch sequence parallelism off while decoding: a window can have fewer tokens than there are
     tensor ranks.
     """

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.files.checksums import sha256_of
-from checkpoint_tools.qwen3_shape import read_json
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.checksums import sha256_of
+from megatron_opdlm.model_files.shape import read_json
 
 FORMAT = "megatron-opdlm/1"
 NAME = "manifest.json"

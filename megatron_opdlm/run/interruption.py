@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron_opdlm import parallel
 from megatron_opdlm.errors import RunError, Stopped
-from megatron_opdlm.session import Session
+from megatron_opdlm.run.failed_batch import FailedBatch
+from megatron_opdlm.run.session import Session
 from megatron_opdlm.supervision import preemption, watchdog
-from megatron_opdlm.supervision.failed_batch import FailedBatch
 from megatron_opdlm.update import NonFiniteError
 
 

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from checkpoint_tools.qwen3_shape import (
+from megatron_opdlm.model_files.shape import (
     Experts,
-    Qwen3Shape,
+    ModelShape,
     check_layout,
     hf_names,
     padded_vocab,
@@ -24,7 +24,7 @@ from checkpoint_tools.qwen3_shape import (
 
 __all__ = [
     "Experts",
-    "Qwen3Shape",
+    "ModelShape",
     "check_layout",
     "hf_from_megatron",
     "hf_names",
@@ -76,7 +76,7 @@ FUSED_NORMS = {
 SPLIT_COLUMNS = (PROJ, FC2, EXPERT_FC2)  # row-parallel linears: a rank holds columns of the matrix
 
 
-def megatron_names(shape: Qwen3Shape) -> list[str]:
+def megatron_names(shape: ModelShape) -> list[str]:
     """Every Megatron parameter by global layer and expert number; ``output_layer.weight`` only if
     untied.
     """
@@ -91,7 +91,7 @@ def megatron_names(shape: Qwen3Shape) -> list[str]:
     return [EMBEDDING, *layers, FINAL_NORM] + ([] if shape.tied else [OUTPUT])
 
 
-def sources(name: str, shape: Qwen3Shape) -> tuple[str, ...]:
+def sources(name: str, shape: ModelShape) -> tuple[str, ...]:
     """The Hugging Face tensors that a Megatron parameter is made of: reading can be lazy."""
     if name == EMBEDDING or (name == OUTPUT and shape.tied):
         return ("model.embed_tokens.weight",)
@@ -136,7 +136,7 @@ def _numbered(attribute: str, expert: int) -> str:
 
 def megatron_from_hf(
     name: str,
-    shape: Qwen3Shape,
+    shape: ModelShape,
     get: Callable[[str], Tensor],
     tp_rank: int,
     tp_size: int,
@@ -166,7 +166,7 @@ def megatron_from_hf(
 
 
 def hf_from_megatron(
-    shape: Qwen3Shape, get: Callable[[str], Tensor]
+    shape: ModelShape, get: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Every Hugging Face tensor from *global* Megatron tensors (all ranks' parts joined).
 
@@ -176,7 +176,7 @@ def hf_from_megatron(
         yield from hf_parts(name, shape, get(name))
 
 
-def hf_parts(name: str, shape: Qwen3Shape, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def hf_parts(name: str, shape: ModelShape, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that one *global* Megatron tensor is made of, in their order."""
     if name in (EMBEDDING, OUTPUT):
         parts: tuple[Tensor, ...] = (tensor[: shape.vocab_size],)
@@ -190,13 +190,13 @@ def hf_parts(name: str, shape: Qwen3Shape, tensor: Tensor) -> Iterator[tuple[str
         yield source, part.contiguous()
 
 
-def _join_groups(query: Tensor, key: Tensor, value: Tensor, shape: Qwen3Shape) -> Tensor:
+def _join_groups(query: Tensor, key: Tensor, value: Tensor, shape: ModelShape) -> Tensor:
     """[A D, H], [G D, H], [G D, H] -> [G, (A/G + 2) D, H]."""
     per_group = [t.reshape(shape.groups, -1, shape.hidden) for t in (query, key, value)]
     return torch.cat(per_group, dim=1)
 
 
-def _split_groups(qkv: Tensor, shape: Qwen3Shape) -> tuple[Tensor, ...]:
+def _split_groups(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
     """[G (A/G + 2) D, H] -> [A D, H], [G D, H], [G D, H]."""
     query_rows = shape.heads // shape.groups * shape.head_dim
     parts = qkv.reshape(shape.groups, -1, shape.hidden).split(

@@ -1,0 +1,1 @@
+"""What only exports use: layouts, their files and code, the model card."""

@@ -1,1 +1,0 @@
-"""Files of model directories: reading, writing, publishing."""
