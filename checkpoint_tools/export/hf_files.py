@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.export.formats import LAYOUTS, Format
+from megatron_opdlm import __version__
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import EXPERT_TYPES, ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
 
-EXPORTER_VERSION = "megatron-opdlm 0.1"
+EXPORTER_VERSION = f"megatron-opdlm {__version__}"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
 CARRIED = (".json", ".jinja", ".txt", ".model")  # no weights, and no code: an export ships its own
 CONTRACT_KEYS = (
