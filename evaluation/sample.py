@@ -22,10 +22,11 @@ from evaluation.decoding_flags import (
     loading_from,
 )
 from evaluation.generation.progress import Progress
-from evaluation.jsonl import check_new_file, read_jsonl, write_jsonl
+from evaluation.jsonl import read_jsonl
 from evaluation.prompting import problem_of, prompt_from
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.writing import check_new_file, write_jsonl
 from megatron_opdlm.records import Trajectory
 
 

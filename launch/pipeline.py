@@ -26,12 +26,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.jsonl import write_json
 from evaluation.recipe import describe as describe_evaluation
 from launch.pipeline_checks import check_same_command, find_lacks, note_command
 from launch.pipeline_settings import ROOT, Settings, add_flags, read_settings
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, Stopped, command
+from megatron_opdlm.model_files.writing import write_json
 from megatron_opdlm.run.file_lock import wait_for_lock
 
 LOCK_SECONDS = 660  # for the processes of a killed pipeline to be gone: ranks may save for 600

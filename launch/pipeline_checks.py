@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.jsonl import write_json
 from evaluation.run import load_tasks
 from evaluation.tasks import get_task
 from launch.pipeline_settings import ROOT, Settings
 from megatron_opdlm.config import differing_keys, load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import CONFIG
+from megatron_opdlm.model_files.writing import write_json
 
 RECORD = "pipeline.json"
 
@@ -51,7 +52,7 @@ def _noted(settings: Settings) -> dict[str, Any]:
 
 
 def _check_same_training(settings: Settings) -> None:
-    recorded = settings.run / "config.yaml"
+    recorded = settings.run / CONFIG
     if not recorded.is_file() or not differing_keys(load_config(recorded, []), settings.config):
         return
     # Imported late, since Megatron comes with it.

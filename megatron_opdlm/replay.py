@@ -17,7 +17,7 @@ from typing import Any
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.model_files.writing import check_place
 
 
 def read_states(path: Path, vocab_size: int, max_positions: int) -> list[dict[str, list[int]]]:
@@ -133,10 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_place(options.out, f"--out={options.out}")
     result = replay(config, options.trajectories)
     if int(os.environ.get("RANK", "0")) == 0:
-        from megatron_opdlm.checkpoint import replace_text
+        from megatron_opdlm.model_files.writing import write_text
 
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(options.out, json.dumps(result) + "\n")
+        write_text(options.out, json.dumps(result) + "\n")
         print(f"replay: loss {result['loss']:.6f}, grad norm {result['grad_norm']:.6f}")
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opdlm import parallel, replay, rollout, train
-from megatron_opdlm.checkpoint import huggingface_dir, load_model
+from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.diffusion import denoising, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
@@ -29,6 +29,7 @@ from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.quantization import quantize_fp8
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.model.weights import named_global_parameters
+from megatron_opdlm.model_files.manifest import huggingface_dir
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
