@@ -27,7 +27,6 @@ from evaluation.decoding_flags import (
 from evaluation.generation.identity import recorded_settings
 from evaluation.generation.predictions import Predictions, finished_rows
 from evaluation.generation.task_run import TaskRun
-from evaluation.jsonl import write_json, write_jsonl
 from evaluation.prompting import prompt_from
 from evaluation.report import table
 from evaluation.reporting.summary import is_waiting, skipped
@@ -36,6 +35,7 @@ from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm.config import EvaluationConfig
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.writing import write_json, write_jsonl
 from megatron_opdlm.records import Prompt
 
 Tasks = list[tuple[Task, list[Row]]]

@@ -20,7 +20,6 @@ import shutil
 import signal
 from pathlib import Path
 
-from evaluation.jsonl import write_json
 from evaluation.recipe import describe as describe_evaluation
 from evaluation.reporting.results import SUMMARY
 from launch.pipeline_checks import check_same_command, find_lacks, note_command
@@ -28,6 +27,7 @@ from launch.pipeline_settings import Settings, add_flags, read_settings
 from launch.stages import Requests, Stage, Stages, checkpoints, python
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, Stopped, command
+from megatron_opdlm.model_files.writing import write_json
 from megatron_opdlm.run.file_lock import wait_for_lock
 
 LOCK_SECONDS = 660  # for the processes of a killed pipeline to be gone: ranks may save for 600

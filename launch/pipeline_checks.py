@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from evaluation.jsonl import write_json
 from evaluation.reporting.results import SUMMARY
 from evaluation.run import load_tasks, load_training_tasks
 from evaluation.tasks import get_task
@@ -16,6 +15,8 @@ from launch.pipeline_settings import Settings
 from launch.stages import ROOT
 from megatron_opdlm.config import Config, differing_keys, load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import CONFIG
+from megatron_opdlm.model_files.writing import write_json
 
 RECORD = "pipeline.json"
 
@@ -53,7 +54,7 @@ def _noted(settings: Settings) -> dict[str, Any]:
 
 
 def _check_same_training(settings: Settings) -> None:
-    recorded = settings.run / "config.yaml"
+    recorded = settings.run / CONFIG
     if not recorded.is_file() or not differing_keys(load_config(recorded, []), settings.config):
         return
     # Imported late, since Megatron comes with it.

@@ -15,9 +15,9 @@ from checkpoint_tools.engines.code_demands import code_of_others, named_classes,
 from checkpoint_tools.engines.quantized_demands import QUANTIZED_READERS, quantized_weights
 from checkpoint_tools.export import engine_settings as engine_settings
 from checkpoint_tools.export.formats import FORMATS, LAYOUTS
-from checkpoint_tools.export.hf_files import read_contract
 from checkpoint_tools.quantization.export import is_quantized
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.huggingface_files import read_contract
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.jsonl import check_new_directory, write_json
 from evaluation.tasks import get_task
 from launch.quickstart import task
 from launch.stages import Stages, checkpoints, python, stop, torchrun
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.writing import check_new_directory, write_json
 
 CONFIG = Path("configs/tiny_cpu.yaml")
 RANKS = 2

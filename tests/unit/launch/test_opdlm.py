@@ -11,7 +11,7 @@ from launch import opdlm
 from megatron_opdlm import __version__
 from megatron_opdlm.errors import InputError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECONDS = 120  # generous: the machine may be loaded
 LIGHT = """
 import sys
