@@ -1,5 +1,6 @@
 """The command ``opdlm``: its sub-commands are the modules' own commands, found by name."""
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from megatron_opdlm.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120  # generous: the machine may be loaded
+NEXT = "#### next\n"
 LIGHT = """
 import sys
 from launch import opdlm
@@ -22,23 +24,48 @@ for name in ["--help", *opdlm.COMMANDS]:
         opdlm._run()
     except SystemExit as end:
         assert end.code == 0, name
-    print("####", "torch" in sys.modules, "transformers" in sys.modules)
+    print("heavy:", [name for name in ("torch", "transformers", "datasets") if name in sys.modules])
+    print("#### next")
 """
 
 
-def test_every_help_names_its_command_and_imports_no_torch():
-    """Claim: ``opdlm --help`` lists every command, ``opdlm NAME --help`` is that command's own help
-    under that name, and neither waits for PyTorch. One process asks all."""
+@pytest.fixture(scope="module")
+def helps() -> dict[str, str]:
+    """Name -> help; "" is ``opdlm --help``. One process asks all."""
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
     )
     assert done.returncode == 0, done.stderr
-    overview, *helps, rest = done.stdout.split("#### ")
-    assert rest == "False False\n" and len(helps) == len(opdlm.COMMANDS)
-    for text, (name, (_, does)) in zip(helps, opdlm.COMMANDS.items(), strict=True):
-        assert f"  {name:<12} {does}\n" in overview
-        before, _, usage = text.partition("\n")
-        assert before == "False False" and usage.startswith(f"usage: opdlm {name} "), text[:200]
+    *texts, rest = done.stdout.split(NEXT)
+    assert not rest
+    return dict(zip(["", *opdlm.COMMANDS], texts, strict=True))
+
+
+def test_every_help_names_its_command_and_imports_no_torch(helps: dict[str, str]):
+    """Claim: ``opdlm --help`` lists every command, ``opdlm NAME --help`` is that command's own help
+    under that name, and neither waits for PyTorch."""
+    for name, (_, does) in opdlm.COMMANDS.items():
+        assert f"  {name:<12} {does}\n" in helps[""]
+        assert helps[name].startswith(f"usage: opdlm {name} ")
+    heavy = [name for name, text in helps.items() if not text.endswith("heavy: []\n")]
+    assert not heavy
+
+
+def test_pages_use_flags_that_exist(helps: dict[str, str]):
+    """Claim: commands in a page or at a recipe's head have flags that the command knows."""
+    names = {module: name for name, (module, _) in opdlm.COMMANDS.items()}
+    asked, unknown = 0, []
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/*.yaml")]
+    for page in pages:
+        text = re.sub(r"\\\n#? *", " ", page.read_text())
+        for called, rest in re.findall(r"(?:opdlm |-m |pipeline.sh )([\w.-]+)(.*)", text):
+            name = called if called in opdlm.COMMANDS else names.get(called)
+            if name is None:
+                continue
+            for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]*", re.split("[|`]", rest)[0]):
+                asked += 1
+                unknown += [] if flag in helps[name] else [f"{page.name}: {called} {flag}"]
+    assert asked > 20 and not unknown
 
 
 def test_what_is_no_command_is_refused(monkeypatch: pytest.MonkeyPatch):
