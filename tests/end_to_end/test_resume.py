@@ -64,14 +64,14 @@ KILLS: list[Kill | KillWithin] = [
     Kill(function="megatron_opdlm.run.session:generate", call=2),
     # step 2: weights without manifest; complete but not yet named; gone and not yet written again
     Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
-    Kill(function=f"{CHECKPOINT}:replace_text", call=1),
+    Kill(function=f"{CHECKPOINT}:write_text", call=1),
     Kill(function=f"{CHECKPOINT}:publish", call=1),
     # after step 2's checkpoint: in the middle of step 3's line, between step 3's updates
-    Kill(function="megatron_opdlm.metrics:_append", call=4, moment="half way"),
+    Kill(function="megatron_opdlm.metrics:append_jsonl", call=4, moment="half way"),
     Kill(function="megatron_opdlm.update:update", call=2),
     # step 4: line written, not saved; saved and named, the old one not yet removed
     Kill(function=f"{CHECKPOINT}:Checkpoints.save", call=1),
-    Kill(function=f"{CHECKPOINT}:replace_text", call=1, moment="after"),
+    Kill(function=f"{CHECKPOINT}:write_text", call=1, moment="after"),
     # step 6, somewhere in its save; steps 7 and 8, anywhere
     KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
     KillWithin(function="megatron_opdlm.run.session:generate", call=1, seconds=0.4, seed=2),
