@@ -185,6 +185,8 @@ def serve(handles: list[int]) -> None:
         except BaseException:
             reply = (False, "raised\n" + traceback.format_exc())
         connection.send(reply)
-        # Models and optimizers are cycles that hold gloo groups, and their threads, until then.
+        # Models and optimizers are cycles that hold gloo groups, and their threads, until then. What
+        # is left are modules that the job has imported: no later collection need look at them.
         del reply, arguments
         gc.collect()
+        gc.freeze()
