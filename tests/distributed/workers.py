@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ class WorkerGroup:
         results = self._collect(function.__qualname__, timeout)
         self._signal(signal.SIGSTOP)
         return results
+
+    def run_each(
+        self,
+        function: Callable[..., Any],
+        cases: Sequence[Mapping[str, Any]],
+        *,
+        timeout: float = 60,
+        **arguments: Any,
+    ) -> list[list]:
+        """Call the function once for each case as one job; results by case, then by rank."""
+        names = function.__module__, function.__qualname__
+        each = self.run(_each, timeout=timeout, of=names, cases=list(cases), same=arguments)
+        return [list(results) for results in zip(*each, strict=True)]
 
     def close(self) -> None:
         """End every rank now, whatever it is doing."""
@@ -171,6 +184,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _each(
+    of: tuple[str, str], cases: list[Mapping[str, Any]], same: Mapping[str, Any]
+) -> list[Any]:
+    module, name = of
+    call = getattr(importlib.import_module(module), name)
+    return [call(**same, **case) for case in cases]
+
+
 def serve(handles: list[int]) -> None:
     """A rank's life: answer jobs until the other end closes."""
     connection = Connection(handles[0])
@@ -185,8 +206,8 @@ def serve(handles: list[int]) -> None:
         except BaseException:
             reply = (False, "raised\n" + traceback.format_exc())
         connection.send(reply)
-        # Models and optimizers are cycles that hold gloo groups, and their threads, until then. What
-        # is left are modules that the job has imported: no later collection need look at them.
+        # Models and optimizers are cycles that hold gloo groups, and their threads, until then.
+        # What is left are modules that the job has imported: no later collection need look there.
         del reply, arguments
         gc.collect()
         gc.freeze()
