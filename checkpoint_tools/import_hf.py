@@ -93,7 +93,7 @@ def _carry_over(source: Path, target: Path, contract: BlockContract) -> None:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(prog="python -m checkpoint_tools.import_hf", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument(
         "--hf",
         type=Path,

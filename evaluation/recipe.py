@@ -10,7 +10,6 @@ settings, other data or another model (also one trained further in the same dire
 command with what differs. OUT/summary.json, written last, holds all rows.
 """
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -195,11 +194,7 @@ def describe(runs: Sequence[RecipeRun]) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="FILE")
     parser.add_argument("--model", type=Path, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR")

@@ -61,7 +61,7 @@ def require_known_tasks(config: Config) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
-    parser = Arguments(prog="megatron_opdlm.train", description="On-policy distillation.")
+    parser = Arguments(description="On-policy distillation.")
     parser.add_argument(
         "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"
     )

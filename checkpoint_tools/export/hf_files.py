@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.export.formats import LAYOUTS, Format
+from megatron_opdlm import __version__
 from megatron_opdlm.model_files.huggingface_files import CONTRACT_KEYS
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import EXPERT_TYPES, ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
 from megatron_opdlm.model_files.writing import write_json
 
-EXPORTER_VERSION = "megatron-opdlm 0.1"
+EXPORTER_VERSION = f"megatron-opdlm {__version__}"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
 # What configurations of other layouts hold for their own code; ours and plain Qwen3 have no use
 # for it.

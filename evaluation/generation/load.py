@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.model_files.huggingface_files import read_contract
-
 from evaluation.generation.mailbox import Mailbox
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import load_model
@@ -16,6 +14,7 @@ from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import choose_kernels
+from megatron_opdlm.model_files.huggingface_files import read_contract
 from megatron_opdlm.model_files.manifest import (
     BlockContract,
     huggingface_dir,
