@@ -31,7 +31,7 @@ from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import compare
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.model_files.manifest import Manifest, check_contents, read_manifest
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.model_files.writing import check_free
 
@@ -46,7 +46,7 @@ def main() -> None:
     if arguments.shard_bytes < 1:
         raise InputError(f"--shard-bytes {arguments.shard_bytes}: a number of bytes; use 1 or more")
     manifest = read_manifest(arguments.checkpoint)
-    shape = read_shape(arguments.checkpoint / "huggingface")
+    shape = read_shape(arguments.checkpoint / HUGGINGFACE)
     check_format(arguments.format, manifest.block_contract, shape)
     evaluation = read_evaluation(arguments.evaluation)
     dtype = arguments.dtype or manifest.dtype

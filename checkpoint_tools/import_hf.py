@@ -8,16 +8,12 @@ at any tensor, pipeline and expert parallelism.
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
-from checkpoint_tools.export.hf_files import (
-    carry_over,
-    plain_config,
-    read_contract,
-    write_json,
-)
+from checkpoint_tools.export.hf_files import plain_config
 from checkpoint_tools.streaming.progress import progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from megatron_opdlm.errors import Arguments, command
-from megatron_opdlm.model_files.manifest import BlockContract, write_manifest
+from megatron_opdlm.model_files.huggingface_files import carry_over, read_contract
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, WEIGHTS, BlockContract, write_manifest
 from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import (
@@ -26,7 +22,7 @@ from megatron_opdlm.model_files.vocabulary import (
     names_end_token,
     pad_token,
 )
-from megatron_opdlm.model_files.writing import check_free
+from megatron_opdlm.model_files.writing import check_free, write_json
 
 
 def main() -> None:
@@ -75,10 +71,10 @@ def convert(
     torch_dtype = TORCH_DTYPES[dtype]
     team.join()
     with shared_directory(out, team) as directory:
-        team.on_first(lambda: _carry_over(weights.directory, directory / "huggingface", contract))
+        team.on_first(lambda: _carry_over(weights.directory, directory / HUGGINGFACE, contract))
         total = weights.model_shape.parameters * torch_dtype.itemsize // team.size
         with progress_bar(f"import {out.name}", total, shown=team.is_first and not quiet) as bar:
-            sha256 = write_weights(directory / "weights", weights, torch_dtype, team, bar)
+            sha256 = write_weights(directory / WEIGHTS, weights, torch_dtype, team, bar)
         known = {f"weights/{name}": digest for name, digest in sha256.items()}
         team.on_first(
             lambda: write_manifest(

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint_tools.export.hf_files import CONTRACT_KEYS
 from checkpoint_tools.quantization.export import is_quantized, read_record
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.model_files.manifest import is_checkpoint, read_manifest
+from megatron_opdlm.model_files.huggingface_files import CONTRACT_KEYS
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, is_checkpoint, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
 
@@ -67,7 +67,7 @@ def megatron_facts(directory: Path) -> Iterator[tuple[str, str]]:
     yield "kind", "Megatron checkpoint"
     manifest = read_manifest(directory)
     yield "content", {"model": "weights", "training": "weights and optimizer"}[manifest.kind]
-    yield from shape_facts(read_shape(directory / "huggingface"))
+    yield from shape_facts(read_shape(directory / HUGGINGFACE))
     yield "dtype", manifest.dtype
     if manifest.low_rank is not None:
         terms = manifest.low_rank

@@ -26,7 +26,7 @@ from checkpoint_tools.export.formats import LAYOUTS, with_explicit_head
 from checkpoint_tools.export.own_code import foreign_code
 from checkpoint_tools.quantization.export import is_quantized, read_record
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
-from megatron_opdlm.model_files.manifest import Manifest, check_contents, read_manifest
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import read_vocabulary
@@ -68,7 +68,7 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
 
     quantized = is_quantized(hf_dir)
     shape = read_shape(hf_dir, allow_quantized=True)
-    stored = read_shape(checkpoint / "huggingface")
+    stored = read_shape(checkpoint / HUGGINGFACE)
     if shape not in (stored, replace(stored, tied=False)):  # serving engines get it untied
         raise InputError(f"{hf_dir} is {shape}, but {checkpoint} is {stored}; compare its own")
     if quantized:
@@ -187,10 +187,10 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
     lengths = range(block + 1, 2 * block + 1)  # every length modulo the block size
     prompts = [[drawable[(7 * i + n) % len(drawable)] for i in range(n)] for n in lengths]
     found = _decode(model, vocabulary, prompts, block, steps)
-    reference, lockstep = streamed_transformers(*_exported_own(weights), weights, narrow)
+    reference, loading = streamed_transformers(*_exported_own(weights), weights, narrow)
     _set_end_tokens(reference, hf_dir)
     device = select_hardware().device
-    expected = lockstep.run(
+    expected = loading.run(
         [partial(_generate, reference, torch.tensor([p], device=device), steps) for p in prompts]
     )
     for prompt, ours, theirs in zip(prompts, found, expected, strict=True):

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from evaluation.grading.code_evalplus import HUMANEVAL, MBPP, Source, cached, files_in
-from evaluation.jsonl import read_rows, write_json
+from evaluation.jsonl import read_rows
 from evaluation.tasks import PAPER_TASKS, Task, get_task
 from evaluation.tasks.codeforces_data import codeforces_rows
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.writing import replacing, write_bytes, write_json
 
 Result = TypeVar("Result")
 
@@ -67,9 +68,8 @@ def _fetch_file(repository: str, path: Path) -> None:
     from huggingface_hub import hf_hub_download
 
     stored = hf_hub_download(repository, path.name, repo_type="dataset")
-    unfinished = path.with_name(path.name + ".tmp")
-    shutil.copyfile(stored, unfinished)
-    unfinished.replace(path)
+    with open(stored, "rb") as content, replacing(path) as out:
+        shutil.copyfileobj(content, out)
 
 
 def _fetch_sentence_data(data: Path) -> None:
@@ -85,18 +85,12 @@ def _fetch_evalplus_tests(source: Source, data: Path) -> None:
     if any(path.is_file() for path in files_in(source, data)):
         return
     if cached(source).is_file():
-        _keep(cached(source).read_bytes(), data / f"{source.stem}.jsonl")
+        write_bytes(data / f"{source.stem}.jsonl", cached(source).read_bytes())
         return
     with urllib.request.urlopen(source.url, timeout=_SILENCE_SECONDS) as answer:
         packed = answer.read()
     gzip.decompress(packed)  # raises where it is cut off or something else
-    _keep(packed, data / f"{source.stem}.jsonl.gz")
-
-
-def _keep(content: bytes, path: Path) -> None:
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    write_bytes(data / f"{source.stem}.jsonl.gz", packed)
 
 
 _EXTRAS: dict[str, Callable[[Path], None]] = {

@@ -1,14 +1,12 @@
-"""JSONL files of the evaluation: errors name the line, files are written whole or not at all."""
+"""Rows of the evaluation's files; errors name the line."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.data.json_text import parse, problem
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.file_kinds import foreign_kind
-from megatron_opdlm.storage.output_paths import check_place
 
 
 def read_jsonl(path: Path, what: str) -> list[dict[str, Any]]:
@@ -78,34 +76,3 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f"{where}: a {type(row).__name__}, an object is needed; write {{...}}")
     return row
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: the final name never holds half a file."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def check_new_directory(out: Path, flag: str) -> None:
-    """An output directory must be absent or empty: results are never mixed with others."""
-    check_place(out, f"{flag} {out}")
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
-        raise InputError(f"{flag} {out}: exists and is not empty; choose another name or remove it")
-
-
-def check_new_file(out: Path, flag: str) -> None:
-    """An output file must not exist yet; its directory is made when it is written."""
-    check_place(out, f"{flag} {out}")
-    if out.exists():
-        raise InputError(f"{flag} {out}: exists already; choose another name or remove it")

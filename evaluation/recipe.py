@@ -21,7 +21,6 @@ import yaml
 
 from evaluation.decoding_flags import Loading, check_model, loading_from
 from evaluation.generation.identity import recorded_settings
-from evaluation.jsonl import write_json
 from evaluation.report import table
 from evaluation.reporting.results import SUMMARY
 from evaluation.run import evaluate, finished, load_tasks, tell_skipped
@@ -30,7 +29,7 @@ from evaluation.tasks import get_task
 from megatron_opdlm.configuration import yaml_text
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
-from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.model_files.writing import check_place, write_json
 
 _DECODING = tuple(field.name for field in fields(Decoding) if field.name != "logit_shift")
 _OWN = ("name", "tasks", "samples", "enable_thinking", "thresholds")

@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaluation.jsonl import check_new_directory, write_text
 from evaluation.reporting.results import decoding_label, read_results, read_summary
 from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.model_files.writing import check_new_directory, write_text
 
 __all__ = ["decoding_label", "read_summary", "table"]
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from evaluation.grading.response import without_control_tokens, without_thinking
-from evaluation.jsonl import check_new_directory, read_jsonl, write_json, write_jsonl
+from evaluation.jsonl import read_jsonl
 from evaluation.report import table
 from evaluation.reporting.summary import NOTHING_TO_VERIFY, Counts, SummaryRow, skipped, summarize
 from evaluation.tasks import NOT_SCORED, Grade, Row, Task, get_task
 from evaluation.tasks.guarded import grade_guarded
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.writing import check_new_directory, write_json, write_jsonl
 
 PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason where there was no room for a response
 

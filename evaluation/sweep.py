@@ -27,7 +27,6 @@ from evaluation.decoding_flags import (
     loading_from,
 )
 from evaluation.generation.identity import recorded_settings
-from evaluation.jsonl import write_json
 from evaluation.report import table, write_report
 from evaluation.reporting.results import SUMMARY
 from evaluation.run import (
@@ -42,7 +41,7 @@ from evaluation.run import (
 from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.model_files.writing import check_place, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

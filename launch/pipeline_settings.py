@@ -11,15 +11,14 @@ from typing import Any
 
 from checkpoint_tools.export.formats import FORMATS, check_format
 from evaluation.recipe import RecipeRun, read_recipe
+from launch.stages import ROOT
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
+from megatron_opdlm.model_files.writing import check_place
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.public_shapes import public_name, public_shape
-from megatron_opdlm.storage.output_paths import check_place
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +143,7 @@ def _shape(args: argparse.Namespace) -> ModelShape | None:
     """Of --hf or what was imported from it; where a dry run has neither, of the published model of
     that name.
     """
-    imported = args.out / "imported" / "huggingface"
+    imported = args.out / "imported" / HUGGINGFACE
     model = imported if imported.is_dir() else args.hf
     if model.is_dir():
         shape = read_shape(model)

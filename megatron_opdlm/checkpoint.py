@@ -17,19 +17,22 @@ from typing import NoReturn
 
 import torch
 
-from checkpoint_tools.export.hf_files import carry_over
 from megatron_opdlm import parallel
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.weights import load_hf
+from megatron_opdlm.model_files.huggingface_files import carry_over
 from megatron_opdlm.model_files.manifest import (
+    CONFIG,
+    HUGGINGFACE,
+    WEIGHTS,
     BlockContract,
     LowRank,
     is_checkpoint,
     write_manifest,
 )
-from megatron_opdlm.model_files.writing import publish, sync
+from megatron_opdlm.model_files.writing import half_written, publish, write_text
 from megatron_opdlm.storage.model_state import (
     PREFIX,
     fill,
@@ -41,17 +44,10 @@ from megatron_opdlm.storage.model_state import (
 from megatron_opdlm.storage.run_state import Progress, RunIdentity, read_state, write_state
 from megatron_opdlm.storage.sharded_load import load, verify
 from megatron_opdlm.storage.sharded_save import HostCopies, ShardedSave, Written
-from megatron_opdlm.supervision.agreement import first_problem
 from megatron_opdlm.update import Student
 
-WEIGHTS, HUGGINGFACE, CONFIG = "weights", "huggingface", "config.yaml"
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"step_\d{7,}")
-
-
-def huggingface_dir(model_dir: Path) -> Path:
-    """Where a model directory keeps its Hugging Face files: itself or ``huggingface/``."""
-    return model_dir / HUGGINGFACE if is_checkpoint(model_dir) else model_dir
 
 
 def load_model(model: LanguageModel, model_dir: Path) -> None:
@@ -101,13 +97,7 @@ def _on_writer(what: Path, action: Callable[[], None]) -> None:
     """Run file operations on rank 0; a failure there ends all ranks instead of leaving them in a
     collective.
     """
-    problem: str | None = None
-    if parallel.is_writer():
-        try:
-            action()
-        except OSError as error:
-            problem = str(error) or type(error).__name__
-    problem = first_problem(problem)
+    problem = parallel.on_writer(action)
     if problem is not None:
         raise RunError(f"{what} not written: {problem}")
 
@@ -235,7 +225,7 @@ class Checkpoints:
         for stale in self.directory.glob(".step_*"):
             shutil.rmtree(stale)
         for pointer in (LATEST, BEST):
-            _half_written(self.directory / pointer).unlink(missing_ok=True)
+            half_written(self.directory / pointer).unlink(missing_ok=True)
 
     def _start(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -265,7 +255,7 @@ class Checkpoints:
         if final.exists():  # a run that went back to an earlier checkpoint comes by again
             self._remove(final)
         publish(temporary, final)
-        replace_text(self.directory / LATEST, final.name + "\n")
+        write_text(self.directory / LATEST, final.name + "\n")
         self._point_to_best()
         # Later ones, if any, are what a run left that went back; they are replaced as it comes by.
         done = [path for path in self._published() if path.name <= final.name]
@@ -280,7 +270,7 @@ class Checkpoints:
         """
         step = self.best_step
         if step is not None and self.has(step) and self._pointed_to(BEST) != _name(step):
-            replace_text(self.directory / BEST, _name(step) + "\n")
+            write_text(self.directory / BEST, _name(step) + "\n")
 
     def _pointed_to(self, pointer: str) -> str | None:
         """The name in ``latest`` or ``best``; None where there is no such file."""
@@ -325,21 +315,6 @@ def _save(student: Student, temporary: Path, copies: HostCopies | None) -> Shard
     return ShardedSave(
         training_state(student), temporary / WEIGHTS, content=layout_metadata(), copies=copies
     )
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old or the new content, never half of it."""
-    temporary = _half_written(path)
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def _half_written(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -5,8 +5,6 @@ after ``start_step`` are removed, so every step appears once.
 """
 
 import json
-import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.writing import append_jsonl, json_line, write_bytes
 from megatron_opdlm.reporting.tracking import Tracker
 
 METRICS = "metrics.jsonl"
@@ -63,7 +62,7 @@ class MetricsWriter:
         """Record one training step: one line, on disk when this returns."""
         if not self._enabled:
             return
-        _append(self._run_dir / METRICS, [{"step": step, **metrics}])
+        append_jsonl(self._run_dir / METRICS, [{"step": step, **metrics}])
         self._show(step, metrics)
         self._bar.set_postfix(_postfix(metrics), refresh=False)
         self._bar.update(1)
@@ -71,7 +70,7 @@ class MetricsWriter:
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Record sample texts of one step, one line each."""
         if self._enabled:
-            _append(self._run_dir / SAMPLES, [{"step": step, **sample} for sample in samples])
+            append_jsonl(self._run_dir / SAMPLES, [{"step": step, **sample} for sample in samples])
 
     def evaluation(self, step: int, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Record an evaluation of the student after a step: ``record`` as a line of its own file,
@@ -79,7 +78,7 @@ class MetricsWriter:
         """
         if not self._enabled:
             return
-        _append(self._run_dir / EVALUATION, [{"step": step, **record}])
+        append_jsonl(self._run_dir / EVALUATION, [{"step": step, **record}])
         _amend_last(self._run_dir / METRICS, step, metrics)
         self._show(step, metrics)
 
@@ -110,9 +109,7 @@ def forget_after(file: Path, step: int) -> None:
         return
     lines = enumerate(file.read_bytes().splitlines(keepends=True), start=1)
     kept = [line for number, line in lines if _is_of(file, number, line, step)]
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_bytes(b"".join(kept))
-    os.replace(draft, file)
+    write_bytes(file, b"".join(kept))
 
 
 def _amend_last(file: Path, step: int, metrics: Mapping[str, Any]) -> None:
@@ -121,10 +118,7 @@ def _amend_last(file: Path, step: int, metrics: Mapping[str, Any]) -> None:
     last = json.loads(lines[-1]) if lines else {}
     if last.get("step") != step:
         return
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_bytes(b"".join(lines[:-1]))
-    _append(draft, [{**last, **metrics}])
-    os.replace(draft, file)
+    write_bytes(file, b"".join(lines[:-1]) + json_line({**last, **metrics}))
 
 
 def _is_of(file: Path, number: int, line: bytes, last_step: int) -> bool:
@@ -148,26 +142,6 @@ def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from scalars({str(i): item for i, item in enumerate(value)}, f"{tag}/")
         elif isinstance(value, (int, float)):
             yield tag, float(value)
-
-
-def _append(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8", errors="backslashreplace") as stream:
-        for record in records:
-            text = json.dumps(_without_nan(record), ensure_ascii=False, default=str)
-            stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they are written as null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return value
 
 
 def _postfix(metrics: Mapping[str, Any]) -> dict[str, str]:

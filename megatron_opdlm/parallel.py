@@ -5,6 +5,7 @@ so callers hold no ``if``.
 import atexit
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -309,6 +310,34 @@ def all_succeeded(ok: bool) -> bool:
     if dist.get_world_size() > 1:
         dist.all_reduce(flag)
     return int(flag) == 0
+
+
+def first_problem(problem: str | None) -> str | None:
+    """The problem of the first rank that has one, on every rank (all call it); it names that rank
+    where there are several. None: there is none. A rank that raised alone would leave the others
+    waiting in the next collective.
+    """
+    if dist.get_world_size() == 1:
+        return problem
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            return f"rank {rank}: {found}" if rank else found
+    return None
+
+
+def on_writer(action: Callable[[], str | None]) -> str | None:
+    """Run file operations on rank 0, all ranks together. Why they failed (an OSError, or the text
+    that ``action`` returns), on every rank, or None; the caller names the remedy.
+    """
+    problem: str | None = None
+    if is_writer():
+        try:
+            problem = action()
+        except OSError as error:
+            problem = str(error) or type(error).__name__
+    return first_problem(problem)
 
 
 def max_over_ranks(value: float) -> float:

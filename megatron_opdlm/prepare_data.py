@@ -9,7 +9,6 @@ FILE.jsonl.manifest.json with the content's SHA-256, which a run records. docs/d
 """
 
 import argparse
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,8 @@ from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.data.rows import Row, read_rows
 from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, Published, ask, fetch, published_as
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.writing import check_place, write_json, write_jsonl
 from megatron_opdlm.prompts import check_vocabulary, render
-from megatron_opdlm.storage.output_paths import check_place
 
 _SHOWN = 3  # faulty rows named in an error
 
@@ -142,17 +141,9 @@ def _spread(lengths: list[int]) -> dict[str, float]:
 def write(prepared: Prepared, out: Path, about: dict[str, Any]) -> str:
     """Both files, whole or not at all; the manifest last. Returns the content's hash."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        for row in prepared.rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    digest = content_hash(partial)
-    manifest = {"sha256": digest, **about, **prepared.account}
-    partial.replace(out)
-    target = manifest_of(out)
-    partial = target.with_name(f".{target.name}.tmp")
-    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(target)
+    write_jsonl(out, prepared.rows)
+    digest = content_hash(out)
+    write_json(manifest_of(out), {"sha256": digest, **about, **prepared.account})
     return digest
 
 
@@ -246,7 +237,7 @@ def _template(given: str | None, published: Published | None) -> tuple[str, str]
 
 
 def _checks(args: argparse.Namespace, problems: EvaluationProblems | None) -> Checks:
-    from megatron_opdlm.checkpoint import huggingface_dir
+    from megatron_opdlm.model_files.manifest import huggingface_dir
     from megatron_opdlm.model_files.shape import read_shape
     from megatron_opdlm.model_files.vocabulary import load_tokenizer
 

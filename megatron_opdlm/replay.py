@@ -17,7 +17,7 @@ from typing import Any
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.model_files.writing import check_place
 
 
 def read_states(path: Path, vocab_size: int, max_positions: int) -> list[dict[str, list[int]]]:
@@ -58,7 +58,6 @@ def _require_ids(where: str, key: str, value: Any, limit: int) -> None:
 def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     """Loss of fixed states under ``config``'s loss and layout; the same on every rank."""
     from megatron_opdlm import parallel
-    from megatron_opdlm.model.quantization import quantize_fp8
     from megatron_opdlm.packing import pack_step
     from megatron_opdlm.planning.layout import model_layout
     from megatron_opdlm.reporting import accounting
@@ -66,6 +65,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     from megatron_opdlm.run.session import my_share, packing_of
     from megatron_opdlm.states import make_state
     from megatron_opdlm.teacher import score
+    from megatron_opdlm.teacher_fp8 import quantize_fp8
     from megatron_opdlm.update import measure
 
     student_source, teacher_source = build.open_pair(config)
@@ -133,10 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_place(options.out, f"--out={options.out}")
     result = replay(config, options.trajectories)
     if int(os.environ.get("RANK", "0")) == 0:
-        from megatron_opdlm.checkpoint import replace_text
+        from megatron_opdlm.model_files.writing import write_text
 
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(options.out, json.dumps(result) + "\n")
+        write_text(options.out, json.dumps(result) + "\n")
         print(f"replay: loss {result['loss']:.6f}, grad norm {result['grad_norm']:.6f}")
 
 

@@ -15,16 +15,16 @@ from megatron_opdlm.errors import Arguments, InputError, command
 def run(config: Config) -> None:
     """Train to the end, from the start or from the newest checkpoint of ``train.out``."""
     from evaluation.in_training import read_evaluation
-    from megatron_opdlm.run.interruption import kept
+    from megatron_opdlm.run.interruption import saved_when_interrupted
     from megatron_opdlm.run.opening import open_session
     from megatron_opdlm.states import choose_states
-    from megatron_opdlm.supervision.failures import reported
+    from megatron_opdlm.supervision.failures import failures_named
     from megatron_opdlm.update import update
 
-    with reported():
+    with failures_named():
         evaluation = read_evaluation(config)
         session = open_session(config)
-        with kept(session):
+        with saved_when_interrupted(session):
             evaluation.begin(session)
             for step in range(session.progress.step + 1, session.plan.total_steps + 1):
                 watch, key = session.watch(step), (config.train.seed, step)

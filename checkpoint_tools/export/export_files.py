@@ -10,19 +10,19 @@ from checkpoint_tools.export.engine_settings import engine_settings, write_engin
 from checkpoint_tools.export.formats import Format
 from checkpoint_tools.export.hf_files import (
     DEFAULT_BLOCK_SIZE,
-    carry_over,
     export_config,
     write_generation_config,
-    write_json,
 )
 from checkpoint_tools.export.mask_registration import register_mask, write_for_transformers_4
 from checkpoint_tools.export.model_card import model_card
 from checkpoint_tools.export.own_code import copy_code
 from checkpoint_tools.export.training_record import read_training_record
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.huggingface_files import carry_over
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import forbidden_ids, names_end_token
+from megatron_opdlm.model_files.writing import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def write_files(
     ``shape`` is the export's. Raises InputError where the tokenizer has no room for the mask token,
     and where a format that decodes blocks has no end token.
     """
-    source, record = checkpoint / "huggingface", read_training_record(checkpoint)
+    source, record = checkpoint / HUGGINGFACE, read_training_record(checkpoint)
     layout = model_format.layout(shape)
     if layout.code and not names_end_token(source):
         raise InputError(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # What every export with code carries: the model, and the very files that decide decoding in
 # training.
-_MODEL = Path(__file__).parent / "hf_modeling"
-_DECODING = Path(__file__).parents[1] / "megatron_opdlm" / "diffusion"
+_MODEL = Path(__file__).parents[1] / "hf_modeling"
+_DECODING = Path(__file__).parents[2] / "megatron_opdlm" / "diffusion"
 _SHARED_CODE = (
     _MODEL / "block_contract.py",
     _MODEL / "block_diffusion.py",

@@ -1,46 +1,22 @@
 """Files of a Hugging Face directory that are not weights: carried along, and an export's own."""
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.export.formats import LAYOUTS, Format
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.huggingface_files import CONTRACT_KEYS
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import EXPERT_TYPES, ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
+from megatron_opdlm.model_files.writing import write_json
 
 EXPORTER_VERSION = "megatron-opdlm 0.1"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
-CARRIED = (".json", ".jinja", ".txt", ".model")  # no weights, and no code: an export ships its own
-CONTRACT_KEYS = (
-    "block_size",
-    "mask_token_id",
-    "block_alignment",
-    "logit_shift",
-    "clean_context",
-    "forbidden_ids",
-    "trained_block_size",
-    "trained_thresholds",
-    "exporter_version",
-)
 # What configurations of other layouts hold for their own code; ours and plain Qwen3 have no use
 # for it.
 FOREIGN_KEYS = ("attn_implementation", "debug", "ep_size", "fuse_cross_entropy", "micro_forward")
 FOREIGN_KEYS += ("skip_checkpoint", "use_deepep")
-_PLAIN = ("qwen3", "qwen3_moe")
-
-
-def carry_over(hf_dir: Path, target: Path) -> None:
-    """Copy configuration, tokenizer and chat template; no weights, no index, no code."""
-    target.mkdir(exist_ok=True)
-    for path in sorted(hf_dir.iterdir()):
-        if path.is_file() and path.suffix in CARRIED and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, target / path.name)
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,43 +25,6 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     plain = {k: v for k, v in config.items() if k not in added}
     layout = LAYOUTS["qwen3_moe" if config.get("model_type") in EXPERT_TYPES else "qwen3"]
     return {**plain, "model_type": layout.model_type, "architectures": [layout.architecture]}
-
-
-def read_contract(config: Mapping[str, Any], mask_token_id: int | None) -> BlockContract:
-    """The block contract that a config.json records; what it leaves out is as SDAR, dllm and the
-    paper's models have it.
-
-    Raises InputError for what we cannot honour, whoever wrote it: I-DLM's models, for one, bear the
-    names of SDAR's and are causal.
-    """
-    model_type = config.get("model_type")
-    size, alignment = config.get("block_size"), config.get("block_alignment", "absolute")
-    shift, context = config.get("logit_shift", False), config.get("clean_context", "block_causal")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise InputError(f"config.json: block_size={size!r} is no positive number; correct it")
-    if not isinstance(shift, bool):
-        raise InputError(
-            f"config.json: logit_shift={shift!r} is neither true nor false; correct it"
-        )
-    if context != "block_causal":
-        raise InputError(
-            f"config.json: clean_context={context!r}, but here clean tokens see their whole block "
-            "('block_causal'); use a model that was trained so"
-        )
-    # A plain Qwen3 may record how it was trained; the other layouts promise how they are decoded.
-    if alignment not in (("absolute", "response") if model_type in _PLAIN else ("absolute",)):
-        raise InputError(
-            f"config.json: block_alignment={alignment!r}, but blocks are counted from position 0 "
-            f"('absolute') in every reader of model_type={model_type!r}; use a model that was "
-            "trained so"
-        )
-    return BlockContract(
-        mask_token_id=mask_token_id,
-        block_size=size,
-        block_alignment=alignment,
-        logit_shift=shift,
-        clean_context=context,
-    )
 
 
 def export_config(
@@ -175,8 +114,3 @@ def as_ranges(ids: Sequence[int]) -> list[list[int]]:
         else:
             ranges.append([value, value + 1])
     return ranges
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON object as Hugging Face formats it."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_opdlm.model_files.manifest import CONFIG
 from megatron_opdlm.model_files.shape import read_json
 
 
@@ -41,7 +42,7 @@ class TrainingRecord:
 
 def read_training_record(checkpoint: Path) -> TrainingRecord:
     """Read ``state.json`` and ``config.yaml`` of a checkpoint; empty where it has none."""
-    state, config = checkpoint / "state.json", checkpoint / "config.yaml"
+    state, config = checkpoint / "state.json", checkpoint / CONFIG
     counts = read_json(state) if state.is_file() else {}
     sections = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
     settings = {

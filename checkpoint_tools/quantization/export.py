@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.export.formats import with_explicit_head
-from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE, write_json
+from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE
 from checkpoint_tools.quantization.rollouts import OPTION, Rollouts, read_rollouts
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.model_files.manifest import BlockContract
+from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import read_vocabulary
+from megatron_opdlm.model_files.writing import write_json
 from megatron_opdlm.records import Trajectory, Vocabulary
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def read_quantization(
     from megatron_opdlm.model.quantization import require_modelopt
 
     require_modelopt(f"--quantize {kind}", "export without --quantize")
-    files = checkpoint / "huggingface"
+    files = checkpoint / HUGGINGFACE
     rollouts = read_rollouts(
         calibration,
         files,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoint_tools.streaming.weight_reader import StoredWeights
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.model_files.manifest import read_manifest
+from megatron_opdlm.model_files.manifest import WEIGHTS, read_manifest
 from megatron_opdlm.model_files.names import FUSED_NORMS, megatron_names, split_expert, split_layer
 from megatron_opdlm.model_files.shape import ModelShape
 
@@ -30,7 +30,7 @@ def read_weights(directory: Path, shape: ModelShape) -> Callable[[str], Tensor]:
     Raises InputError when the save was cut short or a tensor is missing.
     """
     low_rank = read_manifest(directory).low_rank
-    stored = StoredWeights(directory / "weights")
+    stored = StoredWeights(directory / WEIGHTS)
     missing = [name for name in megatron_names(shape) if stored_key(name)[0] not in stored]
     if missing:
         raise InputError(
@@ -56,7 +56,7 @@ def weight_files(directory: Path) -> list[str]:
     """The checkpoint's files that weights are read from, as its manifest names them; those of the
     optimizer alone are not among them.
     """
-    stored = StoredWeights(directory / "weights")
+    stored = StoredWeights(directory / WEIGHTS)
     return [f"weights/{name}" for name in stored.files(PREFIX)]
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint_tools.streaming.lockstep import Lockstep
 from checkpoint_tools.streaming.megatron_weights import DTYPES
+from checkpoint_tools.streaming.shared_loading import SharedLoading
 from megatron_opdlm import parallel
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import select_hardware
@@ -46,14 +46,14 @@ class WeightStream:
         """``parts``: modules in the order in which they run, each with the loaders of its
         parameters by their names inside the module.
         """
-        self.lockstep = Lockstep()
+        self.loading = SharedLoading()
         self._filled: tuple[nn.Module, dict[str, Any]] | None = None
         for module, loaders in parts:
             module.register_forward_pre_hook(self._hook(module, loaders))
 
     def _hook(self, module: nn.Module, loaders: Mapping[str, Loader]) -> Callable[..., None]:
         def bring(*_: Any) -> None:
-            self.lockstep.arrive(lambda: self._fill(module, loaders))
+            self.loading.arrive(lambda: self._fill(module, loaders))
 
         return bring
 
@@ -109,7 +109,7 @@ def streamed_megatron(
 
 def streamed_transformers(
     model_class: Any, config: Any, weights: HFWeights, narrow: str
-) -> tuple[Any, Lockstep]:
+) -> tuple[Any, SharedLoading]:
     """A causal language model of transformers in float32, and where its runs meet."""
     precision = Precision(narrow=narrow, device=select_hardware().device)
     with torch.device("meta"):
@@ -129,7 +129,7 @@ def streamed_transformers(
         }
         parts.append((module, loaders))
     stream = WeightStream(parts)
-    return model.requires_grad_(False).eval(), stream.lockstep
+    return model.requires_grad_(False).eval(), stream.loading
 
 
 def _loader(name: str, size: torch.Size, weights: HFWeights, precision: Precision) -> Loader:

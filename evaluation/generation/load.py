@@ -6,16 +6,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.export.hf_files import read_contract
+from megatron_opdlm.model_files.huggingface_files import read_contract
+
 from evaluation.generation.mailbox import Mailbox
 from megatron_opdlm import parallel
-from megatron_opdlm.checkpoint import huggingface_dir, load_model
+from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import choose_kernels
-from megatron_opdlm.model_files.manifest import BlockContract, is_checkpoint, read_manifest
+from megatron_opdlm.model_files.manifest import (
+    BlockContract,
+    huggingface_dir,
+    is_checkpoint,
+    read_manifest,
+)
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import check_layout, read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer, mask_token, read_vocabulary

@@ -10,14 +10,14 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from evaluation.jsonl import write_json
 from evaluation.reporting.results import SUMMARY, read_summary
 from evaluation.reporting.summary import is_waiting
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.storage.output_paths import check_place
+from megatron_opdlm.model_files.writing import check_place, json_line, sync, write_json, write_jsonl
 
 PREDICTIONS, SETTINGS, PARTIAL = "predictions.jsonl", "settings.json", "summary.partial.json"
 LAYOUT = ("tp", "pp", "ep")  # results do not depend on it: another one may go on
@@ -111,7 +111,7 @@ class Predictions:
         line = {"task": task, "index": index, "sample": sample, **line}
         self._lines.setdefault(task, {}).setdefault(index, {})[sample] = line
         if self._out is not None:
-            self._append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._append(json_line(line))
 
     def rows(self, task: str) -> list[Row]:
         """One row a problem, in the data file's order; its lists hold one entry a sample."""
@@ -137,6 +137,7 @@ class Predictions:
             self._rewrite()
             write_json(self._out / PARTIAL, summaries)
             (self._out / PARTIAL).replace(self._out / SUMMARY)
+            sync(self._out)
         return [row for rows in self._rows.values() for row in rows]
 
     def _read_back(self, out: Path) -> None:
@@ -176,21 +177,14 @@ class Predictions:
     def _rewrite(self) -> None:
         """Graded rows, then the lines of tasks that are not done; whole or not at all."""
         assert self._out is not None
-        final = self._out / PREDICTIONS
-        partial = final.with_name(final.name + ".tmp")
-        with partial.open("wb") as file:
-            for rows in self._rows.values():
-                _write(file, rows)
-            for found in self._lines.values():
-                _write(file, (line for lines in found.values() for line in lines.values()))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(final)
-
-
-def _write(file: BinaryIO, rows: Iterable[Row]) -> None:
-    for row in rows:
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        graded = chain.from_iterable(self._rows.values())
+        lines = (
+            line
+            for found in self._lines.values()
+            for one in found.values()
+            for line in one.values()
+        )
+        write_jsonl(self._out / PREDICTIONS, chain(graded, lines))
 
 
 def _whole_lines(path: Path) -> list[Row]:

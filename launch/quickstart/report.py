@@ -7,10 +7,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from evaluation.jsonl import write_json, write_text
 from evaluation.report import table
 from launch.quickstart.results import Results, read_results, report_json
 from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.model_files.writing import write_json, write_text
 
 _LABELS = {"teacher": "teacher", "initial": "untrained student"}
 

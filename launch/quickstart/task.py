@@ -11,10 +11,10 @@ the splits are disjoint, free of repeats and the same on every machine: ``test``
 
 import argparse
 import hashlib
-import json
 from pathlib import Path
 
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.writing import write_jsonl
 
 LARGEST = 99  # operands are 0..99
 ANSWER_MARKER = "#"
@@ -79,9 +79,7 @@ def write_data(out: Path) -> dict[str, int]:
             {"question": prompt(p), "response": response(p), "answer": answer(p)}
             for p in problems(split)
         ]
-        partial = out / f"{name}.tmp"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(out / name)
+        write_jsonl(out / name, rows)
         counts[split] = len(rows)
     return counts
 

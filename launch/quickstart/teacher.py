@@ -23,6 +23,7 @@ from pathlib import Path
 
 from launch.quickstart import task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.writing import new_directory, write_json
 
 PAD, END = "<pad>", "<end>"
 VOCABULARY = [PAD, END, *task.ALPHABET]  # ids 0..15
@@ -193,16 +194,14 @@ def exact_match(model, tokenizer, problems: list[task.Problem]) -> float:
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """Write the directory under a temporary name and rename it."""
-    partial = out.with_name(out.name + ".tmp")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    # transformers 5 writes a class name that 4.x does not know; both know this one.
-    config = partial / "tokenizer_config.json"
-    fields = json.loads(config.read_text(encoding="utf-8"))
-    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    partial.rename(out)
+    """Write the directory, whole or not at all."""
+    with new_directory(out) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        # transformers 5 writes a class name that 4.x does not know; both know this one.
+        config = made / "tokenizer_config.json"
+        fields = json.loads(config.read_text(encoding="utf-8"))
+        write_json(config, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def main() -> None:

@@ -20,6 +20,8 @@ from megatron_opdlm.model_files.shape import read_json
 FORMAT = "megatron-opdlm/1"
 NAME = "manifest.json"
 KINDS = ("model", "training")
+# Parts of a checkpoint directory.
+WEIGHTS, HUGGINGFACE, CONFIG = "weights", "huggingface", "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,12 @@ class Manifest:
 def is_checkpoint(directory: Path | str) -> bool:
     """True for a directory that looks like a Megatron checkpoint of ours, complete or not."""
     directory = Path(directory)
-    return (directory / NAME).is_file() or (directory / "weights").is_dir()
+    return (directory / NAME).is_file() or (directory / WEIGHTS).is_dir()
+
+
+def huggingface_dir(model_dir: Path) -> Path:
+    """Where a model directory keeps its Hugging Face files: itself or ``huggingface/``."""
+    return model_dir / HUGGINGFACE if is_checkpoint(model_dir) else model_dir
 
 
 def write_manifest(

@@ -1,18 +1,58 @@
-"""Directories that appear whole or not at all: written under a temporary name, then renamed."""
+"""The one writer that every file and directory goes through: where an output may lie, and contents
+that appear whole or not at all, their bytes on disk before their name is.
+"""
 
+import errno
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.storage.output_paths import check_place, is_refused_write
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def is_refused_write(error: BaseException) -> bool:
+    """Whether the file system took no more bytes: full, over quota, read-only, broken."""
+    return isinstance(error, OSError) and error.errno in _REFUSALS
+
+
+def check_place(out: Path, what: str) -> None:
+    """InputError where ``out`` (named ``what``, e.g. ``--out DIR``) would lie inside a file, or in
+    a directory that may not be written to.
+    """
+    above = Path(os.path.abspath(out)).parents
+    nearest = next(path for path in above if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise InputError(f"{what}: {nearest} is no directory; choose a place in a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{what}: {nearest} may not be written to; choose another place")
+
+
+def check_new_directory(out: Path, flag: str) -> None:
+    """An output directory that is filled in place must be absent or empty."""
+    check_place(out, f"{flag} {out}")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise InputError(f"{flag} {out}: exists and is not empty; choose another name or remove it")
+
+
+def check_new_file(out: Path, flag: str) -> None:
+    """An output file must not exist yet; its directory is made when it is written."""
+    check_place(out, f"{flag} {out}")
+    if out.exists():
+        raise InputError(f"{flag} {out}: exists already; choose another name or remove it")
 
 
 def check_free(out: Path) -> None:
-    """Raise InputError when ``out`` already holds something, or lies where nothing can be made; an
-    empty directory is free.
+    """Raise InputError when ``out`` already holds something, or lies where no directory can be
+    renamed to it; an empty directory is free.
     """
     check_place(out, f"--out {out}")
     out = Path(os.path.realpath(out))
@@ -23,6 +63,92 @@ def check_free(out: Path) -> None:
     if out.exists():
         kind = "already holds files" if out.is_dir() else "is a file"
         raise InputError(f"--out {out} {kind}; choose another directory, or remove it first")
+
+
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a directory's names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def half_written(path: Path) -> Path:
+    """The name that a file's new content has until it is whole; a kill may leave it."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream for the new content of ``path``: readers see the old or the new one, never
+    half of it, and a failed body leaves the old one.
+    """
+    draft = half_written(path)
+    try:
+        with draft.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file's content."""
+    with replacing(path) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content by text in UTF-8; lone surrogates are escaped."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file's content by JSON that people can read."""
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a file's content by one JSON object a line, written as ``rows`` come."""
+    with replacing(path) as stream:
+        stream.writelines(json_line(row) for row in rows)
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file; they are on disk afterwards. A kill may leave half of the last one."""
+    with path.open("ab") as stream:
+        stream.writelines(json_line(row) for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """A line of a JSONL file."""
+    return (to_json(row) + "\n").encode("utf-8", errors="backslashreplace")
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON text. JSON has no NaN and no infinity, they become null; what else it has no form of
+    (dates, decimals, paths) is written as its text.
+    """
+    return json.dumps(
+        _finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=str
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
 
 
 @contextmanager
@@ -59,12 +185,3 @@ def publish(temporary: Path, out: Path) -> None:
         sync(path)
     os.rename(temporary, out)
     sync(out.parent)
-
-
-def sync(path: Path) -> None:
-    """Have a file's bytes, or a directory's names, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

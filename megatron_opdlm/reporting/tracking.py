@@ -4,12 +4,12 @@ The run's id is kept in ``wandb/run_id``: a resumed run goes on in the same page
 resumed run does again have the same values, so it does not matter that W&B keeps the first ones.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.writing import write_text
 
 RUN_ID = Path("wandb") / "run_id"
 
@@ -74,7 +74,5 @@ def open_tracker(
             f"logging.wandb={mode}: {reason}; log in with 'wandb login' or WANDB_API_KEY, or use "
             "logging.wandb=offline"
         ) from error
-    draft = kept.with_name(f"{kept.name}.tmp")
-    draft.write_text(run.id + "\n")
-    os.replace(draft, kept)
+    write_text(kept, run.id + "\n")
     return Tracker(run)

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoint_tools.export.hf_files import carry_over
 from megatron_opdlm import parallel
-from megatron_opdlm.checkpoint import CONFIG, HUGGINGFACE, WEIGHTS, Checkpoints, save_weights
+from megatron_opdlm.checkpoint import Checkpoints, save_weights
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.gpt import LanguageModel
-from megatron_opdlm.model_files.manifest import write_manifest
+from megatron_opdlm.model_files.huggingface_files import carry_over
+from megatron_opdlm.model_files.manifest import CONFIG, HUGGINGFACE, WEIGHTS, write_manifest
 from megatron_opdlm.model_files.writing import publish
 from megatron_opdlm.states import State
 
@@ -96,12 +96,6 @@ def _finish(temporary: Path, final: Path, checkpoints: Checkpoints) -> None:
 
 
 def _on_writer(action: Callable[[], None]) -> None:
-    """File operations of rank 0, whose failure reaches all ranks."""
-    problem: OSError | None = None
-    if parallel.is_writer():
-        try:
-            action()
-        except OSError as error:
-            problem = error
-    if not parallel.all_succeeded(problem is None):
-        raise RunError(f"the batch could not be saved ({problem or 'rank 0 failed'})")
+    problem = parallel.on_writer(action)
+    if problem is not None:
+        raise RunError(f"the batch could not be saved ({problem})")

@@ -15,7 +15,7 @@ from megatron_opdlm.update import NonFiniteError
 
 
 @contextmanager
-def kept(session: Session) -> Iterator[None]:
+def saved_when_interrupted(session: Session) -> Iterator[None]:
     """The steps of a run. Raises Stopped at the first safe point after a request, once everything
     is saved, and RunError for an update whose batch it has saved.
     """

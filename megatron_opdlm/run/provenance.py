@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from megatron_opdlm.model_files.writing import write_json
+
 ENVIRONMENT = "environment.json"
 CODE = Path(__file__).resolve().parents[2]  # what runs
 REVISION_VARIABLE = "MEGATRON_OPDLM_REVISION"  # a container has the code without its repository
@@ -53,9 +55,7 @@ def record_start(run_dir: Path, *, hardware: str, devices: Sequence[str], world_
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    draft = file.with_name(f".{file.name}.tmp")
-    draft.write_text(json.dumps(starts, indent=2) + "\n")
-    os.replace(draft, file)
+    write_json(file, starts)
 
 
 def packages() -> dict[str, str]:

@@ -2,16 +2,15 @@
 configuration made.
 """
 
-import json
 from pathlib import Path
 
-from megatron_opdlm.checkpoint import CONFIG, replace_text
 from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.manifest import CONFIG
 from megatron_opdlm.model_files.shape import read_json
+from megatron_opdlm.model_files.writing import check_place, write_json, write_text
 from megatron_opdlm.run.run_lock import LOCK
-from megatron_opdlm.storage.output_paths import check_place
 
 DATA = "data.json"  # {path: SHA-256} of the files that the run reads
 
@@ -98,7 +97,7 @@ def prepare_run_directory(config: Config) -> None:
     """
     out = Path(config.train.out)
     out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / CONFIG, to_yaml(config))
+    write_text(out / CONFIG, to_yaml(config))
     if not (out / DATA).is_file():
         hashes = {path: content_hash(Path(path)) for path in _data_files(config).values()}
-        replace_text(out / DATA, json.dumps(hashes, indent=2) + "\n")
+        write_json(out / DATA, hashes)

@@ -9,7 +9,6 @@ from megatron_opdlm import parallel
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.run.file_lock import wait_for_lock
 from megatron_opdlm.supervision import activity
-from megatron_opdlm.supervision.agreement import first_problem
 
 LOCK = ".lock"
 # For a job that is leaving (what a killed launcher started saves first), and for a file server to
@@ -27,14 +26,16 @@ def hold_run_directory(
 
     Raises InputError, on all ranks, where another job still works there after ``wait_seconds``.
     """
-    problem = None
-    is_needed = (create or out.is_dir()) and os.path.realpath(out) not in _held
-    if parallel.is_writer() and is_needed:
+
+    def take() -> str | None:
+        if not (create or out.is_dir()) or os.path.realpath(out) in _held:
+            return None
         try:
-            problem = _take(out, wait_seconds)
+            return _take(out, wait_seconds)
         except OSError as error:
-            problem = f"train.out={out} cannot be written to: {error}; choose another directory"
-    problem = first_problem(problem)
+            return f"train.out={out} cannot be written to: {error}; choose another directory"
+
+    problem = parallel.on_writer(take)
     if problem is not None:
         raise InputError(problem)
 

@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_opdlm.checkpoint import huggingface_dir
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.model_files.manifest import BlockContract, LowRank, is_checkpoint, read_manifest
+from megatron_opdlm.model_files.manifest import (
+    BlockContract,
+    LowRank,
+    huggingface_dir,
+    is_checkpoint,
+    read_manifest,
+)
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer, read_vocabulary

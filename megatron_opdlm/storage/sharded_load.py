@@ -22,7 +22,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.manifest import Manifest, check_contents, read_manifest
 from megatron_opdlm.storage.safe_metadata import SafeCommon, use_in_megatron
-from megatron_opdlm.supervision.agreement import first_problem
 
 use_in_megatron()
 
@@ -95,7 +94,7 @@ def _mismatch(wanted: dict[str, Any], directory: Path) -> str | None:
 
 def _agree(problem: str | None) -> None:
     """InputError on every rank where one has found a problem."""
-    found = first_problem(problem)
+    found = parallel.first_problem(problem)
     if found is not None:
         raise InputError(found)
 

@@ -41,7 +41,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model_files.checksums import HashingFile
 from megatron_opdlm.storage.safe_metadata import COMMON
-from megatron_opdlm.supervision.agreement import first_problem
 
 BACKEND = ("torch_dist", 1)
 _CONTENT = "content_metadata"  # Megatron's key in ``common.pt``
@@ -173,7 +172,7 @@ class ShardedSave:
                 written.append(file.result())
             except (OSError, RuntimeError, MemoryError, pickle.PicklingError) as error:
                 problem = problem or " ".join(str(error).split()) or type(error).__name__
-        reason = first_problem(problem)
+        reason = parallel.first_problem(problem)
         if reason is not None:
             raise RunError(reason)
         shares: list[Any] = [written]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from megatron_opdlm.errors import InputError, RunError, Stopped
-from megatron_opdlm.storage.output_paths import is_refused_write
+from megatron_opdlm.model_files.writing import is_refused_write
 from megatron_opdlm.supervision import activity, preemption, watchdog
 
 _MODEL = (
@@ -47,7 +47,7 @@ _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory"
 
 
 @contextmanager
-def reported() -> Iterator[None]:
+def failures_named() -> Iterator[None]:
     """A run: requests to stop are heard during it, and any failure gets its name and reaches all
     ranks.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opdlm import parallel, replay, rollout, train
-from megatron_opdlm.checkpoint import huggingface_dir, load_model
+from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.diffusion import denoising, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
@@ -26,9 +26,9 @@ from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.gpt import LanguageModel, build_model
-from megatron_opdlm.model.quantization import quantize_fp8
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.model.weights import named_global_parameters
+from megatron_opdlm.model_files.manifest import huggingface_dir
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
@@ -38,6 +38,7 @@ from megatron_opdlm.run import build
 from megatron_opdlm.run.session import my_share, packing_of
 from megatron_opdlm.states import State, choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
+from megatron_opdlm.teacher_fp8 import quantize_fp8
 from megatron_opdlm.update import Student, UpdateReport, update
 
 # isort: split

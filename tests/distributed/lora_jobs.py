@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron_opdlm.model_files.huggingface_files import carry_over
 
-from checkpoint_tools.export.hf_files import carry_over
 from megatron_opdlm import parallel, replay
 from megatron_opdlm.checkpoint import save_weights
 from megatron_opdlm.config import load_config

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opdlm.checkpoint import huggingface_dir, load_weights, save_weights
+from megatron_opdlm.checkpoint import load_weights, save_weights
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed
@@ -21,6 +21,7 @@ from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.packed_row import PackedRow
 from megatron_opdlm.model.weights import load_hf
+from megatron_opdlm.model_files.manifest import huggingface_dir
 from megatron_opdlm.parallel import Layout
 from tests.conftest import TinyModels
 from tests.distributed import jobs

@@ -14,7 +14,7 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-class Lockstep:
+class SharedLoading:
     """Where the runs meet. Without ``run`` there is one of them: the caller."""
 
     def __init__(self) -> None:

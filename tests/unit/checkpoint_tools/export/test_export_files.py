@@ -19,7 +19,7 @@ from checkpoint_tools.export.formats import FORMATS
 from checkpoint_tools.export.mask_registration import register_mask
 from checkpoint_tools.export.model_card import model_card, read_evaluation
 from checkpoint_tools.export.training_record import TrainingRecord, read_training_record
-from checkpoint_tools.streaming.lockstep import Lockstep
+from checkpoint_tools.streaming.shared_loading import SharedLoading
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import ModelShape
@@ -31,7 +31,7 @@ CONTRACT = BlockContract(mask_token_id=64, block_size=4)
 
 
 def test_runs_of_different_lengths_share_every_load() -> None:
-    lockstep, loaded, seen = Lockstep(), [], []
+    loading, loaded, seen = SharedLoading(), [], []
     passes = {"long": 3, "short": 1, "middle": 2}
     current: list[str] = []
 
@@ -43,30 +43,30 @@ def test_runs_of_different_lengths_share_every_load() -> None:
                     loaded.append((number, part))
                     current[:] = [part]
 
-                lockstep.arrive(load)
+                loading.arrive(load)
                 seen.append((name, number, part, current[0]))
         return name
 
     def runner(name: str) -> "object":
         return lambda: run(name)
 
-    results = lockstep.run([runner(name) for name in passes])  # type: ignore[arg-type]
+    results = loading.run([runner(name) for name in passes])  # type: ignore[arg-type]
     assert results == list(passes)
     assert loaded == [(number, part) for number in range(3) for part in "abc"]
     assert all(part == there for _, _, part, there in seen)
     assert len(seen) == 3 * sum(passes.values())
-    lockstep.arrive(lambda: loaded.append((9, "alone")))  # the caller is a run of its own again
+    loading.arrive(lambda: loaded.append((9, "alone")))  # the caller is a run of its own again
     assert loaded[-1] == (9, "alone")
 
 
 def test_a_load_that_fails_ends_every_run() -> None:
-    lockstep, before = Lockstep(), threading.active_count()
+    loading, before = SharedLoading(), threading.active_count()
 
     def fail() -> None:
         raise RunError("no such tensor")
 
     with pytest.raises(RunError, match="no such tensor"):
-        lockstep.run([lambda: lockstep.arrive(fail)] * 3)
+        loading.run([lambda: loading.arrive(fail)] * 3)
     assert threading.active_count() == before
 
 
