@@ -186,6 +186,37 @@ def test_another_configuration_is_refused(
     assert contents(out) == before
 
 
+def test_a_longer_run(model: Path, prompts: Path, tmp_path: Path):
+    """Claim: a finished run goes on for more steps, and each of its numbers is that of a run that
+    was planned so from its start: the schedules run over ``train.schedule_steps``."""
+    keys = ["train.schedule_steps=5", "checkpoint.every=9"]
+    planned, extended = tmp_path / "planned", tmp_path / "extended"
+    jobs.train_run(training_run.overrides(model, prompts, planned, *keys))
+    short = training_run.overrides(model, prompts, extended, "train.steps=5", *keys[1:])
+    jobs.train_run(short)
+    with pytest.raises(InputError, match=r"add train\.schedule_steps=5"):
+        jobs.train_run([*short, f"train.steps={STEPS}"])
+    jobs.train_run([*short, f"train.steps={STEPS}", keys[0]])
+    assert metrics(extended) == metrics(planned)
+    assert metrics(planned)[-1]["lr"] == 2e-4  # optimizer.min_lr, from the end of the plan on
+
+
+def test_other_weights_of_the_teacher_are_refused(
+    models: TinyModels, model: Path, prompts: Path, tmp_path: Path
+):
+    """Claim: a run does not go on with another teacher under the same path, nor with another model
+    that it began from; nothing is changed."""
+    teacher = shutil.copytree(models.hf("teacher", tied=True, layers=2), tmp_path / "teacher")
+    keys = [f"teacher.path={teacher}", "train.steps=1"]
+    command = training_run.overrides(model, prompts, tmp_path / "run", *keys)
+    jobs.train_run(command)
+    shutil.copyfile(model / "model.safetensors", teacher / "model.safetensors")
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"teacher\.path=.* has changed since"):
+        jobs.train_run(command)
+    assert contents(tmp_path / "run") == before
+
+
 @pytest.mark.parametrize(
     "damage", ["truncated", "missing file", "no manifest", "missing directory"]
 )
