@@ -178,7 +178,7 @@ def test_killed_in_an_evaluation_and_in_keeping_the_best(
     overrides = command(model, prompts, data, out)
     kills = [
         Kill(function="evaluation.in_training:evaluate", call=1, moment="after"),
-        Kill(function="megatron_opdlm.metrics:_append", call=1, moment="half way"),
+        Kill(function="megatron_opdlm.metrics:append_jsonl", call=1, moment="half way"),
         Kill(function="megatron_opdlm.metrics:_amend_last", call=2, moment="after"),
         Kill(function="evaluation.in_training:evaluate", call=2),
         Kill(function="megatron_opdlm.checkpoint:Checkpoints._point_to_best", call=2),

@@ -58,20 +58,21 @@ def weights(run: Path, step: int = STEPS) -> jobs.Arrays:
 
 # One run, killed eleven times. Each start gets as far as its kill; calls count from that start.
 CHECKPOINT = "megatron_opdlm.checkpoint"
+POINTER = "megatron_opdlm.storage.step_directories:write_text"
 KILLS: list[Kill | KillWithin] = [
     # before its configuration is recorded, and before there is any checkpoint
     Kill(function="os:replace", call=1),
     Kill(function="megatron_opdlm.run.session:generate", call=2),
-    # step 2: weights without manifest; complete but not yet named; gone and not yet written again
+    # step 2: weights without manifest; complete but not yet published; published but not yet named
     Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
-    Kill(function=f"{CHECKPOINT}:replace_text", call=1),
     Kill(function=f"{CHECKPOINT}:publish", call=1),
+    Kill(function=POINTER, call=1),
     # after step 2's checkpoint: in the middle of step 3's line, between step 3's updates
-    Kill(function="megatron_opdlm.metrics:_append", call=4, moment="half way"),
+    Kill(function="megatron_opdlm.metrics:append_jsonl", call=4, moment="half way"),
     Kill(function="megatron_opdlm.update:update", call=2),
     # step 4: line written, not saved; saved and named, the old one not yet removed
     Kill(function=f"{CHECKPOINT}:Checkpoints.save", call=1),
-    Kill(function=f"{CHECKPOINT}:replace_text", call=1, moment="after"),
+    Kill(function=POINTER, call=1, moment="after"),
     # step 6, somewhere in its save; steps 7 and 8, anywhere
     KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
     KillWithin(function="megatron_opdlm.run.session:generate", call=1, seconds=0.4, seed=2),
@@ -215,6 +216,33 @@ def test_other_weights_of_the_teacher_are_refused(
     with pytest.raises(InputError, match=r"teacher\.path=.* has changed since"):
         jobs.train_run(command)
     assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("pointer", ["missing", "a directory"])
+def test_without_its_pointer(
+    undisturbed: Path,
+    model: Path,
+    prompts: Path,
+    tmp_path: Path,
+    pointer: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Claim: a run whose ``latest`` is lost goes on from its newest checkpoint and says so, to the
+    undisturbed run's numbers, and never begins again over what it has; where something else has
+    the name, it is refused and nothing is changed."""
+    out = cut_back(undisturbed, tmp_path / "run", 6)
+    (out / "checkpoints" / "latest").unlink()
+    command = training_run.overrides(model, prompts, out)
+    if pointer == "a directory":
+        (out / "checkpoints" / "latest").mkdir()
+        before = contents(out)
+        with pytest.raises(InputError, match=r"latest is no file"):
+            jobs.train_run(command)
+        assert contents(out) == before
+        return
+    jobs.train_run(command)
+    assert "latest is missing; going on from step_0000006" in capsys.readouterr().err
+    assert metrics(out) == metrics(undisturbed)
 
 
 @pytest.mark.parametrize(

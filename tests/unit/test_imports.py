@@ -37,7 +37,7 @@ COMMANDS = ("import_hf", "export_hf", "verify", "serve_check", "inspect")
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.diffusion.truncation", "megatron_opdlm.diffusion.denoising")
 # Read before anything slow is loaded.
-LIGHT = ("config", "configuration", "errors", "records")
+LIGHT = ("config", "configuration", "errors", "launcher", "records")
 # Copied into exported directories, so they stand alone.
 COPIED = ("blocks", "denoising", "randomness")
 
@@ -123,7 +123,8 @@ def test_file_keeps_the_rules_of_its_place(file):
     if parts == ("megatron_opdlm", "divergence"):
         assert not outside(names, MATHS)
     if parts[0] == "megatron_opdlm" and place in LIGHT:
-        light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.configuration")
+        own = (f"megatron_opdlm.{name}" for name in LIGHT)
+        light = ("yaml", "omegaconf", *own)
         assert not outside(names, light) - {"megatron_opdlm"}
     if parts[0] == "megatron_opdlm" and place in FLOW:
         later = FLOW[FLOW.index(place) + 1 :]
