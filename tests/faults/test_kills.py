@@ -40,8 +40,8 @@ MOMENTS = {
     "index": ("megatron_opdlm.storage.sharded_save:ShardedSave.write_index", 3, 0.01),
     "manifest": ("megatron_opdlm.checkpoint:write_manifest", 3, 0.01),
     "publishing": ("megatron_opdlm.checkpoint:publish", 3, 0.01),
-    "latest": ("megatron_opdlm.checkpoint:write_text", 3, 0.01),
-    "removal": ("megatron_opdlm.checkpoint:Checkpoints._remove", 2, 0.005),
+    "latest": ("megatron_opdlm.storage.step_directories:write_text", 3, 0.01),
+    "removal": ("megatron_opdlm.storage.step_directories:StepDirectories.remove", 2, 0.005),
 }
 
 

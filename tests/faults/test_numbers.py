@@ -75,7 +75,11 @@ def test_a_failed_update_is_kept(job: Jobs, fault_model: Path):
             ("rollout.kv_cache_tokens", "rollout.slots"),
             marks=pytest.mark.slow,  # not certain: what malloc still holds may be enough
         ),
-        ("run.session:score", "teacher", ("update.tokens_per_microbatch", "teacher.offload_targets")),
+        (
+            "run.session:score",
+            "teacher",
+            ("update.tokens_per_microbatch", "teacher.offload_targets"),
+        ),
         ("update:update", "update", ("update.tokens_per_microbatch", "loss.chunk_rows")),
     ],
 )

@@ -44,7 +44,7 @@ PROGRAMS = (
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.diffusion.truncation", "megatron_opdlm.diffusion.denoising")
 # Read before anything slow is loaded.
-LIGHT = ("config", "configuration", "errors", "records")
+LIGHT = ("config", "configuration", "errors", "launcher", "records")
 # Copied into exported directories, so they stand alone.
 COPIED = ("blocks", "denoising", "randomness")
 
