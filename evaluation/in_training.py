@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from evaluation.generation.load import Generator
-from evaluation.run import evaluate, load_tasks
+from evaluation.run import evaluate, load_training_tasks
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm import parallel
 from megatron_opdlm.config import Config
@@ -146,18 +146,7 @@ def read_evaluation(config: Config) -> InTrainingEvaluation:
     """Read the data of ``evaluation.tasks``. InputError for a task that is unknown, has no data or
     cannot be graded on this machine: before any model is read.
     """
-    section = config.evaluation
-    if not section.every:
-        return InTrainingEvaluation(config=config, tasks=[])
-    try:
-        tasks = load_tasks(section.tasks, Path(section.data), section.limit)
-    except InputError as error:
-        raise InputError(f"{error}; or train without it: evaluation.every=0") from None
-    for task, rows in tasks:
-        lacks = task.missing(rows)
-        if lacks:
-            raise InputError(f"evaluation.tasks: {task.name} cannot be graded here: {lacks}")
-    return InTrainingEvaluation(config=config, tasks=tasks)
+    return InTrainingEvaluation(config=config, tasks=load_training_tasks(config.evaluation))
 
 
 class LiveGenerator(Generator):

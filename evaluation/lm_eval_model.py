@@ -21,8 +21,8 @@ from typing import Any
 from evaluation.decoding_flags import Loading, check_model
 from evaluation.generation.task_run import sample_key
 from evaluation.grading.response import without_thinking
-from evaluation.prompting import prompt_from
-from evaluation.sample import open_generator, response_text
+from evaluation.prompting import prompt_from, response_text
+from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, RunError, command, nearest
 from megatron_opdlm.records import Prompt

@@ -1,10 +1,12 @@
-"""From a row that asks something to token ids, as ``megatron_opdlm.prompts`` renders them."""
+"""From a row that asks something to token ids, as ``megatron_opdlm.prompts`` renders them, and from
+a response back to text.
+"""
 
 from typing import Any
 
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.prompts import render
-from megatron_opdlm.records import Prompt
+from megatron_opdlm.records import Prompt, Trajectory
 
 _ASKS_BY: dict[str, type] = {"prompt_ids": list, "prompt": str, "messages": list, "question": str}
 
@@ -54,3 +56,10 @@ def _ids(row: dict[str, Any], tokenizer: Any, enable_thinking: bool) -> list[int
         return render(row, tokenizer, enable_thinking)
     opened = render({"messages": messages[:-1]}, tokenizer, False)
     return [*opened, *tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]]
+
+
+def response_text(tokenizer: Any, trajectory: Trajectory) -> str:
+    """The response as text, without special tokens; empty for a model without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    return tokenizer.decode(trajectory.user_ids, skip_special_tokens=True)

@@ -32,6 +32,7 @@ from evaluation.report import table
 from evaluation.reporting.summary import is_waiting, skipped
 from evaluation.sample import open_generator
 from evaluation.tasks import Row, Task, get_task
+from megatron_opdlm.config import EvaluationConfig
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import write_json, write_jsonl
@@ -49,6 +50,23 @@ def load_tasks(names: list[str], data: Path, limit: int | None) -> Tasks:
     if len({task.name for task in tasks}) < len(tasks):
         raise InputError(f"--tasks {' '.join(names)}: names a task twice; name each once")
     return [(task, task.load(data)[:limit]) for task in tasks]
+
+
+def load_training_tasks(section: EvaluationConfig) -> Tasks:
+    """The tasks that the live student is asked; none where that is off. InputError for one that is
+    unknown, has no data or cannot be graded on this machine.
+    """
+    if not section.every:
+        return []
+    try:
+        tasks = load_tasks(section.tasks, Path(section.data), section.limit)
+    except InputError as error:
+        raise InputError(f"{error}; or train without it: evaluation.every=0") from None
+    for task, rows in tasks:
+        lacks = task.missing(rows)
+        if lacks:
+            raise InputError(f"evaluation.tasks: {task.name} cannot be graded here: {lacks}")
+    return tasks
 
 
 def evaluate(

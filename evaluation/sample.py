@@ -23,7 +23,7 @@ from evaluation.decoding_flags import (
 )
 from evaluation.generation.progress import Progress
 from evaluation.jsonl import read_jsonl
-from evaluation.prompting import problem_of, prompt_from
+from evaluation.prompting import problem_of, prompt_from, response_text
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_new_file, write_jsonl
@@ -38,13 +38,6 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         if problem:
             raise InputError(f"--prompts {path}: row {index}: {problem}")
     return rows
-
-
-def response_text(tokenizer: Any, trajectory: Trajectory) -> str:
-    """The response as text, without special tokens; empty for a model without a tokenizer."""
-    if tokenizer is None:
-        return ""
-    return tokenizer.decode(trajectory.user_ids, skip_special_tokens=True)
 
 
 def output_row(row: dict[str, Any], trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:

@@ -14,21 +14,18 @@ which MODULE ARGUMENT ... is added; for many nodes see docs/launching.md.
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.recipe import describe as describe_evaluation
+from evaluation.reporting.results import SUMMARY
 from launch.pipeline_checks import check_same_command, find_lacks, note_command
-from launch.pipeline_settings import ROOT, Settings, add_flags, read_settings
+from launch.pipeline_settings import Settings, add_flags, read_settings
+from launch.stages import Requests, Stage, Stages, checkpoints, python
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, RunError, Stopped, command
 from megatron_opdlm.model_files.writing import write_json
@@ -37,27 +34,15 @@ from megatron_opdlm.run.file_lock import wait_for_lock
 LOCK_SECONDS = 660  # for the processes of a killed pipeline to be gone: ranks may save for 600
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One step of the pipeline."""
-
-    name: str
-    complete: Callable[[], bool]
-    command: Callable[[], list[str]]
-    prepare: Callable[[], object] = lambda: None
-    finish: Callable[[], object] = lambda: None
-
-
 def stages(settings: Settings) -> list[Stage]:
     """Every stage with what tells that its output is whole: names that are only given to that."""
-    python = [sys.executable, "-m"]
     tables, partial = settings.out / "report", settings.out / ".report"
     mask = _flag("--mask-token-id", settings.mask_token_id)
     limit = _flag("--limit", settings.limit)
 
     def import_hf() -> list[str]:
-        paths = ["--hf", str(settings.hf), "--out", str(settings.imported)]
-        return [*python, "checkpoint_tools.import_hf", *paths, *mask]
+        paths = ("--hf", str(settings.hf), "--out", str(settings.imported))
+        return python("checkpoint_tools.import_hf", *paths, *mask)
 
     def train() -> list[str]:
         arguments = settings.training(settings.imported)
@@ -67,8 +52,8 @@ def stages(settings: Settings) -> list[Stage]:
         trained = settings.trained
         name = json.loads(trained.read_text())["checkpoint"] if trained.exists() else "LAST"
         checkpoint = settings.run / "checkpoints" / name
-        paths = ["--checkpoint", str(checkpoint), "--out", str(settings.exported)]
-        return [*python, "checkpoint_tools.export_hf", *paths, "--format", settings.format]
+        paths = ("--checkpoint", str(checkpoint), "--out", str(settings.exported))
+        return python("checkpoint_tools.export_hf", *paths, "--format", settings.format)
 
     def evaluate() -> list[str]:
         paths = ["--model", settings.exported, "--data", settings.data, "--out", settings.results]
@@ -78,7 +63,7 @@ def stages(settings: Settings) -> list[Stage]:
 
     def report() -> list[str]:
         named = f"{settings.recipe.stem}={settings.results}"
-        return [*python, "evaluation.report", named, "--out", str(partial)]
+        return python("evaluation.report", named, "--out", str(partial))
 
     return [
         Stage(name="import", complete=settings.imported.exists, command=import_hf),
@@ -86,14 +71,10 @@ def stages(settings: Settings) -> list[Stage]:
             name="train",
             complete=settings.trained.exists,
             command=train,
-            finish=lambda: write_json(settings.trained, {"checkpoint": newest(settings.run)}),
+            finish=lambda: write_json(settings.trained, {"checkpoint": _newest(settings.run)}),
         ),
         Stage(name="export", complete=settings.exported.exists, command=export),
-        Stage(
-            name="evaluate",
-            complete=(settings.results / "summary.json").exists,
-            command=evaluate,
-        ),
+        Stage(name="evaluate", complete=(settings.results / SUMMARY).exists, command=evaluate),
         Stage(
             name="tables",
             complete=tables.exists,
@@ -108,17 +89,12 @@ def _flag(name: str, value: int | None) -> list[str]:
     return [] if value is None else [name, str(value)]
 
 
-def newest(run: Path) -> str:
+def _newest(run: Path) -> str:
     """Name of the last complete checkpoint of a run."""
-    names = checkpoints(run)
-    if not names:
+    saved = checkpoints(run)
+    if not saved:
         raise RunError(f"{run} holds no checkpoint although training ended; see its messages")
-    return names[-1]
-
-
-def checkpoints(run: Path) -> list[str]:
-    """Names of the complete checkpoints of a run, oldest first."""
-    return sorted(path.parent.name for path in run.glob("checkpoints/step_*/manifest.json"))
+    return saved[-1].name
 
 
 def run_pipeline(settings: Settings) -> None:
@@ -132,16 +108,16 @@ def run_pipeline(settings: Settings) -> None:
         _only_one(lock.fileno(), settings.out)
         check_same_command(settings)
         note_command(settings)
-        requests = Requests.listen()
+        requests, runner = Requests.listen(), Stages(held=(lock.fileno(),))
         for stage in stages(settings):
             if stage.complete():
                 print(f"=== {stage.name}: complete, skipped", flush=True)
                 continue
             requests.stop_before(stage.name)
-            print(f"=== {stage.name}", flush=True)
-            stage.prepare()
-            _run(stage.name, stage.command(), lock.fileno(), requests, settings.run)
-            stage.finish()
+            with runner.stage(stage.name, stage.name):
+                stage.prepare()
+                _run(stage, runner, requests, settings.run)
+                stage.finish()
     print(f"report: {settings.out / 'report' / 'report.md'}")
 
 
@@ -152,24 +128,21 @@ def _only_one(lock: int, out: Path) -> None:
         raise InputError(f"{notice}; wait for it, or use another")
 
 
-def _run(name: str, argv: list[str], lock: int, requests: "Requests", run: Path) -> None:
-    """Run a command that ends when we do, and keeps the directory locked until it has ended."""
-    print("$ " + shlex.join(argv), flush=True)
-    before = last_step(run)
-    with requests.handed_on_to(
-        subprocess.Popen(argv, cwd=ROOT, pass_fds=(lock,), preexec_fn=_end_with_parent)
-    ) as process:
+def _run(stage: Stage, runner: Stages, requests: Requests, run: Path) -> None:
+    """Run a stage's command to its end; ``run``: the training's directory."""
+    before = _last_step(run)
+    with requests.handed_on_to(runner.start(stage.name, stage.command())) as process:
         code = process.wait()
     if code == 0:
         return
     if code == STOPPED:
-        raise Stopped(f"stage {name} was asked to stop; the same command goes on")
-    if requests.asked and (how := _stopped(name, code, run, before)):
-        raise Stopped(f"stage {name} was asked to stop{how}; the same command goes on")
+        raise Stopped(f"stage {stage.name} was asked to stop; the same command goes on")
+    if requests.asked and (how := _stopped(stage.name, code, run, before)):
+        raise Stopped(f"stage {stage.name} was asked to stop{how}; the same command goes on")
     asked = ", although it was asked to stop" if requests.asked else ""
     raise RunError(
-        f"stage {name} ended with code {code}{asked}; see its messages above, the same command "
-        "goes on from there"
+        f"stage {stage.name} ended with code {code}{asked}; see its messages above, the same "
+        "command goes on from there"
     )
 
 
@@ -182,15 +155,15 @@ def _stopped(name: str, code: int, run: Path, before: int) -> str:
     if code != 1 or name not in ("train", "evaluate"):
         return ""
     hidden = "the launcher's code 1 hides whether a rank has failed: see the messages above"
-    step = last_step(run)
+    step = _last_step(run)
     if name == "evaluate" or step == before:
         return f" and had nothing to save ({hidden})"
-    if checkpoints(run)[-1:] != [f"step_{step:07d}"]:
+    if [path.name for path in checkpoints(run)[-1:]] != [f"step_{step:07d}"]:
         return ""
     return f" and has saved step {step} ({hidden})"
 
 
-def last_step(run: Path) -> int:
+def _last_step(run: Path) -> int:
     """The last step that a run has finished, 0 before the first."""
     file = run / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -198,50 +171,6 @@ def last_step(run: Path) -> int:
         with contextlib.suppress(ValueError):  # a line that a kill has cut off
             return json.loads(line)["step"]
     return 0
-
-
-class Requests:
-    """Whether the pipeline was asked to stop; the stage under way is asked once, too."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._process: subprocess.Popen | None = None
-
-    @classmethod
-    def listen(cls) -> "Requests":
-        """Take SIGTERM and SIGUSR1 from now on."""
-        requests = cls()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, requests._take)
-        return requests
-
-    def _take(self, _signal: int, _frame: object) -> None:
-        self.asked = True
-        self._hand_on()
-
-    def _hand_on(self) -> None:
-        process, self._process = self._process, None  # once: a second would cut torchrun's wait off
-        if process is not None:
-            process.send_signal(signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def handed_on_to(self, process: subprocess.Popen) -> Iterator[subprocess.Popen]:
-        """Requests reach ``process`` during the body, also one that came while it was started."""
-        self._process = process
-        if self.asked:
-            self._hand_on()
-        yield process
-        self._process = None
-
-    def stop_before(self, stage: str) -> None:
-        """Raise Stopped where somebody has asked."""
-        if self.asked:
-            raise Stopped(f"asked to stop before stage {stage}; the same command goes on")
-
-
-def _end_with_parent() -> None:
-    """In the child: SIGTERM when the parent dies (Linux's prctl PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def show(settings: Settings) -> str:

@@ -3,15 +3,17 @@ come are there: asked before the first stage.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from evaluation.run import load_tasks
+from evaluation.reporting.results import SUMMARY
+from evaluation.run import load_tasks, load_training_tasks
 from evaluation.tasks import get_task
-from launch.pipeline_settings import ROOT, Settings
-from megatron_opdlm.config import differing_keys, load_config
+from launch.pipeline_settings import Settings
+from launch.stages import ROOT
+from megatron_opdlm.config import Config, differing_keys, load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.manifest import CONFIG
 from megatron_opdlm.model_files.writing import write_json
@@ -70,51 +72,51 @@ class Lacks:
 
 
 def find_lacks(settings: Settings) -> Lacks:
-    """Read the data of both evaluations. InputError for a task that does not exist."""
+    """Ask training and evaluation about their data before the first stage, and what this machine
+    lacks to grade it. InputError for a task that does not exist.
+    """
     lacks = Lacks()
+    asked = dict.fromkeys(name for run in settings.runs for name in run.tasks)
+    for name in (*settings.config.evaluation.tasks, *asked):
+        get_task(name)
     if not settings.trained.exists():
-        _of_training(settings, lacks)
-    if not (settings.results / "summary.json").exists():
-        names = dict.fromkeys(name for run in settings.runs for name in run.tasks)
-        missing, graders = _of_tasks(list(names), settings.data, settings.limit)
-        lacks.inputs += missing
-        lacks.graders += [f"{text}; it will be left out" for text in graders]
+        lacks.inputs += _missing_files(settings.config)
+        with _noted_in(lacks.inputs):
+            load_training_tasks(settings.config.evaluation)
+    if not (settings.results / SUMMARY).exists():
+        for name in asked:
+            with _noted_in(lacks.inputs):
+                ((task, rows),) = load_tasks([name], settings.data, settings.limit)
+                if reason := task.missing(rows):
+                    lacks.graders.append(
+                        f"{task.name} cannot be graded here: {reason}; it will be left out"
+                    )
     lacks.inputs = list(dict.fromkeys(lacks.inputs))
     return lacks
 
 
-def _of_training(settings: Settings, lacks: Lacks) -> None:
-    config, section = settings.config, settings.config.evaluation
-    if not config.data.path:
-        lacks.inputs.append("data.path is not set and training needs it; add data.path=PATH")
+@contextmanager
+def _noted_in(inputs: list[str]) -> Iterator[None]:
+    """Bad input is collected, so that all of it is named at once."""
+    try:
+        yield
+    except InputError as error:
+        inputs.append(str(error))
+
+
+def _missing_files(config: Config) -> list[str]:
     paths = {
         "data.path": config.data.path,
         "mixing.path": config.mixing.path,
         "teacher.path": config.teacher.path,
     }
-    lacks.inputs += [
+    unset = (
+        []
+        if config.data.path
+        else ["data.path is not set and training needs it; add data.path=PATH"]
+    )
+    return unset + [
         f"{key}={path}: no such file or directory; make it, or add {key}=PATH to the command"
         for key, path in paths.items()
         if path and not (ROOT / path).exists()
     ]
-    if section.every:
-        missing, graders = _of_tasks(section.tasks, ROOT / section.data, section.limit)
-        lacks.inputs += [
-            f"evaluation.tasks: {text}; or train without it: evaluation.every=0"
-            for text in (*missing, *graders)
-        ]
-
-
-def _of_tasks(names: Sequence[str], data: Path, limit: int | None) -> tuple[list[str], list[str]]:
-    """What is wrong with the tasks' data files, and what this machine lacks to grade them."""
-    missing, graders = [], []
-    for name in names:
-        task = get_task(name)
-        try:
-            ((_, rows),) = load_tasks([name], data, limit)
-        except InputError as error:
-            missing.append(str(error))
-            continue
-        if reason := task.missing(rows):
-            graders.append(f"{task.name} cannot be graded here: {reason}")
-    return missing, graders

@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoint_tools.export.formats import check_format
 from evaluation.recipe import RecipeRun, read_recipe
+from launch.stages import ROOT
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.families import FORMATS, QWEN3
@@ -19,8 +20,6 @@ from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shap
 from megatron_opdlm.model_files.writing import check_place
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.public_shapes import public_name, public_shape
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,6 @@ def _require_ids(where: str, key: str, value: Any, limit: int) -> None:
 def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     """Loss of fixed states under ``config``'s loss and layout; the same on every rank."""
     from megatron_opdlm import parallel
-    from megatron_opdlm.model.quantization import quantize_fp8
     from megatron_opdlm.packing import pack_step
     from megatron_opdlm.planning.layout import model_layout
     from megatron_opdlm.reporting import accounting
@@ -66,6 +65,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     from megatron_opdlm.run.session import my_share, packing_of
     from megatron_opdlm.states import make_state
     from megatron_opdlm.teacher import score
+    from megatron_opdlm.teacher_fp8 import quantize_fp8
     from megatron_opdlm.update import measure
 
     student_source, teacher_source = build.open_pair(config)

@@ -5,7 +5,7 @@ from typing import Any
 
 from evaluation.generation.predictions import Predictions
 from evaluation.generation.progress import Progress
-from evaluation.sample import response_text
+from evaluation.prompting import response_text
 from evaluation.score import (
     PROMPT_TOO_LONG,
     grade_predictions,

@@ -13,14 +13,13 @@ from typing import Any
 
 from evaluation.tasks import get_task
 from launch.quickstart import task
-from launch.quickstart.stages import Stages, python, stop, torchrun
+from launch.stages import Stages, checkpoints, python, stop, torchrun
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.manifest import HUGGINGFACE
 from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.model_files.writing import check_new_directory, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path("configs/tiny_cpu.yaml")
 RANKS = 2
 LAYOUTS = {"dp2": 1, "tp2": 2}  # name -> tensor-parallel ranks
@@ -48,7 +47,7 @@ def main() -> None:
     settings = _settings(_parser().parse_args())
     settings.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    stages = Stages(ROOT, settings.out / "logs")
+    stages = Stages(logs=settings.out / "logs")
     stages.seconds["setup"] = float(os.environ.get("OPDLM_SETUP_SECONDS", "0"))
     record: dict[str, Any] = {
         "seed": settings.seed,
@@ -59,9 +58,9 @@ def main() -> None:
     teacher = _teacher(settings, stages)
     imported = _import(settings, stages, teacher)
     record |= _train(settings, stages, imported)
-    checkpoints = published(settings.out / "run")
-    student = _export(settings, stages, checkpoints[-1])
-    record |= _evaluate(settings, stages, teacher, imported, student, checkpoints)
+    saved = checkpoints(settings.out / "run")
+    student = _export(settings, stages, saved[-1])
+    record |= _evaluate(settings, stages, teacher, imported, student, saved)
     record["seconds"] = stages.seconds | {
         "total": stages.seconds["setup"] + time.monotonic() - start
     }
@@ -113,17 +112,17 @@ def _train(settings: Settings, stages: Stages, imported: Path) -> dict[str, Any]
     )
     with stages.stage("train", f"c) on-policy distillation, {RANKS} ranks, {settings.layout}"):
         process = stages.start("train", argv, on_terminal=True)
-        while not published(run) and process.poll() is None:
+        while not checkpoints(run) and process.poll() is None:
             time.sleep(0.1)
         if process.poll() is not None:
             raise _ended_early(process.returncode)
         stop(process)
-        stopped_after = published(run)[-1].name
+        stopped_after = checkpoints(run)[-1].name
     with stages.stage("train", f"d) killed after {stopped_after}: the same command resumes"):
         process = stages.start("train", argv, on_terminal=True)
         if process.wait():
             raise stages.failure("train", process.returncode)
-    return {"stopped_after": stopped_after, "finished_at": published(run)[-1].name}
+    return {"stopped_after": stopped_after, "finished_at": checkpoints(run)[-1].name}
 
 
 def _ended_early(code: int) -> RunError:
@@ -132,11 +131,6 @@ def _ended_early(code: int) -> RunError:
     return RunError(
         "training ended before it could be stopped and resumed; use a smaller checkpoint.every"
     )
-
-
-def published(run: Path) -> list[Path]:
-    """The complete checkpoints of a run directory, oldest first."""
-    return sorted(path.parent for path in run.glob("checkpoints/step_*/manifest.json"))
 
 
 def _export(settings: Settings, stages: Stages, checkpoint: Path) -> Path:
@@ -156,7 +150,7 @@ def _evaluate(
     teacher: Path,
     imported: Path,
     student: Path,
-    checkpoints: list[Path],
+    saved: list[Path],
 ) -> dict[str, Any]:
     """(f) Teacher, untrained student, trained student at several speeds, and the way between."""
     name, data = "addition", settings.out / "data"
@@ -172,7 +166,7 @@ def _evaluate(
     entries = [
         entry("teacher", teacher, {"mode": "ar", **limit}),
         entry("initial", imported, one_token),
-        *(entry(f"curve_{path.name}", path, one_token) for path in checkpoints[:-1]),
+        *(entry(f"curve_{path.name}", path, one_token) for path in saved[:-1]),
         *(
             entry(f"static_{k}", student, {**static, "denoising_steps": -(-block_size // k)})
             for k in (1, 2, 4)

@@ -14,17 +14,13 @@ import importlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model.gpt import LanguageModel
-from megatron_opdlm.packing import FinishedBatch, Packing, pack_step
-from megatron_opdlm.records import Prompt
-from megatron_opdlm.states import State
-from megatron_opdlm.teacher import score
 
 _PACKAGE = "modelopt"
 _LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -39,46 +35,6 @@ def require_modelopt(
             f"{option} needs the package nvidia-modelopt, which is not installed; "
             f"run launch/setup.sh, or {otherwise}"
         )
-
-
-def calibration_sequences(
-    prompts: Sequence[Prompt], count: int, max_positions: int
-) -> list[list[int]]:
-    """The first ``count`` prompts of the file, with their recorded responses where they have one,
-    of at most ``max_positions`` tokens: a pure function of the file, so that a resumed run gets the
-    same scales.
-    """
-    return [[*p.ids, *(p.response_ids or [])][:max_positions] for p in prompts[:count]]
-
-
-def quantize_fp8(
-    teacher: LanguageModel, sequences: Sequence[Sequence[int]], packing: Packing
-) -> None:
-    """Replace the layers' linears by FP8 ones, in place; embedding, norms and output head stay.
-    ``sequences``: token ids, the same on every rank.
-
-    The weights are kept as FP8 numbers. GPUs that multiply FP8 (compute capability 8.9 or more) do
-    so; elsewhere the rounded operands are multiplied in the model's own type. RunError where a
-    linear saw nothing to take a scale from.
-    """
-    batches = _calibration_batches(sequences, packing)
-
-    def run_all(_: torch.nn.Module) -> None:
-        for batch in batches:  # one at a time: the hidden states are not kept
-            score(teacher, [batch])
-
-    calibrate_fp8(
-        teacher,
-        run_all,
-        whose="the teacher's",
-        remedy="check teacher.path, or use teacher.quantization=none",
-    )
-    with _quietly(), torch.no_grad():
-        mtq = importlib.import_module(f"{_PACKAGE}.torch.quantization")
-        on_gpu = packing.device.type != "cpu"
-        options = importlib.import_module(f"{_PACKAGE}.torch.quantization.config")
-        mtq.compress(teacher.decoder, options.CompressConfig(quant_gemm=on_gpu))
-    teacher.requires_grad_(False)
 
 
 def calibrate_fp8(
@@ -97,6 +53,17 @@ def calibrate_fp8(
     _require_scales(model, whose, remedy)
 
 
+def compress_fp8(model: LanguageModel, *, on_gpu: bool) -> None:
+    """Keep the weights of calibrated linears as FP8 numbers. ``on_gpu``: GPUs that multiply FP8
+    (compute capability 8.9 or more) do so; elsewhere the rounded operands are multiplied in the
+    model's own type.
+    """
+    with _quietly(), torch.no_grad():
+        mtq = importlib.import_module(f"{_PACKAGE}.torch.quantization")
+        options = importlib.import_module(f"{_PACKAGE}.torch.quantization.config")
+        mtq.compress(model.decoder, options.CompressConfig(quant_gemm=on_gpu))
+
+
 def fp8_scales(model: LanguageModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Parameter name of each calibrated linear -> the scales of its weight and of its inputs,
     float32 scalars: amax / 448, as ModelOpt's exporter has them.
@@ -109,27 +76,6 @@ def fp8_scales(model: LanguageModel) -> dict[str, tuple[torch.Tensor, torch.Tens
         f"decoder.{name}.weight": (scale(linear.weight_quantizer), scale(linear.input_quantizer))
         for name, linear in quantized_linears(model.decoder)
     }
-
-
-def _calibration_batches(
-    sequences: Sequence[Sequence[int]], packing: Packing
-) -> list[FinishedBatch]:
-    """Questions that make the teacher compute every layer at every token.
-
-    A token is computed where the next one is asked for, so the last token is repeated.
-    """
-    states = [
-        State(
-            sample=number,
-            prompt_ids=[*ids[:1]],
-            response_ids=[*ids[1:], ids[-1]],
-            masked=[True] * len(ids),
-            counted=[True] * len(ids),
-            trained_tokens=0,
-        )
-        for number, ids in enumerate(sequences)
-    ]
-    return pack_step([states], packing).finished
 
 
 def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

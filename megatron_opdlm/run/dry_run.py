@@ -20,7 +20,7 @@ GIB = 2**30
 USUAL_RANKS = 8  # of a machine that trains
 # Where launch/quickstart.sh leaves its model, and what stands for that until it is there.
 QUICKSTART = Path("runs/quickstart/imported")
-QUICKSTART_SHAPE = Path(__file__).parents[1] / "configs" / "quickstart_model"
+QUICKSTART_SHAPE = Path(__file__).parents[2] / "configs" / "quickstart_model"
 
 
 def fewest_ranks(config: Config) -> int:

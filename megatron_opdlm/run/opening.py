@@ -9,7 +9,6 @@ from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config, flatten
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
-from megatron_opdlm.model.quantization import calibration_sequences, quantize_fp8
 from megatron_opdlm.offload import HOST, move_layers
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.reporting.tracking import Tracker, open_tracker
@@ -29,6 +28,7 @@ from megatron_opdlm.run.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.storage.run_state import RunIdentity
 from megatron_opdlm.supervision import watchdog
+from megatron_opdlm.teacher_fp8 import calibration_sequences, quantize_fp8
 
 
 def open_session(config: Config) -> Session:

@@ -26,7 +26,6 @@ from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.gpt import LanguageModel, build_model
-from megatron_opdlm.model.quantization import quantize_fp8
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.model.weights import named_global_parameters
 from megatron_opdlm.model_files.manifest import huggingface_dir
@@ -39,6 +38,7 @@ from megatron_opdlm.run import build
 from megatron_opdlm.run.session import my_share, packing_of
 from megatron_opdlm.states import State, choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
+from megatron_opdlm.teacher_fp8 import quantize_fp8
 from megatron_opdlm.update import Student, UpdateReport, update
 
 # isort: split

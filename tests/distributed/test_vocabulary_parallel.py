@@ -11,7 +11,8 @@ from megatron_opdlm.parallel import Layout
 from tests.distributed import jobs
 from tests.distributed.layouts import TP2
 from tests.distributed.workers import WorkerGroups
-from tests.unit.test_denoising import SHAPINGS, chi_square, drawing_cases
+from tests.unit.diffusion.test_denoising import SHAPINGS, chi_square, drawing_cases
+from tests.unit.diffusion.test_truncation import MASSES, distributions, expected_top_k
 from tests.unit.test_divergence import (
     FAULT,
     LOSSES,
@@ -21,7 +22,6 @@ from tests.unit.test_divergence import (
     expected_values,
     make_inputs,
 )
-from tests.unit.test_truncation import MASSES, distributions, expected_top_k
 
 pytestmark = pytest.mark.distributed
 

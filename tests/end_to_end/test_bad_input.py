@@ -1,6 +1,6 @@
 """Bad input to train, replay and sample: one ``error:`` line with value, rule and remedy, exit code
-2, and nothing half-written. (Model directories: tests/unit/test_bad_hf_directories.py; prompts
-files: tests/unit/test_prompts.py; configuration: tests/unit/test_config.py.)
+2, and nothing half-written. (Model directories: tests/unit/model_files/test_bad_hf_directories.py;
+prompts files: tests/unit/test_prompts.py; configuration: tests/unit/test_config.py.)
 """
 
 import json

@@ -28,7 +28,7 @@ from megatron_opdlm.model_files.shape import read_shape
 from tests.conftest import TinyModels
 from tests.distributed import jobs
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 PACKAGES = ("megatron_opdlm", "checkpoint_tools", "evaluation", "launch", "benchmarks")
 
 

@@ -14,8 +14,8 @@ from megatron_opdlm.model.row_split import split_row
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.states import State, make_state
+from tests.unit.model_files.test_names import SHAPE
 from tests.unit.test_packing import PACKING
-from tests.unit.test_qwen3_names import SHAPE
 from tests.unit.test_states import IDS
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -20,7 +20,7 @@ from megatron_opdlm.planning.public_shapes import SHAPES, public_name, public_na
 from megatron_opdlm.planning.rank_memory import Split, optimizer_bytes_per_number, rank_numbers
 from megatron_opdlm.run import dry_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny_cpu")
 PUBLISHED = [stem for stem in RECIPES if stem.startswith("opdlm_")]
 RANKS = 8

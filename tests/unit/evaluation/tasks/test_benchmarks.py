@@ -12,7 +12,7 @@ from evaluation.tasks import get_task, task_names
 from evaluation.tasks.task import plain_name
 from megatron_opdlm.errors import InputError
 
-FIXTURES = Path(__file__).parents[1] / "fixtures/evaluation"
+FIXTURES = Path(__file__).parents[3] / "fixtures/evaluation"
 PAPER = (
     *("MMLU", "MMLU-Pro", "GPQA-Diamond", "IFEval", "CEval", "LiveBench", "GSM8K", "MATH-500"),
     *("AIME-24", "AIME-25", "LMB-Hard", "ZebraLogic", "HumanEval", "MBPP", "LCB-v6", "Codeforces"),

@@ -14,7 +14,7 @@ from evaluation.reporting.published import sweeps, tables
 from evaluation.reporting.results import Result, read_results
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
-from tests.unit.test_evaluation_run import AnsweringGenerator
+from tests.unit.evaluation.test_run import AnsweringGenerator
 
 
 def summary_row(task: str, accuracy: float, **settings: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 
 from launch.environment import HELD, pins
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 # nvcr.io/nvidia/pytorch:25.12-py3, the Dockerfile's default. Which NumPy it has is not published,
 # so the pins go with the last 1.x and with 2.x.
 IMAGE = {

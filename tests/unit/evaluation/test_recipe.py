@@ -18,9 +18,9 @@ from evaluation.tasks import get_task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
 from tests.conftest import MASK, TinyModels
-from tests.unit.test_evaluation_run import AnsweringGenerator
+from tests.unit.evaluation.test_run import AnsweringGenerator
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
 BENCHMARKS = {
     *("MMLU", "MMLU-Pro", "GPQA-Diamond", "IFEval", "CEval", "LiveBench", "GSM8K", "MATH-500"),

@@ -9,7 +9,7 @@ from evaluation.generation.predictions import Predictions
 from evaluation.run import evaluate, load_tasks
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
-from tests.unit.test_evaluation_run import AnsweringGenerator, data
+from tests.unit.evaluation.test_run import AnsweringGenerator, data
 
 __all__ = ["data"]  # a fixture
 

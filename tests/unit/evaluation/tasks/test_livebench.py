@@ -7,7 +7,7 @@ import pytest
 
 from evaluation.tasks import get_task
 from megatron_opdlm.errors import RunError
-from tests.unit.test_benchmarks import FIXTURES, PRODUCT, SUM, graded
+from tests.unit.evaluation.tasks.test_benchmarks import FIXTURES, PRODUCT, SUM, graded
 
 SCORERS = {
     "math/AMPS_Hard": "def amps_hard_process_results(gold, answer): return gold in answer",

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 from launch.environment import constraints_for_container, pins
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PINS = pins(REPOSITORY / "launch/constraints.txt") | pins(REPOSITORY / "launch/torch-cpu.txt")
 EXTRAS = ("evaluation", "quantization", "tracking", "dev")

@@ -9,7 +9,8 @@ import pytest
 
 from launch import pipeline
 from launch.pipeline_checks import check_same_command, note_command
-from launch.pipeline_settings import ROOT, Settings, read_settings
+from launch.pipeline_settings import Settings, read_settings
+from launch.stages import ROOT, Requests, Stage, Stages
 from megatron_opdlm import train
 from megatron_opdlm.config import to_yaml
 from megatron_opdlm.errors import InputError, RunError, Stopped
@@ -236,25 +237,24 @@ def test_a_failure_is_told_from_a_stop_by_what_the_run_has_left(
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
     step = f'printf "\\n{{\\"step\\": 3}}\\n" >>{metrics}'
-    requests = pipeline.Requests.listen()
+    requests = Requests.listen()
     error, message = expected
     argv = asking(then.replace("{step}", step))
-    with (tmp_path / "lock").open("w") as lock, pytest.raises(error, match=message):
-        pipeline._run("train", argv, lock.fileno(), requests, tmp_path)
+    stage = Stage(name="train", complete=lambda: False, command=lambda: argv)
+    with pytest.raises(error, match=message):
+        pipeline._run(stage, Stages(), requests, tmp_path)
 
 
 def test_a_stop_while_a_stage_ends_well_holds_the_next_one(place, own_signals, monkeypatch):
     """Claim: the first stage is finished, the second does not begin."""
     done = []
-    first = pipeline.Stage(
+    first = Stage(
         name="first",
         complete=lambda: False,
         command=lambda: asking("exit 0"),
         finish=lambda: done.append("first"),
     )
-    second = pipeline.Stage(
-        name="second", complete=lambda: False, command=lambda: pytest.fail("it began")
-    )
+    second = Stage(name="second", complete=lambda: False, command=lambda: pytest.fail("it began"))
     monkeypatch.setattr(pipeline, "stages", lambda _: [first, second])
     with pytest.raises(Stopped, match="asked to stop before stage second"):
         pipeline.run_pipeline(settings(place))

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from launch.quickstart.run import _free_directory, _parser, _settings, published
-from launch.quickstart.stages import Stages, python, stop
+from launch.quickstart.run import _free_directory, _parser, _settings
+from launch.stages import Stages, checkpoints, python, stop
 from megatron_opdlm.errors import InputError, RunError
 
 
@@ -51,18 +51,18 @@ def test_without_out_every_run_gets_its_own_directory(tmp_path):
     assert _free_directory(wanted) == tmp_path / "quickstart-3"
 
 
-def test_only_complete_checkpoints_count_as_published(tmp_path):
+def test_only_complete_checkpoints_count_as_checkpoints(tmp_path):
     """A directory without manifest is a save in progress."""
     for name in ("step_0000010", "step_0000009"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "manifest.json").write_text("{}")
     (tmp_path / "checkpoints" / "step_0000020").mkdir()
-    assert [path.name for path in published(tmp_path)] == ["step_0000009", "step_0000010"]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000009", "step_0000010"]
 
 
 def test_a_failed_stage_is_named_with_its_own_reason_and_log(tmp_path):
     """The reason is the stage's ``error:`` line, not a traceback."""
-    stages = Stages(tmp_path, tmp_path / "logs")
+    stages = Stages(logs=tmp_path / "logs")
     code = "import sys; print('noise'); print('error: no room', file=sys.stderr); sys.exit(2)"
     with pytest.raises(
         RunError, match=r"stage import ended with code 2: no room; see .*import\.log"
@@ -72,7 +72,7 @@ def test_a_failed_stage_is_named_with_its_own_reason_and_log(tmp_path):
 
 def test_a_stage_returns_its_headline_and_its_seconds_add_up(tmp_path, capsys):
     """The last line of output is the headline; the command is shown as a user would type it."""
-    stages = Stages(tmp_path, tmp_path / "logs")
+    stages = Stages(logs=tmp_path / "logs")
     for _ in range(2):
         with stages.stage("export", "e) export"):
             assert stages.run("export", [sys.executable, "-c", "print('a'); print('done\\n')"]) == (

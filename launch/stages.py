@@ -1,0 +1,171 @@
+"""Runs commands as the stages of something larger, the pipeline or the quickstart: each is shown,
+timed, ends with the process that started it, and is named where it fails.
+"""
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_opdlm.errors import RunError, Stopped
+
+ROOT = Path(__file__).resolve().parents[1]
+STOP_SECONDS = 30  # for a killed job to be gone
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # one thread a rank: more are slower on a CPU
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::FutureWarning",  # of libraries, in the way of progress bars
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A step that is done once: what tells that its output is whole, and what makes it."""
+
+    name: str
+    complete: Callable[[], bool]
+    command: Callable[[], list[str]]
+    prepare: Callable[[], object] = lambda: None
+    finish: Callable[[], object] = lambda: None
+
+
+class Stages:
+    """Runs commands from the repository's root and keeps the seconds of every stage."""
+
+    def __init__(self, *, logs: Path | None = None, held: tuple[int, ...] = ()) -> None:
+        """``logs``: a file a stage takes what its commands print; None: all goes to the terminal.
+        ``held``: open files that stay locked until the command that runs has ended, too.
+        """
+        self.logs, self.held = logs, held
+        self.seconds: dict[str, float] = {}
+        if logs is not None:
+            logs.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def stage(self, name: str, headline: str) -> Iterator[None]:
+        """Announce a stage and time it. A name may be used again: its seconds add up."""
+        print(f"\n=== {headline}", flush=True)
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+
+    def run(self, name: str, argv: list[str]) -> str:
+        """Run a command to its end, output in ``logs/NAME.log``; returns its last line."""
+        process = self.start(name, argv)
+        if process.wait():
+            raise self.failure(name, process.returncode)
+        lines = self._logged(name).splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def start(self, name: str, argv: list[str], *, on_terminal: bool = False) -> subprocess.Popen:
+        """Start a command; ``on_terminal``: its output is not for the log, but for people."""
+        shown = [argument.replace(f"{ROOT}/", "") for argument in argv]
+        print("$ " + shlex.join(shown), flush=True)
+        log = None if on_terminal else self._log(name)
+        with contextlib.ExitStack() as stack:
+            return subprocess.Popen(
+                argv,
+                cwd=ROOT,
+                env={**_ENVIRONMENT, **os.environ},
+                stdout=stack.enter_context(log.open("wb")) if log else None,
+                stderr=subprocess.STDOUT if log else None,
+                pass_fds=self.held,
+                preexec_fn=_end_with_parent,
+            )
+
+    def failure(self, name: str, code: int) -> RunError:
+        """The error of a stage: its own ``error:`` line if it wrote one, and where to read more."""
+        lines = self._logged(name).splitlines()
+        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        where = f"; see {self._log(name)}" if lines else ""
+        return RunError(
+            f"stage {name} ended with code {code}: {(said or ['it gave no reason'])[0]}{where}"
+        )
+
+    def _log(self, name: str) -> Path | None:
+        return None if self.logs is None else self.logs / f"{name}.log"
+
+    def _logged(self, name: str) -> str:
+        log = self._log(name)
+        return log.read_text(encoding="utf-8", errors="replace") if log and log.is_file() else ""
+
+
+def _end_with_parent() -> None:
+    """In the child: SIGTERM when the parent dies (Linux's prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+class Requests:
+    """Whether the process was asked to stop; the stage under way is asked once, too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._process: subprocess.Popen | None = None
+
+    @classmethod
+    def listen(cls) -> "Requests":
+        """Take SIGTERM and SIGUSR1 from now on."""
+        requests = cls()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, requests._take)
+        return requests
+
+    def _take(self, _signal: int, _frame: object) -> None:
+        self.asked = True
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        process, self._process = self._process, None  # once: a second would cut torchrun's wait off
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+
+    @contextmanager
+    def handed_on_to(self, process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+        """Requests reach ``process`` during the body, also one that came while it was started."""
+        self._process = process
+        if self.asked:
+            self._hand_on()
+        yield process
+        self._process = None
+
+    def stop_before(self, stage: str) -> None:
+        """Raise Stopped where somebody has asked."""
+        if self.asked:
+            raise Stopped(f"asked to stop before stage {stage}; the same command goes on")
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Stop a job as a power cut does: SIGKILL to the launcher and to every rank."""
+    launcher = psutil.Process(process.pid)
+    for victim in (launcher, *launcher.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RunError(f"a stopped job did not end within {STOP_SECONDS} s") from error
+
+
+def torchrun(ranks: int, module: str, *arguments: str) -> list[str]:
+    """The command that starts ``module`` on ``ranks`` processes of this machine, any free port."""
+    launcher = python("torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return [*launcher, "-m", module, *arguments]
+
+
+def python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run directory, oldest first."""
+    return sorted(path.parent for path in run.glob("checkpoints/step_*/manifest.json"))
