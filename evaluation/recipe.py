@@ -203,7 +203,7 @@ def _parser() -> Arguments:
     parser.add_argument("--limit", type=int, help="first problems of each task only")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of a mixture")
     parser.add_argument("--mask-token-id", type=int, help="for models whose tokenizer has no mask")
     parser.add_argument("--dry-run", action="store_true", help="check the file, show its runs")
     return parser
