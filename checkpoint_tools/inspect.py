@@ -1,4 +1,4 @@
-"""Says what a model directory holds (Hugging Face Qwen3 or Megatron checkpoint), complete or not.
+"""Says what a model directory holds (Hugging Face or Megatron checkpoint), complete or not.
 
 Reads headers and file sizes only. Exit code 2 when the directory is incomplete or no model.
 """

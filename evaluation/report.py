@@ -5,7 +5,7 @@
 
 A PATH is a summary.json of evaluation.run, evaluation.score or evaluation.sweep, or a directory
 that holds some. NAME is the model's name in the tables; the name of a published model (OPDLM-4B)
-puts the measured figure beside the published one. With --out: report.md (Tables 1, 2, 3, 5 and 6,
+puts the measured figure beside the published one. With --out: report.md (the tables of accuracies,
 accuracy against tokens per step, the areas under these curves) and its pictures.
 """
 

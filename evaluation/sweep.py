@@ -12,7 +12,6 @@ one that was trained further in the same directory) ends the command with what d
 summary.json with all points, report.md and its pictures.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from evaluation.run import (
     tell_skipped,
 )
 from evaluation.sample import open_generator
+from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place, write_json
@@ -204,7 +204,7 @@ def main() -> None:
             model, points, args.out / name, tasks, loading, settings, asked, done[name]
         )
     ]
-    if os.environ.get("RANK", "0") == "0":  # there is no process group where nothing had to be run
+    if launcher.rank() == 0:  # there is no process group where nothing had to be run
         write_json(args.out / SUMMARY, rows)
         write_report([f"{name}={args.out / name}" for name in models], args.out)
         print(table(rows))

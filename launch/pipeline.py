@@ -1,4 +1,4 @@
-"""From a Hugging Face Qwen3 to the tables of its block-diffusion student, by one command.
+"""From a Hugging Face model to the tables of its block-diffusion student, by one command.
 
     launch/pipeline.sh RECIPE --hf DIR --data DIR --out DIR [--dry-run] [key=value ...]
 
