@@ -28,8 +28,16 @@ def sandbox() -> Sandbox:
     return Sandbox(limits=SMALL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def jail(sandbox):
+    """One for all attacks: whatever a program does, the next one finds the jail as it was."""
+    with sandbox.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+def fresh(sandbox):
+    """One that may hold tests: it runs nothing after them."""
     with sandbox.open() as opened:
         yield opened
 
@@ -443,8 +451,8 @@ def judge(jail: Jail, source: str, tests: str, *snippets: str, collect: bool = F
         ),
     ],
 )
-def test_right_programs_pass_their_tests(jail, source, tests, snippets):
-    outcome = judge(jail, source, tests, *snippets)
+def test_right_programs_pass_their_tests(fresh, source, tests, snippets):
+    outcome = judge(fresh, source, tests, *snippets)
     assert (outcome.status, outcome.failure, outcome.passed) == ("ok", None, len(snippets))
 
 
@@ -487,27 +495,27 @@ def f():
         "def f(:",
     ],
 )
-def test_cheats_do_not_pass_their_tests(jail, source):
+def test_cheats_do_not_pass_their_tests(fresh, source):
     snippets = ["assert abs(f() - 2) < 1e-6", "assert math.isclose(f(), 2)", "assert f() == 2"]
-    outcome = judge(jail, source, "", *snippets)
+    outcome = judge(fresh, source, "", *snippets)
     assert not (outcome.ok and outcome.failure is None)
 
 
-def test_a_jail_that_has_held_tests_runs_no_further_program(jail):
+def test_a_jail_that_has_held_tests_runs_no_further_program(fresh):
     """Its trusted process may still hold their text, and a forked program would get a copy."""
-    assert judge(jail, "def f(): return 1", "", "assert f() == 1").passed == 1
+    assert judge(fresh, "def f(): return 1", "", "assert f() == 1").passed == 1
     for again in (
-        lambda: jail.stdio("", cpu=CPU),
-        lambda: jail.start(cpu=CPU),
-        lambda: judge(jail, SPY, "", "assert f() == 1"),
+        lambda: fresh.stdio("", cpu=CPU),
+        lambda: fresh.start(cpu=CPU),
+        lambda: judge(fresh, SPY, "", "assert f() == 1"),
     ):
         with pytest.raises(JailLost, match="has held tests"):
             again()
 
 
-def test_a_program_that_hangs_its_tests_is_ended(jail):
-    jail.load("def f():\n    while True: pass")
-    outcome = jail.judge(setup=[], functions=["f"], snippets=["f()"], cpu=0.5)
+def test_a_program_that_hangs_its_tests_is_ended(fresh):
+    fresh.load("def f():\n    while True: pass")
+    outcome = fresh.judge(setup=[], functions=["f"], snippets=["f()"], cpu=0.5)
     assert outcome.status == "cpu_time"
 
 
@@ -535,8 +543,8 @@ def test_pytest_and_unittest_tests_are_collected(sandbox):
     assert wrong.failure is not None
 
 
-def test_no_tests_is_no_pass(jail):
-    assert judge(jail, "def f(): return 1", "").failure == "no tests"
+def test_no_tests_is_no_pass(fresh):
+    assert judge(fresh, "def f(): return 1", "").failure == "no tests"
 
 
 # The machinery.
