@@ -253,13 +253,13 @@ def _lean_imports() -> Iterator[None]:
     for its small functions (``torch.compile`` loads it when it decorates) and W&B for its server.
     """
     compile_, unknown = torch.compile, "wandb" not in sys.modules
-    vars(torch)["compile"] = lambda function=None, **_: function or (lambda decorated: decorated)
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
     if unknown:
         sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType] -- as if not installed
     try:
         yield
     finally:
-        vars(torch)["compile"] = compile_
+        torch.compile = compile_
         if unknown:
             del sys.modules["wandb"]
 
