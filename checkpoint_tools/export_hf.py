@@ -204,7 +204,7 @@ def _write(
 
 
 def _parser() -> Arguments:
-    parser = Arguments(prog="python -m checkpoint_tools.export_hf", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="Megatron checkpoint directory"
     )

@@ -120,7 +120,7 @@ def _carry_over(
 
 
 def _parser() -> Arguments:
-    parser = Arguments(prog="python -m checkpoint_tools.import_hf", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument(
         "--hf",
         type=Path,

@@ -47,7 +47,7 @@ MOST_PASSES = 4  # per block: each reads the whole model
 
 def main() -> None:
     """Report each comparison; the first that fails ends the command with exit code 1."""
-    parser = Arguments(prog="python -m checkpoint_tools.verify", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint")
     arguments = parser.parse_args()

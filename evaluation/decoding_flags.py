@@ -4,10 +4,10 @@ Imports no torch.
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import MODES, REMASKING, Decoding
 from megatron_opdlm.errors import InputError
 
@@ -81,7 +81,7 @@ def decoding_from(args: argparse.Namespace) -> Decoding:
 
 def loading_from(args: argparse.Namespace) -> Loading:
     """Layout and mask id; the layout must fit the processes that the launcher started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launcher.world_size()
     if min(args.tp, args.pp, args.ep) < 1:
         raise InputError(
             f"--tp {args.tp} --pp {args.pp} --ep {args.ep}: numbers of ranks; use 1 or more"

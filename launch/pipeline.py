@@ -12,7 +12,6 @@ OPDLM_LAUNCHER: the command that starts a module on all ranks (default: launch/o
 which MODULE ARGUMENT ... is added; for many nodes see docs/launching.md.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -198,11 +197,7 @@ def show(settings: Settings) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="launch/pipeline.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     add_flags(parser)
     return parser
 

@@ -39,4 +39,4 @@ start=$(date +%s)
 "$root/launch/setup.sh"
 export OPDLM_SETUP_SECONDS=$(($(date +%s) - start))
 cd "$root"
-exec .venv/bin/python -m launch.quickstart.run "$@"
+exec .venv/bin/python -m launch.opdlm quickstart "$@"

@@ -202,6 +202,9 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int = -1  # -1: all epochs of the data
+    # Steps over which learning rate and threshold_schedule run; null: train.steps. A run that is
+    # extended says here whether they keep their curves (docs/checkpoints.md).
+    schedule_steps: int | None = None
     inner_epochs: int = 1  # passes over the sequences of one rollout
     seed: int = 10086
     out: str = ""  # run directory; the same command resumes it

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm import __version__
 from megatron_opdlm.model_files.families import BY_TYPE, HFLayout
 from megatron_opdlm.model_files.huggingface_files import ADDED, CONTRACT_KEYS
 from megatron_opdlm.model_files.manifest import BlockContract
@@ -11,7 +12,7 @@ from megatron_opdlm.model_files.shape import ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
 from megatron_opdlm.model_files.writing import write_json
 
-EXPORTER_VERSION = "megatron-opdlm 0.1"
+EXPORTER_VERSION = f"megatron-opdlm {__version__}"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
 # What configurations of other layouts hold for their own code; ours and plain ones have no use for
 # it.

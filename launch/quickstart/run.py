@@ -189,11 +189,7 @@ def _evaluate(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(
-        prog="launch/quickstart.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument(
         "--out", type=Path, help="new directory (default: runs/quickstart, -2, ...)"
     )
