@@ -4,10 +4,10 @@ Imports no torch.
 """
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import MODES, REMASKING, Decoding
 from megatron_opdlm.errors import InputError
 
@@ -53,7 +53,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
-    group.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
+    group.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of a mixture")
     group.add_argument(
         "--mask-token-id", type=int, default=None, help="for models whose tokenizer has no mask"
     )
@@ -81,7 +81,7 @@ def decoding_from(args: argparse.Namespace) -> Decoding:
 
 def loading_from(args: argparse.Namespace) -> Loading:
     """Layout and mask id; the layout must fit the processes that the launcher started."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launcher.world_size()
     if min(args.tp, args.pp, args.ep) < 1:
         raise InputError(
             f"--tp {args.tp} --pp {args.pp} --ep {args.ep}: numbers of ranks; use 1 or more"

@@ -9,7 +9,6 @@ puts the measured figure beside the published one. With --out: report.md (the ta
 accuracy against tokens per step, the areas under these curves) and its pictures.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,7 @@ def write_report(arguments: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    parser = Arguments(
-        prog="python -m evaluation.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="[NAME=]PATH")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory for the report")
     args = parser.parse_args()

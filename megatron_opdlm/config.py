@@ -34,7 +34,7 @@ class ModelConfig:
     # the heads of a tensor rank. For rows too long for one rank's memory; they generate like
     # replicas.
     context_parallel: int = 1
-    # Ranks that share out the experts of a Qwen3-MoE, among those of data and context parallelism
+    # Ranks that share out the experts of a mixture, among those of data and context parallelism
     # (docs/parallelism.md); divides their number and that of the experts.
     expert_parallel: int = 1
     sequence_parallel: bool = False
@@ -202,6 +202,9 @@ class OptimizerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int = -1  # -1: all epochs of the data
+    # Steps over which learning rate and threshold_schedule run; null: train.steps. A run that is
+    # extended says here whether they keep their curves (docs/checkpoints.md).
+    schedule_steps: int | None = None
     inner_epochs: int = 1  # passes over the sequences of one rollout
     seed: int = 10086
     out: str = ""  # run directory; the same command resumes it
