@@ -4,6 +4,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from evaluation.grading.mathematics import grade_math
 from evaluation.run import prompts_of
 from evaluation.tasks import get_task
 from evaluation.tasks.evalplus import EvalPlusTask
-from megatron_opdlm.model_files.vocabulary import QWEN3_MASK_ID, load_tokenizer
+from megatron_opdlm.model_files.vocabulary import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
 SHARED = ROOT.parent / "shared" / "data"
@@ -64,7 +65,7 @@ def test_canonical_programs_pass_their_own_tests(most: int):
 
 
 @whole_only
-@pytest.mark.parametrize("most", [6, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [4, pytest.param(400, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["HumanEval", "MBPP"])
 def test_canonical_programs_pass_evalplus_tests(name: str, most: int):
     """Claim: EvalPlus' solutions pass EvalPlus' base tests, in the published files' order."""
@@ -125,11 +126,7 @@ def test_verdicts_on_instructions_are_googles():
         verdict = check_instructions(
             row["question"], names, arguments, line["responses"][0], key=row["key"]
         )
-        drawn = any(
-            len(a.get("letter", "a")) == 1 and a.get("letter") in "#!"
-            for a in arguments
-            if a.get("letter")
-        )
+        drawn = any(a.get("letter") in ("#", "!") for a in arguments)
         expected = line["expected_strict"], line["expected_loose"]
         if (verdict.strict, verdict.loose) != expected:
             differing += 1
@@ -191,8 +188,8 @@ def test_prompts_are_the_papers_token_for_token(qwen3: Any, thinking: bool):
     plain = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
     turn = THINKING if thinking else PLAIN
     mmlu = [row["question"] for row in read("MMLU_stem200.json")]
-    for letter in "ABCD":
-        mmlu = [text.replace(f"({letter}) ", f"{letter}. ") for text in mmlu]
+    for letter in "ABCDEFGHIJ":  # blanks after it go, too, and so does the end of a line
+        mmlu = [f"{letter}. ".join(re.split(rf"\({letter}\)\s*", text)) for text in mmlu]
     humaneval = [row | {"question": row["prompt"]} for row in read("HumanEval.jsonl.gz")]
     cases = [
         ("GSM8K", read("GSM8K.json"), lambda row: turn % (BOXED % row["question"])),
@@ -211,5 +208,5 @@ def test_prompts_are_the_papers_token_for_token(qwen3: Any, thinking: bool):
 
 @qwen3_only
 def test_the_mask_token_is_the_first_free_id(qwen3: Any):
-    assert max(qwen3.get_vocab().values()) + 1 == len(qwen3) == QWEN3_MASK_ID
+    assert max(qwen3.get_vocab().values()) + 1 == len(qwen3) == 151669
     assert qwen3.convert_tokens_to_ids("<|im_end|>") == 151645
