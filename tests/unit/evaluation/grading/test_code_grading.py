@@ -457,7 +457,7 @@ def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
 
 def test_tests_use_the_benchmarks_helpers_not_the_programs():
     row = {
-        "prompt": "def poly(x): return x * 2\ndef f(x):\n",
+        "question": "def poly(x): return x * 2\ndef f(x):\n",
         "canonical_solution": "    return x\n",
         "test": "def check(candidate):\n    assert poly(candidate(1)) == 2\n",
     }
