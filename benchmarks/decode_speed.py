@@ -15,6 +15,7 @@ import torch
 
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.gpt import LanguageModel, build_model
@@ -108,9 +109,9 @@ def main() -> None:
             rules,
             vocabulary,
             key=(1, 1),
-            slots=sequences,
-            attention=options.attention,
-            graphs=not options.no_graphs,
+            options=EngineOptions(
+                slots=sequences, attention=options.attention, graphs=not options.no_graphs
+            ),
         )
         return time.perf_counter() - start, made
 

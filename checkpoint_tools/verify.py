@@ -236,6 +236,7 @@ def _decode(
 ) -> list[list[int]]:
     """Responses of the rollout engine to all prompts at once, static decoding."""
     from megatron_opdlm.diffusion.decoding import Decoding
+    from megatron_opdlm.engine.options import EngineOptions
     from megatron_opdlm.rollout import Request, generate
 
     rules = Decoding(block_size=block, denoising_steps=steps, max_new_tokens=2 * block)
@@ -249,7 +250,8 @@ def _decode(
         rules.validate(),
         vocabulary,
         key=(0, 0),
-        attention="buckets",  # a captured forward would not fetch its weights again
+        # a captured forward would not fetch its weights again
+        options=EngineOptions(attention="buckets"),
     )
     return [trajectory.user_ids for trajectory in made.trajectories]
 

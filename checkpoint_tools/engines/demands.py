@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.model_files.huggingface_files import read_contract
-
 from checkpoint_tools.engines.code_demands import code_of_others, named_classes, needed_packages
 from checkpoint_tools.engines.quantized_demands import QUANTIZED_READERS, quantized_weights
 from checkpoint_tools.export import engine_settings as engine_settings
 from checkpoint_tools.export.formats import FORMATS, LAYOUTS
 from checkpoint_tools.quantization.export import is_quantized
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.huggingface_files import read_contract
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer

@@ -4,7 +4,7 @@ configuration made.
 
 from pathlib import Path
 
-from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
+from megatron_opdlm.config import Config, differing_keys, load_config, may_change, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.manifest import CONFIG
@@ -13,30 +13,6 @@ from megatron_opdlm.model_files.writing import check_place, write_json, write_te
 from megatron_opdlm.run.run_lock import LOCK
 
 DATA = "data.json"  # {path: SHA-256} of the files that the run reads
-
-# Keys that may change between two starts of one run: they decide where and how fast, never what is
-# computed.
-_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "evaluation", "logging")
-_FREE_KEYS = {
-    "model.tensor_parallel",
-    "model.pipeline_parallel",
-    "model.context_parallel",
-    "model.expert_parallel",
-    "model.sequence_parallel",
-    "model.recompute",
-    "model.spec",
-    "teacher.offload_targets",
-    "teacher.offload_weights",
-    "optimizer.cpu_offload",
-    "lora.share_teacher",
-    "rollout.slots",
-    "rollout.kv_cache_tokens",
-    "rollout.prefill_tokens",
-    "rollout.attention",
-    "rollout.graphs",
-    "loss.chunk_rows",
-    "update.tokens_per_microbatch",
-}
 
 
 def check_run_directory(config: Config) -> None:
@@ -60,9 +36,7 @@ def check_run_directory(config: Config) -> None:
     differing = [
         key
         for key in differing_keys(load_config(out / CONFIG, []), config)
-        if key not in _FREE_KEYS
-        and key.partition(".")[0] not in _FREE_SECTIONS
-        and key != "train.out"
+        if not may_change(key) and key != "train.out"
     ]
     if differing:
         raise InputError(

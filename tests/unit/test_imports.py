@@ -37,7 +37,11 @@ COMMANDS = ("import_hf", "export_hf", "verify", "serve_check", "inspect")
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.diffusion.truncation", "megatron_opdlm.diffusion.denoising")
 # Read before anything slow is loaded.
-LIGHT = ("config", "configuration", "errors", "records")
+LIGHT = ("config", "configuration", "errors", "keys", "records")
+LIGHT_MODULES = tuple(
+    f"megatron_opdlm.{name}"
+    for name in ("configuration", "errors", "keys", "diffusion.decoding", "engine.options")
+)
 # Copied into exported directories, so they stand alone.
 COPIED = ("blocks", "denoising", "randomness")
 
@@ -118,12 +122,12 @@ def test_file_keeps_the_rules_of_its_place(file):
     place = parts[1]
     assert not {name for name in names if name.startswith("tests")}
     if file.parent.name == "diffusion":
-        pure = "megatron_opdlm.diffusion", "megatron_opdlm.errors"
+        pure = "megatron_opdlm.diffusion", "megatron_opdlm.errors", "megatron_opdlm.keys"
         assert not outside(names, ("torch", *(() if parts[-1] in COPIED else pure)))
     if parts == ("megatron_opdlm", "divergence"):
         assert not outside(names, MATHS)
     if parts[0] == "megatron_opdlm" and place in LIGHT:
-        light = ("yaml", "omegaconf", "megatron_opdlm.errors", "megatron_opdlm.configuration")
+        light = ("yaml", "omegaconf", *LIGHT_MODULES)
         assert not outside(names, light) - {"megatron_opdlm"}
     if parts[0] == "megatron_opdlm" and place in FLOW:
         later = FLOW[FLOW.index(place) + 1 :]
