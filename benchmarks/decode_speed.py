@@ -14,8 +14,8 @@ import time
 import torch
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.gpt import LanguageModel, build_model

@@ -4,13 +4,12 @@ Imports no torch.
 """
 
 import argparse
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm import keys
+from megatron_opdlm import keys, launcher
 from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.keys import key
@@ -24,7 +23,7 @@ class Loading:
     pp: int = key(1, "that share out the layers", unit="ranks", at_least=1)
     ep: int = key(
         1,
-        "that share out the experts (Qwen3-MoE), among those that tp and pp leave",
+        "that share out the experts of a mixture, among those that tp and pp leave",
         unit="ranks",
         at_least=1,
     )
@@ -80,7 +79,7 @@ def loading_from(args: argparse.Namespace) -> Loading:
     for item in fields(Loading):
         keys.check(Loading, item.name, getattr(loading, item.name), flag(item.name))
     tp, pp, ep = loading.tp, loading.pp, loading.ep
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launcher.world_size()
     if world % (tp * pp):
         raise InputError(
             f"--tp {tp} --pp {pp}: their product {tp * pp} does not divide the "

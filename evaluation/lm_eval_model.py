@@ -23,6 +23,7 @@ from evaluation.generation.task_run import sample_key
 from evaluation.grading.response import without_thinking
 from evaluation.prompting import prompt_from, response_text
 from evaluation.sample import open_generator
+from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import InputError, RunError, command, nearest
 from megatron_opdlm.records import Prompt
@@ -276,7 +277,7 @@ def main() -> None:
     """The harness's command line. Only one process speaks and writes."""
     from lm_eval.__main__ import cli_evaluate
 
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launcher.rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- until the end
     cli_evaluate()
 

@@ -10,8 +10,6 @@ settings, other data or another model (also one trained further in the same dire
 command with what differs. OUT/summary.json, written last, holds all rows.
 """
 
-import argparse
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from evaluation.reporting.results import SUMMARY
 from evaluation.run import evaluate, finished, load_tasks, tell_skipped
 from evaluation.sample import open_generator
 from evaluation.tasks import get_task
+from megatron_opdlm import launcher
 from megatron_opdlm.configuration import yaml_text
 from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
@@ -192,11 +191,7 @@ def describe(runs: Sequence[RecipeRun]) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="FILE")
     parser.add_argument("--model", type=Path, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR")
@@ -235,7 +230,7 @@ def main() -> None:
     loading = loading_from(args)
     check_model(args.model)
     rows = run_recipe(runs, args.model, args.data, args.out, loading, args.limit)
-    if os.environ.get("RANK", "0") == "0":  # without work there is no process group to ask
+    if launcher.rank() == 0:  # without work there is no process group to ask
         write_json(args.out / SUMMARY, rows)
         print(table(rows))
 

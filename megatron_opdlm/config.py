@@ -109,8 +109,8 @@ def differing_keys(a: Config, b: Config) -> list[str]:
 
 
 def may_change(key: str) -> bool:
-    """Whether a dotted key may have another value when a run goes on: it decides where and how
-    fast, never what is computed.
+    """Whether a dotted key may have another value when a run goes on: it decides where, how fast
+    and how long, never what a step computes.
     """
     place, _, name = key.partition(".")
     whole = next(item for item in dataclasses.fields(Config) if item.name == place)

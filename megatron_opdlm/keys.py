@@ -30,7 +30,7 @@ class Key:
     below: float | None = None
     or_else: tuple[int, str] | None = None  # a value outside the range, and what it stands for
     is_path: bool = False  # of a file or directory: ~ is the user's home
-    may_change: bool = False  # between two starts of one run: it decides where and how fast only
+    may_change: bool = False  # between two starts of one run
 
     @property
     def range(self) -> str:

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.cache_budget import fitting_slots, open_cache
 from megatron_opdlm.engine.decode_forward import BucketForward, Capture, DecodeForward, RowForward
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.engine.slots import (
     Masked,
     Request,

@@ -47,6 +47,11 @@ class StepPlan:
         return self
 
     @property
+    def schedule_steps(self) -> int:
+        """Over which learning rate and threshold run, however long the run itself is."""
+        return self.config.train.schedule_steps or self.total_steps
+
+    @property
     def notes(self) -> list[str]:
         """What of the configuration has another effect than it looks like, for people."""
         curve, cap = self.config.curriculum, self.config.rollout.max_new_tokens
@@ -128,7 +133,7 @@ class StepPlan:
         return Decoding.of(
             rollout,
             threshold=curriculum.threshold_at(
-                step, self.config.threshold_schedule, rollout, self.total_steps
+                step, self.config.threshold_schedule, rollout, self.schedule_steps
             ),
             seed=self.config.train.seed,
             logit_shift=self.config.loss.logit_shift,
@@ -146,5 +151,5 @@ class StepPlan:
         )
         position = (step - 1) * nominal + number * nominal / updates
         return curriculum.learning_rate(
-            position, o, updates_per_step=nominal, total_steps=self.total_steps
+            position, o, updates_per_step=nominal, total_steps=self.schedule_steps
         )

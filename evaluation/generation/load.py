@@ -1,16 +1,15 @@
 """Loads a model directory straight into a GPTModel and generates with the project's own engine."""
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evaluation.generation.mailbox import Mailbox
-from megatron_opdlm import parallel
+from megatron_opdlm import launcher, parallel
 from megatron_opdlm.checkpoint import load_model
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import choose_kernels
@@ -130,10 +129,10 @@ def load_generator(
     """Load a Hugging Face directory or a Megatron checkpoint; data parallelism takes what is left.
 
     ``ep`` ranks share out the experts of a mixture. Layers and attention are those that training
-    chooses for this hardware. Raises InputError for a directory that is no complete Qwen3, and for
+    chooses for this hardware. Raises InputError for a directory that is no complete model, and for
     a layout that divides neither the ranks nor the model.
     """
-    Layout(tensor=tp, pipeline=pp, expert=ep).data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
+    Layout(tensor=tp, pipeline=pp, expert=ep).data_parallel(launcher.world_size())
     manifest = read_manifest(model_dir) if is_checkpoint(model_dir) else None
     files = huggingface_dir(model_dir)
     shape = read_shape(files)

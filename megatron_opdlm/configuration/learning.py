@@ -75,11 +75,24 @@ class TrainConfig:
     """Length and place of the run."""
 
     steps: int = key(
-        -1, "of the run", unit="steps", at_least=1, or_else=(-1, "all epochs of the data")
+        -1,
+        "of the run",
+        unit="steps",
+        at_least=1,
+        or_else=(-1, "all epochs of the data"),
+        may_change=True,
+    )
+    schedule_steps: int | None = key(
+        None,
+        "over which learning rate and threshold_schedule run; null: train.steps; a run that is "
+        "extended says here whether they keep their curves (docs/checkpoints.md)",
+        unit="steps",
+        at_least=1,
+        may_change=True,
     )
     inner_epochs: int = key(1, "over the sequences of one rollout", unit="passes", at_least=1)
     seed: int = key(10086, "of every random draw", at_least=0)
-    out: str = key("", "run directory; the same command resumes it", is_path=True)
+    out: str = key("", "run directory; the same command resumes it", is_path=True, may_change=True)
 
 
 @dataclass(frozen=True, kw_only=True)

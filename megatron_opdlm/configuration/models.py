@@ -34,7 +34,7 @@ class ModelConfig:
     )
     expert_parallel: int = key(
         1,
-        "that share out the experts of a Qwen3-MoE, among those of data and context parallelism; "
+        "that share out the experts of a mixture, among those of data and context parallelism; "
         "divides their number and that of the experts",
         unit="ranks",
         at_least=1,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding, Remasking, Sampling
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.keys import key, key_of
 
 Curve = Literal["linear", "sin", "cos"]
@@ -16,7 +16,7 @@ class DataConfig:
     """Training prompts (docs/data.md)."""
 
     path: str = key("", "JSON list, JSONL, Parquet, or a `datasets` directory", is_path=True)
-    epochs: int = key(1, "over the prompts", unit="epochs", at_least=1)
+    epochs: int = key(1, "over the prompts", unit="epochs", at_least=1, may_change=True)
     enable_thinking: bool = key(False, "thinking flag of the chat template")
     shuffle: bool = key(True, "every epoch in an order of its own; false: the file's")
     max_prompt_tokens: int | None = key(

@@ -84,7 +84,7 @@ class GroupAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore -- torch's, without closures
         """One update of every group. The moments are kept in float32 like the main parameters."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:

@@ -1,7 +1,6 @@
 """Chooses the hardware once, into one record. Nobody else asks what machine this is."""
 
 import functools
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_opdlm import launcher
 from megatron_opdlm.hardware import cpu, gpu, megatron_on_cpu
 
 
@@ -39,7 +39,7 @@ def _peak_resident_bytes() -> int:
 
 def _available_bytes() -> int:
     """This rank's share of the memory that the machine could still give."""
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available // launcher.local_world_size()
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def select_hardware() -> Hardware:
     """
     if torch.cuda.is_available():
         return Hardware(
-            device=gpu.set_device(int(os.environ.get("LOCAL_RANK", "0"))),
+            device=gpu.set_device(launcher.local_rank()),
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,

@@ -16,11 +16,11 @@ from torch import Tensor
 from megatron_opdlm import parallel, replay, rollout, train
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion import denoising, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan

@@ -6,8 +6,8 @@ from collections import deque
 import pytest
 import torch
 
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.engine.slots import Request, SlotTable, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.parallel import Layout

@@ -3,9 +3,9 @@
 import pytest
 
 from benchmarks.static_batch_sampler import sample_static
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion import denoising
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.options import EngineOptions
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.rollout import generate
 from tests.conftest import TinyModels

@@ -7,12 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_opdlm import prepare_data
-from megatron_opdlm.config import load_config
 from megatron_opdlm.data.checks import EvaluationProblems, Identity, duplicates, words
-from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.data.sources import TRAINING_SETS, ask, fetch
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.run import run_directory
 from tests.conftest import TinyModels
 
 LONG = "a b c d e f g h i j k l m n o"
@@ -198,25 +195,3 @@ def test_an_unknown_set_and_no_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RunError, match=r"opdlm_train\.json of divelab/opdlm_train_data cannot be"):
         fetch("opdlm_train", cache=tmp_path)
-
-
-@pytest.mark.parametrize("key", ["data.path", "mixing.path"])
-def test_a_run_records_its_data_and_refuses_other(tmp_path, key):
-    """Claim: the contents' hashes are in the run directory; a changed file does not continue it,
-    which is found before any model is read, and named by its key."""
-    paths = {name: tmp_path / f"{name}.jsonl" for name in ("data.path", "mixing.path")}
-    for path in paths.values():
-        write(path, [{"prompt": path.name}])
-    keys = [f"{name}={path}" for name, path in paths.items()]
-    config = load_config(None, [*keys, "mixing.fraction=0.5", f"train.out={tmp_path / 'run'}"])
-    run_directory.check_run_directory(config)
-    run_directory.prepare_run_directory(config)
-    record = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert record == {str(path): content_hash(path) for path in paths.values()}
-    run_directory.check_run_directory(config)
-    run_directory.prepare_run_directory(config)
-    write(paths[key], [{"prompt": "b"}])
-    with pytest.raises(InputError, match=rf"^{key}={paths[key]} has changed since"):
-        run_directory.check_run_directory(config)
-    paths[key].unlink()
-    run_directory.check_run_directory(config)  # whoever reads the file says that it is not there

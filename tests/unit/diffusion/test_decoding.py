@@ -74,7 +74,7 @@ def test_sections_and_flags_say_what_the_record_says():
     assert Decoding.of(config.rollout, seed=3).top_k == 7
     drawn = Decoding.of(config.evaluation, denoising_steps=2)
     assert (drawn.threshold, drawn.denoising_steps, drawn.temperature) == (0.5, 2, 0.0)
-    parser = Arguments()
+    parser = Arguments(None)
     add_decoding_flags(parser)
     flags = parser.parse_args([])
     assert {name: getattr(flags, name) for name in ASKED} == Decoding().asked

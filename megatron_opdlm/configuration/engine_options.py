@@ -38,5 +38,5 @@ class EngineOptions:
         may_change=True,
     )
     graphs: bool = key(
-        True, "replay forwards captured in CUDA graphs, with rows on GPUs", may_change=True
+        True, "capture the forwards of rows in graphs and replay them, on GPUs", may_change=True
     )
