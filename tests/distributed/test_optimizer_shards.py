@@ -1,4 +1,4 @@
-"""What a rank saves and loads of the optimizer is its share, and lies where every layout finds it."""
+"""A rank saves and loads its share of the optimizer, and every layout finds each number of it."""
 
 from pathlib import Path
 
@@ -6,7 +6,6 @@ import pytest
 
 from tests.conftest import MASK, TinyModels
 from tests.distributed import checkpoint_jobs as jobs
-from tests.distributed.layouts import LAYOUTS, overrides
 from tests.distributed.workers import WorkerGroups
 from tests.tiny_models import make_qwen3
 
