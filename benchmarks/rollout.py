@@ -105,13 +105,12 @@ def main() -> None:
 
     same = [t.response_ids for t in engine(greedy).trajectories] == baseline(greedy).responses
     assert same, "engine and baseline disagree"
-    times: list[tuple[float, float]] = []
-    for _ in range(options.rounds):
-        (a, made), (b, expected) = (
-            timed(partial(engine, decoding)),
-            timed(partial(baseline, decoding)),
-        )
-        times.append((a, b))
+    rounds = [
+        (timed(partial(engine, decoding)), timed(partial(baseline, decoding)))
+        for _ in range(options.rounds)
+    ]
+    times = [(a, b) for (a, _), (b, _) in rounds]
+    (_, made), (_, expected) = rounds[-1]
     ratio = statistics.median(b / a for a, b in times)
     speed = [tokens / statistics.median(column) for column in zip(*times, strict=True)]
     print(

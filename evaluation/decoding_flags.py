@@ -53,7 +53,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     group.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
-    group.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
+    group.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of a mixture")
     group.add_argument(
         "--mask-token-id", type=int, default=None, help="for models whose tokenizer has no mask"
     )

@@ -113,7 +113,7 @@ def _attempt(what: str, do: Callable[[], Result]) -> Result:
 
 
 def main() -> None:
-    parser = Arguments(prog="python -m evaluation.download", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
     parser.add_argument("--tasks", nargs="+", default=list(PAPER_TASKS), metavar="NAME")
     args = parser.parse_args()

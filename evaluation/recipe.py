@@ -10,7 +10,6 @@ settings, other data or another model (also one trained further in the same dire
 command with what differs. OUT/summary.json, written last, holds all rows.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -195,11 +194,7 @@ def describe(runs: Sequence[RecipeRun]) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="FILE")
     parser.add_argument("--model", type=Path, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR")
@@ -208,7 +203,7 @@ def _parser() -> Arguments:
     parser.add_argument("--limit", type=int, help="first problems of each task only")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of a mixture")
     parser.add_argument("--mask-token-id", type=int, help="for models whose tokenizer has no mask")
     parser.add_argument("--dry-run", action="store_true", help="check the file, show its runs")
     return parser

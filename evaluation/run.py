@@ -210,11 +210,7 @@ def check_asking(args: argparse.Namespace) -> None:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")

@@ -12,7 +12,6 @@ one that was trained further in the same directory) ends the command with what d
 summary.json with all points, report.md and its pictures.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -163,11 +162,7 @@ def _comparable(decoding: Decoding) -> dict[str, Any]:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--models", required=True, nargs="+", metavar="[NAME=]DIR")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")

@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.export.formats import FORMATS, check_format
+from checkpoint_tools.export.formats import check_format
 from evaluation.recipe import RecipeRun, read_recipe
 from launch.stages import ROOT
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import FORMATS, QWEN3
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
 from megatron_opdlm.model_files.writing import check_place
@@ -165,9 +166,9 @@ def _format(given: str | None, recipe: Config, shape: ModelShape | None) -> str:
         logit_shift=recipe.loss.logit_shift,
     )
     if given is None:
+        family = shape.family if shape is not None else QWEN3
         plain = contract.logit_shift or contract.block_alignment != "absolute"
-        experts = shape is not None and shape.experts is not None
-        given = "qwen3" if plain else "sdar" if experts else "a2d-qwen3"
+        given = (family.plain if plain else family.block_diffusion).format
     if shape is not None:
         check_format(given, contract, shape)
     return given
@@ -233,15 +234,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add = parser.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="training recipe, e.g. configs/opdlm_8b.yaml")
-    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Qwen3 directory")
+    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
     add("--data", type=Path, required=True, metavar="DIR", help="data files of the benchmarks")
     add("--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with")
     add("--evaluation", type=Path, metavar="FILE", help="default: configs/evaluation/RECIPE's name")
     add(
         "--format",
         choices=sorted(FORMATS),
-        help="of the export (default: a2d-qwen3; sdar with experts; qwen3 for loss.logit_shift or "
-        "states.block_alignment=response, which readers of the others do not know)",
+        help="of the export (default: the family's a2d-...; sdar with experts; the family's own "
+        "name for loss.logit_shift or states.block_alignment=response, which readers of the others "
+        "do not know)",
     )
     add("--ranks", type=int, help="of training and evaluation (default: the GPUs here, else 1)")
     add("--tp", type=int, help="tensor-parallel ranks of the evaluation (default: 1)")

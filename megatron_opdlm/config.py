@@ -34,7 +34,7 @@ class ModelConfig:
     # the heads of a tensor rank. For rows too long for one rank's memory; they generate like
     # replicas.
     context_parallel: int = 1
-    # Ranks that share out the experts of a Qwen3-MoE, among those of data and context parallelism
+    # Ranks that share out the experts of a mixture, among those of data and context parallelism
     # (docs/parallelism.md); divides their number and that of the experts.
     expert_parallel: int = 1
     sequence_parallel: bool = False

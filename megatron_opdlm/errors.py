@@ -17,6 +17,7 @@ from megatron_opdlm.launcher import rank, world_size
 BAD_INPUT = 2
 FAILURE = 1
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues
+OPDLM = "opdlm"  # the command: launch/opdlm.py
 _RANK_0_SECONDS = 30  # in which rank 0 finds the same bad input, says so, and the launcher ends all
 
 
@@ -36,7 +37,20 @@ class Stopped(BaseException):
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2."""
+    """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2.
+
+    Its help names the command as it was typed, ``opdlm NAME`` or ``python -m MODULE``, and keeps
+    the description's lines.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        is_opdlm = sys.argv[0].startswith(f"{OPDLM} ")
+        super().__init__(
+            prog=sys.argv[0] if is_opdlm or module is None else f"python -m {module.name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

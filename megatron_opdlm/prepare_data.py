@@ -172,11 +172,7 @@ def summary(account: dict[str, Any]) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m megatron_opdlm.prepare_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     add("--source", required=True, help=f"{' or '.join(PUBLISHED)} (fetched), or a local file")
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="model directory")

@@ -7,7 +7,6 @@ A line of the input is ``{"prompt_ids": [...], "response_ids": [...], "masked": 
 ``masked`` is the noisy input as it is, blocks are counted from absolute position 0.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,11 +113,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, write ``--out`` whole or not at all."""
-    parser = Arguments(
-        prog="megatron_opdlm.replay",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--student", required=True, help="HF directory or Megatron checkpoint")
     parser.add_argument("--teacher", required=True, help="HF directory or Megatron checkpoint")
     parser.add_argument("--trajectories", required=True, type=Path, metavar="FILE.jsonl")

@@ -62,7 +62,7 @@ def require_known_tasks(config: Config) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
-    parser = Arguments(prog="megatron_opdlm.train", description="On-policy distillation.")
+    parser = Arguments(description="On-policy distillation.")
     parser.add_argument(
         "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"
     )
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if launcher.rank() == 0:
             print(describe(config, world_size))
         return
-    with preemption.listening():
+    with preemption.listening():  # while the libraries are imported as well
         run(config)
 
 

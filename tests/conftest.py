@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.workers import WorkerGroups
+from tests.forking import ForkServer
 from tests.tiny_models import make_qwen3
 
 SEEDS = {"student": 11, "teacher": 12}
@@ -67,8 +68,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[WorkerGroups]:
+def fork_server() -> Iterator[ForkServer]:
+    """Everything that takes seconds to import is imported in it once."""
+    server = ForkServer(["tests.distributed.jobs", "tests.faults.disturbed"])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(fork_server: ForkServer) -> Iterator[WorkerGroups]:
     """``ranks(2).run(function, **arguments)``: a function on both ranks of a running group."""
-    groups = WorkerGroups()
+    groups = WorkerGroups(fork_server)
+    yield groups
+    groups.close()
+
+
+@pytest.fixture(scope="session")
+def forks(fork_server: ForkServer) -> Iterator[WorkerGroups]:
+    """Groups whose ranks never run a model themselves: they fork the ranks of jobs."""
+    groups = WorkerGroups(fork_server)
     yield groups
     groups.close()

@@ -135,7 +135,7 @@ def load_generator(
     """Load a Hugging Face directory or a Megatron checkpoint; data parallelism takes what is left.
 
     ``ep`` ranks share out the experts of a mixture. Layers and attention are those that training
-    chooses for this hardware. Raises InputError for a directory that is no complete Qwen3, and for
+    chooses for this hardware. Raises InputError for a directory that is no complete model, and for
     a layout that divides neither the ranks nor the model.
     """
     Layout(tensor=tp, pipeline=pp, expert=ep).data_parallel(launcher.world_size())

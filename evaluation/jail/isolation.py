@@ -39,6 +39,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1,
 _SIGKILL = 9
 _LIBRARY_TREES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_BYTES_PER_FILE = 4096  # an empty one takes kernel memory, too
 WORK = "/sandbox"  # the working directory inside a new root
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -66,20 +67,19 @@ class Limits:
 def enter_namespaces(allowed: set[str]) -> set[str]:
     """Leave the machine's namespaces as far as the kernel lets us; the names that worked.
 
-    As root directly, else inside a new user namespace. The pid namespace holds for children only.
+    As root that becomes another user directly, else inside a new user namespace where there may be
+    one. The pid namespace holds for children only.
     """
     entered: set[str] = set()
     uid, gid = os.geteuid(), os.getegid()
-    may_directly = uid == 0 and "mount_namespace" in allowed and _unshare("mount_namespace")
-    if may_directly:
-        entered.add("mount_namespace")
-    elif "user_namespace" in allowed and uid != 0 and libc.unshare(_NEW_USER) == 0:
+    another_user = uid == 0 and "unprivileged_user" in allowed
+    if "user_namespace" in allowed and not another_user and libc.unshare(_NEW_USER) == 0:
         entered.add("user_namespace")
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     for name in _NEW_NAMESPACE:
-        if name in allowed and name not in entered and _unshare(name):
+        if name in allowed and _unshare(name):
             entered.add(name)
     return entered
 
@@ -121,7 +121,8 @@ def change_root(interpreter_trees: list[str], work_space: int, uid: int) -> None
             _bind(tree, new + tree)
             bound.append(tree)
     os.mkdir(new + WORK)
-    _mount("tmpfs", new + WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"size={work_space}")
+    room = f"size={work_space},nr_inodes={work_space // _BYTES_PER_FILE}"
+    _mount("tmpfs", new + WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, room)
     os.chown(new + WORK, uid, -1)
     os.chmod(new + WORK, 0o700)
     os.symlink(WORK, new + "/tmp")
@@ -153,20 +154,21 @@ def isolate(settings: dict[str, Any]) -> set[str]:
         space, uid = settings["limits"]["work_space"], settings["uid"]
         change_root(settings["trees"], space, uid)
         settings["work"] = WORK
-    if "mount_namespace" not in layers and os.geteuid() == 0:
-        os.chown(settings["work"], settings["uid"], -1)
+    another_user = os.geteuid() == 0 and "unprivileged_user" in allowed
+    if another_user:
+        layers.add("unprivileged_user")
+        if "mount_namespace" not in layers:
+            os.chown(settings["work"], settings["uid"], -1)
     if "seccomp" in allowed and sandbox_seccomp.is_supported():
         layers.add("seccomp")
     if "landlock" in allowed and landlock_version() > 0:
         layers.add("landlock")
-    if os.geteuid() == 0:
-        layers.add("unprivileged_user")
     return layers
 
 
 def drop_privileges(uid: int) -> None:
     """Become ``uid`` without groups and capabilities, for good. OSError: the kernel refuses."""
-    if os.geteuid() == 0:
+    if uid != os.geteuid():
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)

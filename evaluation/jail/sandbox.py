@@ -41,7 +41,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _USERS = range(61184, 65184)  # without names and files; as root each jail takes its own
-# What is given up, in this order, where a jail with all layers does not run a first program.
+# What is given up, in this order, where a jail with all layers does not run a first program: rights
+# are dropped in other ways first, then one thing is confined the less.
+_OTHER_USER: tuple[set[str], ...] = (
+    set(),
+    {"unprivileged_user"},
+    {"unprivileged_user", "user_namespace"},
+)
 _WEAKER: tuple[set[str], ...] = (
     set(),
     {"landlock"},
@@ -104,7 +110,8 @@ class Sandbox:
 
     def _open(self, allowed: set[str]) -> Jail:
         with self._lock:
-            uid = next(self._users) if os.geteuid() == 0 else os.geteuid()
+            another_user = os.geteuid() == 0 and "unprivileged_user" in allowed
+            uid = next(self._users) if another_user else os.geteuid()
         packages = package_directories()
         trees = list(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix, *packages]))
         return Jail(
@@ -120,26 +127,26 @@ class Sandbox:
 
     def _probe(self, wanted: set[str]) -> tuple[set[str], set[str]]:
         """Layers to ask for and layers in force, the most that run a first program."""
-        reason = "no layer was tried"
-        for without in _WEAKER:
-            allowed = wanted - without
+        reasons: dict[str, None] = {}  # ordered
+        for without, rights in itertools.product(_WEAKER, _OTHER_USER):
+            allowed = wanted - without - rights
             try:
                 with self._open(allowed) as jail:
                     if "layers" not in jail.greeting:
-                        reason = str(jail.greeting)
+                        reasons[str(jail.greeting)] = None
                         continue
                     jail.load(_FIRST_PROGRAM)
                     outcome = jail.stdio("", cpu=60.0, wall=300.0)
             except JailLost as lost:
-                reason = str(lost)
+                reasons[str(lost)] = None
                 continue
             if outcome.ok and outcome.stdout == "42\n":
                 in_force = set(jail.greeting["layers"])
                 return allowed - ({"mount_namespace"} - in_force), in_force
-            reason = f"{outcome.status} {outcome.stderr.strip()[-200:]}"
+            reasons[f"{outcome.status} {outcome.stderr.strip()[-200:]}"] = None
         raise RunError(
-            f"generated programs cannot be run safely on this machine ({reason}); run as an "
-            "ordinary user, or with an interpreter that ordinary users may read"
+            f"generated programs cannot be run safely on this machine ({'; '.join(reasons)}); run "
+            "as an ordinary user, or with an interpreter that ordinary users may read"
         )
 
     def describe(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ but cannot load: it asks the optimizer that is still empty for its state, of whi
 """
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class GroupAdam(torch.optim.Optimizer):
         self.adam_w_mode = adam_w_mode
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore -- torch's, without closures
         """One update of every group. The moments are kept in float32 like the main parameters."""
         assert closure is None, "closures are not supported"
         for group in self.param_groups:

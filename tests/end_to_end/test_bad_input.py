@@ -18,7 +18,7 @@ from megatron_opdlm import replay, train
 from megatron_opdlm.errors import command
 from tests import training_run
 from tests.conftest import MASK, TinyModels
-from tests.distributed.workers import REPOSITORY
+from tests.forking import REPOSITORY
 from tests.tiny_models import edit_json, make_qwen3
 
 Main = Callable[[], None]

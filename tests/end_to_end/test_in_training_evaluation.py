@@ -4,7 +4,6 @@ nothing, goes on after stops and kills, and keeps the best checkpoint.
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.conftest import MASK, TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
-from tests.distributed.workers import WorkerGroup, WorkerGroups
+from tests.distributed.workers import WorkerGroups
 from tests.end_to_end import killed
 from tests.end_to_end.killed import Kill
 from tests.training_run import STEPS, metrics
@@ -161,16 +160,8 @@ def test_the_best_checkpoint_is_kept(evaluated: Path, plain: Path):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[WorkerGroup]:
-    """One process that forks runs."""
-    group = WorkerGroup(1, imports="tests.end_to_end.killed")
-    yield group
-    group.close()
-
-
 def test_killed_in_an_evaluation_and_in_keeping_the_best(
-    forks: WorkerGroup, evaluated: Path, model: Path, prompts: Path, data: Path, tmp_path: Path
+    forks: WorkerGroups, evaluated: Path, model: Path, prompts: Path, data: Path, tmp_path: Path
 ):
     """Claim: SIGKILL before step 1, while the line is written, while step 6 is evaluated and right
     after its checkpoint is named: the same command ends with the undisturbed run's results."""
@@ -184,9 +175,9 @@ def test_killed_in_an_evaluation_and_in_keeping_the_best(
         Kill(function="megatron_opdlm.checkpoint:Checkpoints._point_to_best", call=2),
     ]
     for kill in kills:
-        (ended,) = forks.run(killed.run, overrides=overrides, kill=kill, timeout=240)
+        (ended,) = forks(1).run(killed.run, overrides=overrides, kill=kill, timeout=240)
         assert ended["code"] == -9, (kill, ended)
-    (ended,) = forks.run(killed.run, overrides=overrides, kill=None, timeout=240)
+    (ended,) = forks(1).run(killed.run, overrides=overrides, kill=None, timeout=240)
     assert ended["code"] == 0, ended
     assert evaluations(out) == evaluations(evaluated)
     assert metrics(out) == metrics(evaluated)

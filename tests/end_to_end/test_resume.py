@@ -3,7 +3,6 @@ weights as one that was never killed; at another layout, losses to 1e-5.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
-from tests.distributed.workers import WorkerGroup, WorkerGroups
+from tests.distributed.workers import WorkerGroups
 from tests.end_to_end import killed
 from tests.end_to_end.killed import Kill, KillWithin
 from tests.recorded import distance
@@ -42,14 +41,6 @@ def undisturbed(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
     jobs.train_run(training_run.overrides(model, prompts, out))
     training_run.assert_steps(metrics(out))
     return out
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[WorkerGroup]:
-    """One process that forks runs."""
-    group = WorkerGroup(1, imports="tests.end_to_end.killed")
-    yield group
-    group.close()
 
 
 def weights(run: Path, step: int = STEPS) -> jobs.Arrays:
@@ -80,7 +71,7 @@ KILLS: list[Kill | KillWithin] = [
 
 
 def test_killed_again_and_again(
-    forks: WorkerGroup, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+    forks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
 ):
     """Claim: whatever a SIGKILL interrupts, the same command goes on; all numbers of all steps and
     every bit of the final weights are those of the undisturbed run, and nothing half-written is
@@ -91,7 +82,7 @@ def test_killed_again_and_again(
     command = training_run.overrides(model, prompts, out, *keys)
     steps_done = 0
     for kill in KILLS:
-        (ended,) = forks.run(killed.run, overrides=command, kill=kill, timeout=150)
+        (ended,) = forks(1).run(killed.run, overrides=command, kill=kill, timeout=150)
         quicker = isinstance(kill, KillWithin) and ended["code"] == 0  # than the kill
         assert ended["code"] == -9 or quicker, (kill, ended)
         latest = out / "checkpoints" / "latest"
@@ -100,7 +91,7 @@ def test_killed_again_and_again(
             assert manifest.step is not None and manifest.step >= steps_done
             steps_done = manifest.step
     assert steps_done > 0, "no kill came after a checkpoint"
-    (ended,) = forks.run(killed.run, overrides=command, kill=None, timeout=150)
+    (ended,) = forks(1).run(killed.run, overrides=command, kill=None, timeout=150)
     assert ended["code"] == 0, ended
     assert f"resuming after step {steps_done}" in ended["log"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests import training_run
 from tests.conftest import TinyModels
-from tests.distributed.workers import REPOSITORY
+from tests.forking import REPOSITORY
 
 
 def train(arguments: list[str]) -> None:

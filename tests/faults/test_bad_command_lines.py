@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MASK, TinyModels
-from tests.distributed.workers import REPOSITORY
 from tests.faults.refusals import COMMANDS, Runner, assert_one_line
+from tests.forking import REPOSITORY
 
 SECONDS = 240  # for a command that only has to read its command line
 GOOD = '{"question": "1+1=", "answer": "2"}\n'

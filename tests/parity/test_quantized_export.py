@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check, verify
 from checkpoint_tools.engines.demands import read_directory
-from checkpoint_tools.export.formats import LAYOUTS, Layout
+from checkpoint_tools.export.formats import code_of
 from evaluation import sample
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.families import LAYOUTS, HFLayout
 from tests.tiny_models import make_qwen3
 
 MASK_ID, BLOCK, END_IDS = 64, 4, (48, 46)
@@ -356,15 +357,15 @@ def test_rollouts_without_passes_and_with_messages(
 
 
 @pytest.mark.parametrize(
-    "layout", [one for one in LAYOUTS.values() if one.code], ids=lambda one: one.model_type
+    "layout", [one for one in LAYOUTS.values() if one.has_code], ids=lambda one: one.model_type
 )
-def test_modelling_files_name_every_file_beside_them(layout: Layout) -> None:
+def test_modelling_files_name_every_file_beside_them(layout: HFLayout) -> None:
     """Claim: transformers 4 finds the whole code of an export: of a local directory it copies what
     the modelling and the configuration file import, and nothing that those files import in turn.
     """
-    texts = [file.read_text() for file in layout.code[:2]]
+    texts = [file.read_text() for file in code_of(layout)[:2]]
     named = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)}
-    assert named >= {file.stem for file in layout.code[2:]}
+    assert named >= {file.stem for file in code_of(layout)[2:]}
 
 
 def test_experts_and_ranks_are_refused(

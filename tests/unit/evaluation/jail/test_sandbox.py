@@ -198,6 +198,35 @@ def test_files_and_disk_are_bounded(jail):
     assert "No space left" in run(jail, many).stderr
 
 
+def test_many_empty_files_are_bounded_like_full_ones(jail, sandbox):
+    if "mount_namespace" not in sandbox.layers:
+        pytest.skip("needs a file system of its own")
+    empty = f"for i in range({SMALL.work_space // 4096 + 1}): open(str(i), 'w').close()"
+    assert "No space left" in run(jail, empty).stderr
+
+
+NESTED = """
+import os
+open('file', 'w').close()
+for depth in range(3000):
+    os.mkdir('d' * 20)
+    os.symlink('/', 'link')
+    os.chdir('d' * 20)
+for _ in range(30):
+    os.chdir('..')
+    os.chmod('d' * 20, 0)
+print('nested')
+"""
+
+
+def test_whatever_a_program_leaves_behind_is_removed(sandbox):
+    """Without a file system of its own the jail's directory is one of the machine's."""
+    with Sandbox(limits=SMALL, layers=sandbox.layers - {"mount_namespace"}).open() as jail:
+        assert run(jail, NESTED).stdout == "nested\n"
+        assert Path(jail.work, "file").exists()
+    assert not Path(jail.work).exists()
+
+
 def test_files_of_the_machine_cannot_be_deleted_or_written(jail, tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("keep")
