@@ -158,8 +158,8 @@ def test_operations_of_the_ranks_are_those_of_the_row(ranks: int):
 
 
 def test_kernels_that_skip_hidden_pairs_count_visible_ones():
-    """Claim: the pairs counted for them are those that the mask's predicate shows, by enumeration; a
-    bias is added to all, and chunks of long sequences lie between."""
+    """Claim: the pairs counted for them are those that the mask's predicate shows, by enumeration;
+    a bias is added to all, and chunks of long sequences lie between."""
     packed = rows(of_rank(0, 1, replace(PACKING, tokens_per_microbatch=4096)))
     batch = max(packed, key=lambda batch: len(batch.lengths))
     lengths = torch.tensor(batch.lengths)
