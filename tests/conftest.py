@@ -63,9 +63,10 @@ class TinyModels:
         return out
 
 
-def pytest_collection_finish() -> None:
-    """What is imported lives on: no garbage collection need look at it, and Megatron asks for one
-    whenever it saves."""
+@pytest.fixture(scope="module", autouse=True)
+def swept() -> None:
+    """What is imported by now lives on: no garbage collection need look at it. Megatron asks for
+    one whenever it saves, and nested JSON for many."""
     gc.collect()
     gc.freeze()
 
