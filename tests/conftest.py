@@ -88,7 +88,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """Everything that takes seconds to import is imported in it once."""
-    server = ForkServer(["tests.distributed.jobs", "tests.faults.disturbed"])
+    server = ForkServer(
+        ["tests.distributed.jobs", "tests.faults.disturbed", "evaluation.in_training"]
+    )
     yield server
     server.close()
 

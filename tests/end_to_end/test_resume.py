@@ -34,7 +34,7 @@ POINTER = "megatron_opdlm.storage.step_directories:write_text"
 KILLS: list[Kill | KillWithin] = [
     # before its configuration is recorded, and before there is any checkpoint
     Kill(function="os:replace", call=1),
-    Kill(function="megatron_opdlm.run.session:generate", call=2),
+    Kill(function="megatron_opdlm.run.session:generate_over_copies", call=2),
     # step 2: weights without manifest; complete but not yet published; published but not yet named
     Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
     Kill(function=f"{CHECKPOINT}:publish", call=1),
@@ -47,7 +47,9 @@ KILLS: list[Kill | KillWithin] = [
     Kill(function=POINTER, call=1, moment="after"),
     # step 6, somewhere in its save; steps 7 and 8, anywhere
     KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
-    KillWithin(function="megatron_opdlm.run.session:generate", call=1, seconds=0.4, seed=2),
+    KillWithin(
+        function="megatron_opdlm.run.session:generate_over_copies", call=1, seconds=0.4, seed=2
+    ),
 ]
 
 
