@@ -342,7 +342,7 @@ def _joined(name: str, parts: list[np.ndarray]) -> Tensor:
         return torch.cat([part for half in halves for part in half])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return torch.cat(tensors, dim=1)
-    if tensors[0].ndim == 2:
+    if tensors[0].ndim == 2 or name.endswith("bias"):  # of queries, keys and values
         return torch.cat(tensors)
     assert all(torch.equal(tensors[0], other) for other in tensors), f"{name} differs over ranks"
     return tensors[0]
