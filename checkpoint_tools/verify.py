@@ -245,6 +245,7 @@ def _decode(
     model: "LanguageModel", vocabulary: Vocabulary, prompts: list[list[int]], block: int, steps: int
 ) -> list[list[int]]:
     """Responses of the rollout engine to all prompts at once, static decoding."""
+    from megatron_opdlm.configuration.engine_options import EngineOptions
     from megatron_opdlm.diffusion.decoding import Decoding
     from megatron_opdlm.rollout import Request, generate
 
@@ -259,7 +260,8 @@ def _decode(
         rules.validate(),
         vocabulary,
         key=(0, 0),
-        attention="buckets",  # a captured forward would not fetch its weights again
+        # a captured forward would not fetch its weights again
+        options=EngineOptions(attention="buckets"),
     )
     return [trajectory.user_ids for trajectory in made.trajectories]
 

@@ -36,7 +36,7 @@ from megatron_opdlm.storage.model_state import (
     PREFIX,
     fill,
     layout_metadata,
-    optimizer_state,
+    restore_optimizer,
     training_state,
     weights_state,
 )
@@ -222,7 +222,7 @@ class Checkpoints:
         progress, self.tracker_run_id = read_state(checkpoint, self.identity)
         loaded = load(training_state(student, is_loading=True), checkpoint / WEIGHTS)
         fill(student.model, loaded["model"], {})
-        student.optimizer.load_state_dict(optimizer_state(student, loaded["optimizer"]))
+        restore_optimizer(student, loaded["optimizer"])
         return progress
 
     def _way_out(self, damaged: str) -> str:

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if launcher.rank() == 0:
             print(describe(config, world_size))
         return
-    with preemption.listening():
+    with preemption.listening():  # while the libraries are imported as well
         run(config)
 
 

@@ -1,5 +1,6 @@
 """What all tests of a session share: tiny models and groups of ranks."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,13 @@ class TinyModels:
             with open_weights(hf_dir) as weights:
                 convert(weights, out, BlockContract(mask_token_id=MASK), "fp32")
         return out
+
+
+def pytest_collection_finish() -> None:
+    """What is imported lives on: no garbage collection need look at it, and Megatron asks for one
+    whenever it saves."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from megatron_opdlm import launcher
-from megatron_opdlm.hardware import cpu, gpu, megatron_on_cpu
+from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +45,15 @@ def _available_bytes() -> int:
 @functools.cache
 def select_hardware() -> Hardware:
     """GPUs if CUDA is available, else the CPU with one thread a rank (more threads make small
-    models slower).
+    models slower). From here on float32 means float32.
     """
+    # And not TF32, which NGC's images ask for (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
+    torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():
+        device = gpu.set_device(launcher.local_rank())
+        group_adam.use_where_megatron_falls_back()
         return Hardware(
-            device=gpu.set_device(launcher.local_rank()),
+            device=device,
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,

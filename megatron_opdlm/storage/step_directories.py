@@ -64,6 +64,8 @@ class StepDirectories:
         newest of the run; None: there is none. InputError where something else has the place of
         ``latest``, or stands where the run will write.
         """
+        if os.path.lexists(self.directory) and not self.directory.is_dir():
+            raise InputError(f"{self.directory} is no directory; move it away")
         for pointer in (LATEST, BEST):
             path = self.directory / pointer
             if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
@@ -102,6 +104,8 @@ class StepDirectories:
 
     def discard_leftovers(self) -> None:
         """Remove what a save or a removal that was cut short has left."""
+        if not self.directory.is_dir():
+            return
         for name in self._named(_UNDER_WAY):
             shutil.rmtree(self.directory / name)
         for pointer in (LATEST, BEST):
@@ -134,9 +138,7 @@ class StepDirectories:
         shutil.rmtree(condemned)
 
     def _named(self, pattern: re.Pattern[str]) -> list[str]:
-        if not self.directory.is_dir():
-            return []
-        names = os.listdir(self.directory)
+        names = os.listdir(self.directory) if self.directory.is_dir() else []
         return sorted(filter(pattern.fullmatch, names), key=lambda name: (len(name), name))
 
     def _is_directory(self, name: str) -> bool:

@@ -48,15 +48,16 @@ _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory"
 
 @contextmanager
 def failures_named() -> Iterator[None]:
-    """A run: any failure gets its name and reaches all ranks, and so does a request to stop that
-    ends one of them before the first step.
+    """A run: requests to stop are heard during it, and any failure gets its name and reaches all
+    ranks, as a request does that ends one of them before the first step.
 
     Raises RunError for what can be named: another rank's failure, a collective that failed, memory
     that ran out. Bad input passes as it is; every rank finds it.
     """
     activity.enter(activity.SET_UP)
     try:
-        yield
+        with preemption.listening():
+            yield
     except InputError:
         raise
     except Stopped:

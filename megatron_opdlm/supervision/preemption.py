@@ -23,6 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class _Requests:
     """State of this process, read and written by the signal handler."""
 
+    are_heard: bool = False
     reason: str | None = None
     stops_at_once: bool = True
     in_set_up: bool = True
@@ -30,12 +31,16 @@ class _Requests:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Take the signals during the body; outside the main thread, where Python cannot, do nothing.
+    """Take the signals during the body; outside the main thread, where Python cannot, and inside
+    another such body do nothing.
 
     Children forked meanwhile, such as the writers of a checkpoint, do not take them: a scheduler
     signals the whole family, and what a child writes is still needed. Once the body has ended they
     do, so that they can be terminated.
     """
+    if _Requests.are_heard:
+        yield
+        return
     _Requests.reason, _Requests.in_set_up = None, True
     _Requests.stops_at_once = world_size() == 1
     if threading.current_thread() is not threading.main_thread():
@@ -52,9 +57,11 @@ def listening() -> Iterator[None]:
             os._exit(128 + number)
 
     before = {number: signal.signal(number, take) for number in SIGNALS}
+    _Requests.are_heard = True
     try:
         yield
     finally:
+        _Requests.are_heard = False
         ended[0] = 1
         for number, handler in before.items():
             signal.signal(number, handler)
