@@ -32,10 +32,10 @@ from megatron_opdlm.model.gpt import build_model
 from megatron_opdlm.model.weights import fill
 from megatron_opdlm.model_files.shape import ModelShape, hf_names
 from megatron_opdlm.packing import pack_step
-from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
+from megatron_opdlm.records import Prompt, State, Trajectory, Vocabulary
 from megatron_opdlm.run import build
 from megatron_opdlm.run.session import packing_of
-from megatron_opdlm.states import State, choose_states
+from megatron_opdlm.states import choose_states
 from megatron_opdlm.teacher import score
 from megatron_opdlm.update import update
 
