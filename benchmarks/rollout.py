@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.static_batch_sampler import StaticResult, sample_static
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
@@ -97,8 +98,10 @@ def main() -> None:
     greedy = replace(decoding, temperature=0.0)
     tokens = sum(request.max_new_tokens for request in requests)
 
+    engine_options = EngineOptions(slots=options.slots)
+
     def engine(rules: Decoding) -> Rollout:
-        return generate(model, requests, rules, vocabulary, key=KEY, slots=options.slots)
+        return generate(model, requests, rules, vocabulary, key=KEY, options=engine_options)
 
     def baseline(rules: Decoding) -> StaticResult:
         return sample_static(model, requests, rules, vocabulary, key=KEY, batch_size=options.slots)

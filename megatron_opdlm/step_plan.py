@@ -138,20 +138,14 @@ class StepPlan:
     def decoding(self, step: int) -> Decoding:
         """How this step generates."""
         rollout = self.config.rollout
-        return Decoding(
-            block_size=rollout.block_size,
-            denoising_steps=rollout.denoising_steps,
-            remasking=rollout.remasking,
+        return Decoding.of(
+            rollout,
             threshold=curriculum.threshold_at(
                 step, self.config.threshold_schedule, rollout, self.schedule_steps
             ),
-            entropy_bound=rollout.entropy_bound,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
             seed=self.config.train.seed,
             logit_shift=self.config.loss.logit_shift,
-        ).validate()
+        )
 
     def learning_rate(self, step: int, number: int, updates: int) -> float:
         """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts

@@ -1,14 +1,16 @@
 """What all tests of a session share: tiny models and groups of ranks."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.workers import WorkerGroups
 from tests.forking import ForkServer
-from tests.tiny_models import make_qwen3
+from tests.tiny_models import make_model, make_qwen3
 
 SEEDS = {"student": 11, "teacher": 12}
 VOCABULARY = 67  # odd: every tensor-parallel layout pads it
@@ -19,9 +21,11 @@ MASK = 64
 
 @dataclass
 class TinyModels:
-    """Random Qwen3 directories by role: different weights, the same tokenizer."""
+    """Random model directories by role: different weights, the same tokenizer."""
 
     root: Path
+    model_type: str = "qwen3"
+    keys: dict[str, Any] = field(default_factory=dict)  # more of config.json
     _made: dict[str, Path] = field(default_factory=dict)
 
     def experts(self, role: str, *, renormalize: bool = True) -> Path:
@@ -43,8 +47,14 @@ class TinyModels:
         """Hugging Face directory of the ``student`` or the ``teacher``."""
         name = f"{role}-{'tied' if tied else 'untied'}-{layers}"
         if name not in self._made:
-            self._made[name] = make_qwen3(
-                self.root / name, tied=tied, seed=SEEDS[role], vocab=VOCABULARY, layers=layers
+            self._made[name] = make_model(
+                self.root / name,
+                self.model_type,
+                tied=tied,
+                seed=SEEDS[role],
+                vocab=VOCABULARY,
+                layers=layers,
+                **self.keys,
             )
         return self._made[name]
 
@@ -60,6 +70,13 @@ class TinyModels:
             with open_weights(hf_dir) as weights:
                 convert(weights, out, BlockContract(mask_token_id=MASK), "fp32")
         return out
+
+
+def pytest_collection_finish() -> None:
+    """What is imported lives on: no garbage collection need look at it, and Megatron asks for one
+    whenever it saves."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

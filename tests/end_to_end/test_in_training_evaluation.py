@@ -209,11 +209,12 @@ def test_a_request_to_stop_ends_an_evaluation(
 
     with monkeypatch.context() as patch:
         patch.setattr(in_training, "evaluate", asked_to_stop)
-        with pytest.raises(Stopped, match="step 3 is saved"):
+        with preemption.listening(), pytest.raises(Stopped, match="step 3 is saved"):
             train.run(load_config(None, overrides))
     assert [row["step"] for row in evaluations(out)] == [0]
     assert (out / "checkpoints" / "latest").read_text() == "step_0000003\n"
-    train.run(load_config(None, overrides))
+    with preemption.listening():  # the request is forgotten
+        train.run(load_config(None, overrides))
     assert evaluations(out) == evaluations(evaluated)
     assert metrics(out) == metrics(evaluated)
     assert left(out) == left(evaluated)

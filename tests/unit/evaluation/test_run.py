@@ -277,7 +277,7 @@ def test_flags_become_settings():
     [
         ("1", ("--tp", "2"), "--tp 2 --pp 1: .*does not divide the 1 started"),
         ("4", ("--tp", "3"), "does not divide the 4 started"),
-        ("4", ("--pp", "0"), "use 1 or more"),
+        ("4", ("--pp", "0"), "--pp 0 must be at least 1"),
         ("4", ("--tp", "2", "--ep", "4"), "--ep 4 does not divide the 2 ranks"),
     ],
 )
@@ -292,7 +292,11 @@ def test_layouts_that_do_not_fit_the_started_processes(monkeypatch, world, argv,
     ("module", "argv", "message"),
     [
         ("run", ("--tasks", "adition"), "task 'adition': not known"),
-        ("run", ("--tasks", "addition", "--remasking", "x"), "remasking=x: not a known name"),
+        (
+            "run",
+            ("--tasks", "addition", "--remasking", "x"),
+            "--remasking x must be one of low_confidence_static",
+        ),
         ("run", ("--tasks", "addition", "addition"), "names a task twice"),
         ("run", ("--tasks", "addition", "--limit", "0"), "--limit 0"),
         ("run", ("--tasks", "exact_match"), r"exact_match\.jsonl, which is missing"),

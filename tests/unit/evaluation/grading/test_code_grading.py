@@ -431,6 +431,9 @@ def test_without_evalplus_its_tasks_are_missing(tmp_path, monkeypatch):
     (tmp_path / "MbppPlus.jsonl").write_text(json.dumps({**PROBLEM, "task_id": "Mbpp/2"}))
     task = MBPP()
     assert "run launch/setup.sh" in (task.missing(task.load(tmp_path)) or "")
+    monkeypatch.undo()
+    monkeypatch.setattr(code_evalplus, "unseen_modules", lambda names: names[1:2])
+    assert "do not see tree_sitter (installed as links?)" in (HumanEval().missing([row]) or "")
 
 
 def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
