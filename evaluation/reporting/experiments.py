@@ -46,6 +46,9 @@ class Model:
         start = f"models/{self.start}"
         prepare = ["opdlm prepare --source", str(self.data), "--tokenizer", start]
         commands = [[*prepare, "--evaluation-data", _BENCHMARKS, "--out", prompts]]
+        if self.teacher:
+            paths = ["--hf", f"models/{self.teacher}", "--out", f"checkpoints/{self.teacher}"]
+            commands.append(["opdlm import", *paths])
         if self.answers:
             out = f"{_DATA}/{self.data}_answers_{self.start.lower()}.jsonl"
             asked = ["--model", start, "--prompts", prompts, "--out", out]

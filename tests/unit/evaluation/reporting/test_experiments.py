@@ -51,13 +51,11 @@ def test_a_models_recipe_dry_runs(name, tmp_path, monkeypatch):
     assert public_name(config.model.path) == model.start
     assert (public_name(config.teacher.path) if config.teacher.path else None) == model.teacher
     assert config.data.path == f"data/{model.data}.jsonl" and model.data in PUBLISHED
-    prepare, *answer, pipeline = model.makes()
-    if answer:
-        assert shlex.split(answer[0])[shlex.split(answer[0]).index("--out") + 1] == (
-            config.mixing.path
-        )
-        assert config.mixing.fraction == 1
+    prepare, *between, pipeline = model.makes()
     assert "opdlm prepare" in prepare and f"configs/{model.recipe}.yaml" in pipeline
+    made = [words[words.index("--out") + 1] for words in map(shlex.split, between)]
+    assert made == [path for path in (config.teacher.path, config.mixing.path) if path]
+    assert config.mixing.fraction == float(model.answers)
     assert f"ranks        {RANKS} = tensor" in dry_run.describe(config, RANKS)
 
 
