@@ -21,7 +21,7 @@ from megatron_opdlm.planning.rank_memory import Split, optimizer_bytes_per_numbe
 from megatron_opdlm.run import dry_run
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny_cpu")
+RECIPES = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml") if path.stem != "tiny_cpu")
 PUBLISHED = [stem for stem in RECIPES if stem.startswith("opdlm_")]
 RANKS = 8
 
@@ -202,6 +202,7 @@ def test_files_hold_no_key_twice_and_nothing_resolves_away():
     for file in CONFIGS.glob("*.yaml"):
         tree = OmegaConf.to_container(OmegaConf.load(file))
         assert isinstance(tree, dict) and tree, file
+        tree.pop("base", None)
         keys = flatten(load_config(file, []))
         given = {f"{s}.{k}": v for s, values in tree.items() for k, v in values.items()}
         assert {key: keys[key] for key in given} == given, file

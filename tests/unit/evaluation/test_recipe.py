@@ -21,7 +21,7 @@ from tests.conftest import MASK, TinyModels
 from tests.unit.evaluation.test_run import AnsweringGenerator
 
 ROOT = Path(__file__).parents[3]
-FILES = sorted((ROOT / "configs" / "evaluation").glob("*.yaml"))
+FILES = sorted((ROOT / "configs" / "evaluation").glob("[!_]*.yaml"))
 BENCHMARKS = {
     *("MMLU", "MMLU-Pro", "GPQA-Diamond", "IFEval", "CEval", "LiveBench", "GSM8K", "MATH-500"),
     *("AIME-24", "AIME-25", "LMB-Hard", "ZebraLogic", "HumanEval", "MBPP", "LCB-v6", "Codeforces"),
@@ -39,7 +39,7 @@ def one(**run: object) -> dict[str, object]:
 
 
 def test_every_training_recipe_has_its_evaluation():
-    training = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    training = {path.stem for path in (ROOT / "configs").glob("[!_]*.yaml")}
     assert {path.stem for path in FILES} == training
 
 
@@ -87,16 +87,17 @@ def test_thresholds_become_runs_of_dynamic_decoding(tmp_path):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ([], "needs the keys common and runs"),
+        ([], "must hold sections of keys"),
+        ({"run": []}, "needs the keys common and runs"),
         ({"runs": []}, "at least one run"),
         ({"runs": [{"tasks": ["addition"]}]}, "a mapping with a name"),
         ({"runs": [{"name": "a"}]}, "run a: tasks must be a list"),
         (one(temprature=1), "run a: no key 'temprature' \\(did you mean 'temperature'"),
-        (one(temperature="hot"), "run a: temperature='hot' must be like 0.0"),
-        (one(samples=0), "samples=0: use 1 or more"),
-        (one(samples=True), "samples=True must be like 1"),
+        (one(temperature="hot"), "run a: temperature=hot must be a finite number"),
+        (one(samples=0), "run a: samples=0 must be at least 1"),
+        (one(samples=True), "samples=true must be an integer"),
         (one(remasking="x"), "run a: remasking=x must be one of low_confidence_static"),
-        (one(thresholds=[2]), "threshold=2.0"),
+        (one(thresholds=[2]), r"thresholds\[0\]=2.0 must lie in \[0, 1\]"),
         (one(name="a/b"), "the name is a directory's"),
         ({"runs": one()["runs"] * 2}, "two runs are called a"),  # type: ignore[operator]
     ],
