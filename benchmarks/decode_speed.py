@@ -14,13 +14,14 @@ import time
 import torch
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.records import Prompt, Vocabulary
-from megatron_opdlm.rollout import Rollout, generate
+from megatron_opdlm.records import Prompt, Rollout, Vocabulary
+from megatron_opdlm.rollout import generate
 
 SHAPES = {  # the published configurations
     "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960),
@@ -108,9 +109,9 @@ def main() -> None:
             rules,
             vocabulary,
             key=(1, 1),
-            slots=sequences,
-            attention=options.attention,
-            graphs=not options.no_graphs,
+            options=EngineOptions(
+                slots=sequences, attention=options.attention, graphs=not options.no_graphs
+            ),
         )
         return time.perf_counter() - start, made
 

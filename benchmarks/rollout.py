@@ -21,14 +21,15 @@ import torch
 
 from benchmarks.static_batch_sampler import StaticResult, sample_static
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.weights import fill
 from megatron_opdlm.model_files.shape import ModelShape, hf_names
-from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.rollout import Rollout, generate
+from megatron_opdlm.records import Prompt, Rollout, Trajectory, Vocabulary
+from megatron_opdlm.rollout import generate
 
 SHAPES = {
     "tiny": ModelShape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
@@ -97,8 +98,10 @@ def main() -> None:
     greedy = replace(decoding, temperature=0.0)
     tokens = sum(request.max_new_tokens for request in requests)
 
+    engine_options = EngineOptions(slots=options.slots)
+
     def engine(rules: Decoding) -> Rollout:
-        return generate(model, requests, rules, vocabulary, key=KEY, slots=options.slots)
+        return generate(model, requests, rules, vocabulary, key=KEY, options=engine_options)
 
     def baseline(rules: Decoding) -> StaticResult:
         return sample_static(model, requests, rules, vocabulary, key=KEY, batch_size=options.slots)

@@ -27,6 +27,7 @@ from checkpoint_tools.export.own_code import foreign_code
 from checkpoint_tools.quantization.export import is_quantized, read_record
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.families import LAYOUTS
+from megatron_opdlm.model_files.huggingface_files import ADDED
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
@@ -70,7 +71,10 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
     quantized = is_quantized(hf_dir)
     shape = read_shape(hf_dir, allow_quantized=True)
     stored = read_shape(checkpoint / HUGGINGFACE)
-    if shape not in (stored, replace(stored, tied=False)):  # serving engines get it untied
+    before = stored  # what it was imported from has not the row that the import added
+    if read_json(checkpoint / HUGGINGFACE / "config.json").get(ADDED):
+        before = replace(stored, vocab_size=stored.vocab_size - 1)
+    if shape not in (stored, replace(stored, tied=False), before):  # engines get it untied
         raise InputError(f"{hf_dir} is {shape}, but {checkpoint} is {stored}; compare its own")
     if quantized:
         yield "weights: " + _compare_quantized(hf_dir, checkpoint, shape, stored)
@@ -133,7 +137,7 @@ def compare_logits(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
     from megatron_opdlm.model.attention_plan import causal_plan
     from megatron_opdlm.model.vocab_parallel import project
 
-    shape, device = model.shape, select_hardware().device
+    shape, device = weights.model_shape, select_hardware().device
     length = min(PROMPT_TOKENS, shape.max_positions)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab_size, (length,), generator=generator).to(device)
@@ -241,6 +245,7 @@ def _decode(
     model: "LanguageModel", vocabulary: Vocabulary, prompts: list[list[int]], block: int, steps: int
 ) -> list[list[int]]:
     """Responses of the rollout engine to all prompts at once, static decoding."""
+    from megatron_opdlm.configuration.engine_options import EngineOptions
     from megatron_opdlm.diffusion.decoding import Decoding
     from megatron_opdlm.rollout import Request, generate
 
@@ -255,7 +260,8 @@ def _decode(
         rules.validate(),
         vocabulary,
         key=(0, 0),
-        attention="buckets",  # a captured forward would not fetch its weights again
+        # a captured forward would not fetch its weights again
+        options=EngineOptions(attention="buckets"),
     )
     return [trajectory.user_ids for trajectory in made.trajectories]
 

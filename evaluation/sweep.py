@@ -119,8 +119,7 @@ def check_points(
     # One reading of the data and the model for all points: they differ in their decoding.
     recorded = recorded_settings(tasks, Decoding(), asked.samples, described, asked.enable_thinking)
     return [
-        finished(out / point.name, tasks, {**recorded, **_comparable(point.decoding)})
-        for point in points
+        finished(out / point.name, tasks, {**recorded, **point.decoding.asked}) for point in points
     ]
 
 
@@ -154,11 +153,6 @@ def run_points(
             if generator.is_writer:
                 print(table(rows).splitlines()[-1], flush=True)
         yield from rows
-
-
-def _comparable(decoding: Decoding) -> dict[str, Any]:
-    """The settings that a point asks for; the shift is the model's own."""
-    return {key: value for key, value in asdict(decoding).items() if key != "logit_shift"}
 
 
 def _parser() -> Arguments:

@@ -201,7 +201,7 @@ def _world(ranks: int | None, environ: Mapping[str, str], *, none_without_gpus: 
     """Ranks of all machines, as the launchers count them; None where they cannot be foreseen."""
     own = "OPDLM_LAUNCHER" in environ
     nodes = environ.get("OPDLM_NODES", "") if own else "1"
-    here = ranks or environ.get("OPDLM_RANKS") or _gpus()
+    here = ranks or environ.get("OPDLM_RANKS") or count_gpus()
     if not here and not own and not none_without_gpus:
         here = 1
     if not here or not nodes.isdecimal() or not str(here).isdecimal():
@@ -209,8 +209,8 @@ def _world(ranks: int | None, environ: Mapping[str, str], *, none_without_gpus: 
     return int(nodes) * int(here)
 
 
-def _gpus() -> int:
-    """As launch/one_node.sh counts them."""
+def count_gpus() -> int:
+    """Of this machine, as launch/one_node.sh counts them."""
     try:
         done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
     except OSError:

@@ -21,33 +21,61 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.cache_budget import fitting_slots, open_cache
 from megatron_opdlm.engine.decode_forward import BucketForward, Capture, DecodeForward, RowForward
-from megatron_opdlm.engine.slots import Masked, Request, SlotTable, Windows
+from megatron_opdlm.engine.slots import Masked, Request, SlotTable, Windows, split_over_replicas
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
-from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.vocab_parallel import project
-from megatron_opdlm.records import Trajectory, Vocabulary
+from megatron_opdlm.records import Rollout, Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
-__all__ = ["Request", "Rollout", "generate"]
-
-CACHE_SHARE = 0.5  # of the free memory, where no budget is given
+__all__ = ["Request", "generate", "generate_over_copies"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """What a call of ``generate`` made and what it cost."""
-
-    trajectories: list[Trajectory]
-    flops: float  # of the whole model replica
-    slots: int = 0  # sequences that fit at once
-    slot_utilisation: float = 0.0  # share of slots that worked, averaged over forwards
-    complete: bool = True  # False: it was told to stop, and has not all trajectories
+def generate_over_copies(
+    model: LanguageModel,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+    *,
+    key: tuple[int, int],
+    options: EngineOptions,
+    stop: Callable[[], bool] = lambda: False,
+    finished: Callable[[Trajectory], None] = lambda _: None,
+    close: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """Share the requests out over all copies of the model, ``generate``, gather: trajectories are
+    in the order of the requests, on every rank; a copy without work is legal. Not complete, and
+    without trajectories, where any copy was told to stop. ``close``: called when this rank's copy
+    has made its share.
+    """
+    mine = split_over_replicas(requests, parallel.generators(), decoding)[parallel.generator_rank()]
+    made = generate(
+        model,
+        [requests[i] for i in mine],
+        decoding,
+        vocabulary,
+        key=key,
+        options=options,
+        stop=stop,
+        finished=finished,
+    )
+    close()
+    if not parallel.all_succeeded(made.complete):
+        return Rollout(trajectories=[], flops=0.0, complete=False)
+    pairs = list(zip(mine, made.trajectories, strict=True))
+    done = dict(parallel.gather_objects_over_generators(pairs))
+    flops = torch.tensor(made.flops, dtype=torch.float64, device=select_hardware().device)
+    return Rollout(
+        trajectories=[done[i] for i in range(len(requests))],
+        flops=float(parallel.sum_over_generators(flops)),
+    )
 
 
 @torch.inference_mode()
@@ -58,11 +86,7 @@ def generate(
     vocabulary: Vocabulary,
     *,
     key: tuple[int, int],
-    slots: int = 128,
-    kv_cache_tokens: int | None = None,
-    prefill_tokens: int = 8192,
-    attention: str = "auto",
-    graphs: bool = True,
+    options: EngineOptions = EngineOptions(),
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
 ) -> Rollout:
@@ -70,13 +94,9 @@ def generate(
     its ranks.
 
     ``key`` = (seed, step): with the sample's number it decides every random draw, so a response
-    depends neither on its batch nor on the layout. ``slots`` bounds the sequences in flight,
-    ``kv_cache_tokens`` the cached positions of all of them (None: what half of the free memory
-    holds); requests that do not fit wait. ``prefill_tokens`` bounds the prompts that join one
-    forward. ``attention``: "buckets" or "rows"
-    (``decode_forward.py``), "auto" what suits the hardware; ``graphs``: capture the forwards of
-    "rows" where the hardware can. ``stop``: asked after every forward on the rank that draws; True
-    ends the call early on all ranks of the replica. ``finished``: given each trajectory as it ends.
+    depends neither on its batch nor on the layout. Requests that do not fit the budgets of
+    ``options`` wait. ``stop``: asked after every forward on the rank that draws; True ends the call
+    early on all ranks of the replica. ``finished``: given each trajectory as it ends.
 
     Raises RunError for a cache that cannot hold the longest request (other replicas may not find
     it), InputError for an empty prompt where logits are read from the position before.
@@ -87,25 +107,18 @@ def generate(
     _check_prompts(requests, rules)
     positions = max((r.positions(rules.block_size) for r in requests), default=rules.block_size)
     # How many tokens an expert gets is known on the way only, so nothing is captured.
-    kind, capture = _way_to_decode(attention, graphs and model.shape.experts is None)
+    graphs = options.graphs and model.shape.experts is None
+    kind, capture = _way_to_decode(options.attention, graphs)
     # A slot for rows that pad a captured forward, or that only keep step.
     scratch = 1 if capture or parallel.expert_size() > 1 else 0
-    fitting = _fitting_slots(model, positions, kv_cache_tokens)
-    count = min(slots, len(requests), max(1, fitting - scratch))
-    table = SlotTable(requests, rules, vocabulary, count, positions, prefill_tokens)
+    fitting = fitting_slots(model, positions, options.kv_cache_tokens)
+    count = min(options.slots, len(requests), max(1, fitting - scratch))
+    table = SlotTable(requests, rules, vocabulary, count, positions, options.prefill_tokens)
     was_training = model.training
     model.eval()
     try:
         with without_sequence_parallel(model):
-            cache = KVCache(
-                layer_numbers=model.layer_numbers,
-                slots=count + scratch,
-                positions=positions,
-                groups=_local_groups(model),
-                head_dim=model.shape.head_dim,
-                dtype=model.config.params_dtype,
-                device=select_hardware().device,
-            )
+            cache = open_cache(model, count + scratch, positions)
             forward: DecodeForward = (
                 BucketForward(model, cache, rules.block_size)
                 if kind == "buckets"
@@ -131,30 +144,6 @@ def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
                 "loss.logit_shift=true its first token has no position to be predicted from; "
                 "give at least one prompt token"
             )
-
-
-def _fitting_slots(model: LanguageModel, positions: int, kv_cache_tokens: int | None) -> int:
-    """Sequences of ``positions`` cached tokens that the budget holds, at least one."""
-    if kv_cache_tokens is None:
-        free = CACHE_SHARE * select_hardware().free_memory_bytes()
-        tokens = parallel.least_over_replica(int(free) // _bytes_per_token(model))
-        return max(1, tokens // positions)
-    if kv_cache_tokens < positions:
-        raise RunError(
-            f"rollout.kv_cache_tokens={kv_cache_tokens} is less than the {positions} positions of "
-            "the longest prompt and response; raise it, or lower that max_new_tokens"
-        )
-    return kv_cache_tokens // positions
-
-
-def _local_groups(model: LanguageModel) -> int:
-    return model.shape.groups // model.config.tensor_model_parallel_size
-
-
-def _bytes_per_token(model: LanguageModel) -> int:
-    """Cache memory of one position on this rank: keys and values of its layers and groups."""
-    values = 2 * len(model.layer_numbers) * _local_groups(model) * model.shape.head_dim
-    return values * model.config.params_dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

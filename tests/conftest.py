@@ -1,14 +1,16 @@
 """What all tests of a session share: tiny models and groups of ranks."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.workers import WorkerGroups
 from tests.forking import ForkServer
-from tests.tiny_models import make_qwen3
+from tests.tiny_models import make_model, make_qwen3
 
 SEEDS = {"student": 11, "teacher": 12}
 VOCABULARY = 67  # odd: every tensor-parallel layout pads it
@@ -19,9 +21,11 @@ MASK = 64
 
 @dataclass
 class TinyModels:
-    """Random Qwen3 directories by role: different weights, the same tokenizer."""
+    """Random model directories by role: different weights, the same tokenizer."""
 
     root: Path
+    model_type: str = "qwen3"
+    keys: dict[str, Any] = field(default_factory=dict)  # more of config.json
     _made: dict[str, Path] = field(default_factory=dict)
 
     def experts(self, role: str, *, renormalize: bool = True) -> Path:
@@ -43,8 +47,14 @@ class TinyModels:
         """Hugging Face directory of the ``student`` or the ``teacher``."""
         name = f"{role}-{'tied' if tied else 'untied'}-{layers}"
         if name not in self._made:
-            self._made[name] = make_qwen3(
-                self.root / name, tied=tied, seed=SEEDS[role], vocab=VOCABULARY, layers=layers
+            self._made[name] = make_model(
+                self.root / name,
+                self.model_type,
+                tied=tied,
+                seed=SEEDS[role],
+                vocab=VOCABULARY,
+                layers=layers,
+                **self.keys,
             )
         return self._made[name]
 
@@ -62,6 +72,14 @@ class TinyModels:
         return out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def swept() -> None:
+    """What is imported by now lives on: no garbage collection need look at it. Megatron asks for
+    one whenever it saves, and nested JSON for many."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
@@ -70,7 +88,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """Everything that takes seconds to import is imported in it once."""
-    server = ForkServer(["tests.distributed.jobs", "tests.faults.disturbed"])
+    server = ForkServer(
+        ["tests.distributed.jobs", "tests.faults.disturbed", "evaluation.in_training"]
+    )
     yield server
     server.close()
 

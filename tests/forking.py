@@ -12,8 +12,10 @@ import importlib
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -27,6 +29,13 @@ from typing import Any, NoReturn
 REPOSITORY = Path(__file__).parents[1]
 START_SECONDS = 180  # imports on a busy machine
 POLL_SECONDS = 0.005
+GRACE_SECONDS = 5
+# Of every fork, whatever the tests were started with.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +75,40 @@ class Fork:
             os.killpg(self.pid, number)
 
 
+def _end_of_all(processes: Sequence[Fork], timeout: float) -> list[int]:
+    deadline = time.monotonic() + timeout
+    codes = [process.poll() for process in processes]
+    failed = False
+    while None in codes:
+        if not failed and any(codes):
+            failed, deadline = True, min(deadline, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.signal(signal.SIGKILL)
+            if not failed:
+                raise TimeoutError(f"no end after {timeout} seconds")
+        time.sleep(POLL_SECONDS)
+        codes = [process.poll() for process in processes]
+    return [code for code in codes if code is not None]
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class ForkServer:
     """Started when first needed; ends with this process at the latest."""
 
@@ -95,7 +138,7 @@ class ForkServer:
         birth = _Birth(
             function=(function.__module__, function.__qualname__),
             arguments=arguments,
-            environment=os.environ | dict(environment or {}),
+            environment=os.environ | ENVIRONMENT | dict(environment or {}),
             directory=directory,
             output=output,
             errors=errors,
@@ -106,6 +149,53 @@ class ForkServer:
         for handle in handles:
             send_handle(self._connection, handle, self._process.pid)
         return Fork(server=self, pid=self._connection.recv())
+
+    def run(
+        self, module: str, *arguments: object, timeout: float = 240, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """``python -m MODULE ARGUMENTS`` from the repository's root."""
+        (done,) = self._programs(module, arguments, [environment], timeout)
+        return done
+
+    def launch(
+        self, ranks: int, module: str, *arguments: object, timeout: float = 240
+    ) -> list[subprocess.CompletedProcess[str]]:
+        """The same on several ranks, as torchrun starts them; once one has failed, it ends the
+        others after ``GRACE_SECONDS``.
+        """
+        port = free_port()
+        environments = [rank_environment(rank, ranks, port) for rank in range(ranks)]
+        return self._programs(module, arguments, environments, timeout)
+
+    def _programs(
+        self,
+        module: str,
+        arguments: Sequence[object],
+        environments: Sequence[Mapping[str, str]],
+        timeout: float,
+    ) -> list[subprocess.CompletedProcess[str]]:
+        command = [module, *map(str, arguments)]
+        with tempfile.TemporaryDirectory(prefix="programs-") as folder:
+            said = [
+                (Path(folder, f"{number}.out"), Path(folder, f"{number}.err"))
+                for number in range(len(environments))
+            ]
+            started = [
+                self.fork(
+                    run_program,
+                    output=output,
+                    errors=errors,
+                    environment=environment,
+                    module=module,
+                    arguments=command[1:],
+                )
+                for (output, errors), environment in zip(said, environments, strict=True)
+            ]
+            codes = _end_of_all(started, timeout)
+            return [
+                subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
+                for code, files in zip(codes, said, strict=True)
+            ]
 
     def ask(self, question: str, *arguments: Any) -> Any:
         self._connection.send((question, arguments))
@@ -121,15 +211,10 @@ class ForkServer:
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "tests.forking", str(theirs.fileno())],
             cwd=REPOSITORY,
-            env=environment,
+            env=os.environ | ENVIRONMENT,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )

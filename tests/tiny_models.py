@@ -73,7 +73,7 @@ def make_model(
     hidden: int = 64,
     heads: int = 4,
     groups: int = 2,
-    head_dim: int = 32,
+    head_dim: int | None = 32,  # None: config.json leaves it out
     ffn: int = 96,
     experts: int = 0,
     experts_per_token: int = 2,
@@ -102,7 +102,6 @@ def make_model(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": head_dim,
         "max_position_embeddings": 512,
         "rope_theta": 50000.0,
         "tie_word_embeddings": tied,
@@ -110,6 +109,8 @@ def make_model(
         "eos_token_id": end[0],
         "pad_token_id": end[1],
     }
+    if head_dim is not None:
+        options["head_dim"] = head_dim
     if experts:
         options |= {
             "num_experts": experts,

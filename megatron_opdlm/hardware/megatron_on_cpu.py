@@ -14,7 +14,8 @@ import importlib
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +172,23 @@ def _quiet_expected_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+@contextmanager
+def _lean_imports() -> Iterator[None]:
+    """Without what Megatron loads for no CPU run, which would be half of every start: the compiler
+    for its small functions (``torch.compile`` loads it when it decorates) and W&B for its server.
+    """
+    compile_, unknown = torch.compile, "wandb" not in sys.modules
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+    if unknown:
+        sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType] -- as if not installed
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+        if unknown:
+            del sys.modules["wandb"]
+
+
 _installed = False
 
 
@@ -182,11 +200,9 @@ def install() -> None:
     if torch.cuda.is_available():
         return
     _quiet_expected_warnings()
-    # torch.compile around Megatron's small functions costs seconds of start-up on CPU and buys
-    # nothing.
-    importlib.import_module("megatron.core.jit").disable_jit_fuser()
-    for name in _MODULES:
-        importlib.import_module(name)
+    with _lean_imports():
+        for name in _MODULES:
+            importlib.import_module(name)
     for name, module in list(sys.modules.items()):
         if (
             name.startswith(("megatron.core", "modelopt.torch"))

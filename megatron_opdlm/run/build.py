@@ -100,7 +100,7 @@ def build_plan(config: Config, student: ModelSource) -> StepPlan:
         prompts=prompts,
         order=order,
         recorded=_recorded(config, student, prompts, order),
-        total_steps=order.total_steps if steps < 0 else steps,
+        total_steps=order.total_steps if steps < 0 else min(steps, order.total_steps),
     ).validate()
 
 

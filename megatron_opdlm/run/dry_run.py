@@ -165,6 +165,7 @@ def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> 
         return [
             f"prompts      {plan.prompts.summary}",
             f"steps        {plan.total_steps} of {each}",
+            *plan.notes,
         ]
     there = "there" if Path(config.data.path).exists() else "not there yet"
     steps = config.train.steps

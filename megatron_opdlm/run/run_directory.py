@@ -4,7 +4,7 @@ configuration made.
 
 from pathlib import Path
 
-from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
+from megatron_opdlm.config import Config, differing_keys, load_config, may_change, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.fingerprint import fingerprint
@@ -15,35 +15,6 @@ from megatron_opdlm.run.record_files import read_record
 from megatron_opdlm.run.run_lock import LOCK
 
 INPUTS = "inputs.json"  # {key: SHA-256} of what the run reads; of models, ``fingerprint``
-
-# Keys that may change between two starts of one run: they decide where and how fast, never what is
-# computed.
-_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "evaluation", "logging")
-_FREE_KEYS = {
-    "model.tensor_parallel",
-    "model.pipeline_parallel",
-    "model.context_parallel",
-    "model.expert_parallel",
-    "model.sequence_parallel",
-    "model.recompute",
-    "model.spec",
-    "teacher.offload_targets",
-    "teacher.offload_weights",
-    "optimizer.cpu_offload",
-    "lora.share_teacher",
-    "rollout.slots",
-    "rollout.kv_cache_tokens",
-    "rollout.prefill_tokens",
-    "rollout.attention",
-    "rollout.graphs",
-    "loss.chunk_rows",
-    "update.tokens_per_microbatch",
-    "train.out",
-    # Where a run ends; ``_check_horizon`` sees to the schedules.
-    "train.steps",
-    "train.schedule_steps",
-    "data.epochs",
-}
 
 
 def check_run_directory(config: Config) -> None:
@@ -65,11 +36,7 @@ def check_run_directory(config: Config) -> None:
             )
         return
     stored = _stored_config(out)
-    differing = [
-        key
-        for key in differing_keys(stored, config)
-        if key not in _FREE_KEYS and key.partition(".")[0] not in _FREE_SECTIONS
-    ]
+    differing = [key for key in differing_keys(stored, config) if not may_change(key)]
     if differing:
         raise InputError(
             f"train.out={out} was made by another configuration, which differs in "

@@ -10,7 +10,6 @@ import gc
 import importlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,7 +19,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from tests.forking import Fork, ForkServer
+from tests.forking import Fork, ForkServer, free_port, rank_environment
 
 GRACE_SECONDS = 2  # for the others' reports once one rank has failed
 LOG_TAIL = 3000  # characters of a rank's output shown after a failure
@@ -38,18 +37,14 @@ class WorkerGroup:
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._processes: list[Fork] = []
         self._connections: list[Connection] = []
-        port = _free_port()
+        port = free_port()
         for rank in range(ranks):
             ours, theirs = Pipe()
-            environment = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
             process = server.fork(
-                serve, output=self._log(rank), environment=environment, handles=[theirs.fileno()]
+                serve,
+                output=self._log(rank),
+                environment=rank_environment(rank, ranks, port),
+                handles=[theirs.fileno()],
             )
             self._processes.append(process)
             self._connections.append(ours)
@@ -176,12 +171,6 @@ class WorkerGroups:
         for group in self._groups.values():
             group.close()
         self._groups = {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _each(

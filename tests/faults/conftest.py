@@ -1,6 +1,5 @@
 """What the fault suite shares: jobs that can be disturbed, and a run that nobody disturbed."""
 
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from tests.distributed.workers import WorkerGroups
 from tests.faults import disturbed
 from tests.faults.disturbed import Disturbance, Ended
 from tests.faults.refusals import Runner
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.forking import free_port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 # From the ground up: each floor may import itself and those below it. ``launch`` and ``benchmarks``
 # stand on the roof.
 FLOORS = (
-    ("megatron_opdlm.errors", "megatron_opdlm.launcher", "megatron_opdlm.records"),
+    tuple(f"megatron_opdlm.{name}" for name in ("errors", "keys", "launcher", "records")),
     ("megatron_opdlm.diffusion", "megatron_opdlm.model_files"),
     ("megatron_opdlm",),
     ("checkpoint_tools",),
@@ -44,7 +44,7 @@ PROGRAMS = (
 # What the losses may import: no process group, no model.
 MATHS = ("torch", "megatron_opdlm.diffusion.truncation", "megatron_opdlm.diffusion.denoising")
 # Read before anything slow is loaded.
-LIGHT = ("config", "configuration", "errors", "launcher", "records")
+LIGHT = ("config", "configuration", "errors", "keys", "launcher", "records")
 # Copied into exported directories, so they stand alone.
 COPIED = ("blocks", "denoising", "randomness")
 
@@ -233,7 +233,8 @@ def test_diffusion_and_divergence_are_pure_torch():
     found: list[tuple[str, str]] = []
     for name, names in imports().items():
         last = name.split(".")[-1]
-        pure = ("torch", "megatron_opdlm.diffusion", "megatron_opdlm.errors")
+        ours = ("megatron_opdlm.diffusion", "megatron_opdlm.errors", "megatron_opdlm.keys")
+        pure = ("torch", *ours)
         if below(name, "megatron_opdlm.diffusion"):
             found += [(name, x) for x in outside(names, pure[:1] if last in COPIED else pure)]
         elif name == "megatron_opdlm.divergence":
@@ -242,7 +243,8 @@ def test_diffusion_and_divergence_are_pure_torch():
 
 
 def test_the_configuration_is_light():
-    light = ("yaml", "omegaconf", *(f"megatron_opdlm.{name}" for name in LIGHT))
+    ours = ("errors", "keys", "launcher", "configuration", "diffusion.decoding")
+    light = ("yaml", "omegaconf", *(f"megatron_opdlm.{name}" for name in ours))
     heavy = (
         (name, other)
         for name, names in imports().items()
