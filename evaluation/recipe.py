@@ -3,13 +3,15 @@
     torchrun ... -m evaluation.recipe FILE --model DIR --data DIR --out DIR [--limit N] [--dry-run]
 
 A recipe (configs/evaluation/) has ``common`` settings and a list of ``runs``, each with a ``name``,
-its ``tasks`` and the settings in which it differs (docs/recipes.md). Every run has the files of
+its ``tasks`` and the settings in which it differs; ``base`` names a file that it extends
+(docs/recipes.md). Every run has the files of
 evaluation.run in OUT/NAME; a run whose summary.json is there is not run again, so the same command
 goes on after a kill. Every run is checked before the first is started: one that was made with other
 settings, other data or another model (also one trained further in the same directory) ends the
 command with what differs. OUT/summary.json, written last, holds all rows.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -48,25 +50,43 @@ class RecipeRun:
 def read_recipe(path: Path) -> list[RecipeRun]:
     """The runs of a recipe file, ``thresholds`` spread out. InputError names file, run and key."""
     where = f"evaluation recipe {path}"
-    if not path.is_file():
-        raise InputError(f"{where}: no such file; configs/evaluation/ holds ready ones")
-    try:
-        text = path.read_text(encoding="utf-8")
-        yaml_text.check(text)
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: "2001-99-99" and the like
-        raise InputError(f"{where}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict) or set(tree) - {"common", "runs"}:
-        raise InputError(f"{where}: needs the keys common and runs, and no others")
-    common, entries = tree.get("common") or {}, tree.get("runs")
-    if not isinstance(common, dict) or not isinstance(entries, list) or not entries:
-        raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
+    common, entries = _contents(path, where)
+    if not entries:
+        raise InputError(f"{where}: runs is a list of at least one run")
     runs = [run for entry in entries for run in _runs(where, common, entry)]
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"{where}: two runs are called {twice}; each needs a name of its own")
     return runs
+
+
+def _contents(path: Path, where: str) -> tuple[dict[str, Any], list[Any]]:
+    """``common`` and ``runs`` of a file, those of its ``base`` (a file beside it) before its own; a
+    run of its own replaces the base's of the same name.
+    """
+    if not path.is_file():
+        raise InputError(f"{where}: {path}: no such file; configs/evaluation/ holds ready ones")
+    try:
+        text = path.read_text(encoding="utf-8")
+        yaml_text.check(text)
+        tree = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: "2001-99-99" and the like
+        raise InputError(f"{where}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict) or set(tree) - {"base", "common", "runs"}:
+        raise InputError(f"{where}: needs the keys common and runs, may have base, and no others")
+    common, runs = tree.get("common") or {}, tree.get("runs") or []
+    if not isinstance(common, dict) or not isinstance(runs, list):
+        raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
+    if "base" not in tree:
+        return common, runs
+    base = path.with_name(str(tree["base"]))
+    if base.name == path.name:
+        raise InputError(f"{where}: is its own base; name another file beside it")
+    inherited, before = _contents(base, f"{where}: base")
+    own = {run["name"] for run in runs if isinstance(run, dict) and "name" in run}
+    kept = [run for run in before if not (isinstance(run, dict) and run.get("name") in own)]
+    return {**inherited, **common}, [*kept, *runs]
 
 
 def _runs(where: str, common: dict[str, Any], entry: Any) -> list[RecipeRun]:
@@ -183,9 +203,10 @@ def describe(runs: Sequence[RecipeRun]) -> str:
         how = f"{d.remasking} {d.threshold:g}" if "dynamic" in d.remasking else d.remasking
         how = "autoregressive" if d.mode == "ar" else f"{how}, {d.denoising_steps} passes"
         thinking = ", thinking" if run.enable_thinking else ""
+        drawn = f"temperature {d.temperature:g}" + (f", top-k {d.top_k}" if d.top_k else "")
         lines.append(
-            f"{run.name}: {', '.join(run.tasks)}; {d.max_new_tokens} tokens, temperature "
-            f"{d.temperature:g}, {how}, {run.samples} responses{thinking}"
+            f"{run.name}: {', '.join(run.tasks)}; {d.max_new_tokens} tokens, {drawn}, {how}, "
+            f"{run.samples} responses{thinking}"
         )
     return "\n".join(lines)
 
@@ -204,11 +225,17 @@ def _parser() -> Arguments:
 
 
 def _chosen(runs: list[RecipeRun], only: list[str] | None) -> list[RecipeRun]:
-    names = [run.name for run in runs]
-    for name in only or []:
-        if name not in names:
+    if only is None:
+        return runs
+    chosen: dict[str, RecipeRun] = {}
+    for name in only:  # of a run with thresholds: one of them, or all by the name in the file
+        own = re.compile(rf"{re.escape(name)}(-[\d.]+)?")
+        found = {run.name: run for run in runs if own.fullmatch(run.name)}
+        if not found:
+            names = [run.name for run in runs]
             raise InputError(f"--only {name}: no such run{nearest(name, names)}")
-    return [run for run in runs if only is None or run.name in only]
+        chosen |= found
+    return [run for run in runs if run.name in chosen]
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_opdlm.configuration import rules
+from megatron_opdlm.configuration import document, rules
 from megatron_opdlm.configuration.learning import (
     CheckpointConfig,
     DistributedConfig,
@@ -115,3 +115,7 @@ def may_change(key: str) -> bool:
     place, _, name = key.partition(".")
     whole = next(item for item in dataclasses.fields(Config) if item.name == place)
     return whole.metadata["may_change"] or keys_of(types_of(Config)[place])[name].may_change
+
+
+if __name__ == "__main__":
+    print(document.markdown(Config), end="")

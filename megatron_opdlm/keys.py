@@ -134,6 +134,11 @@ def choices(hint: Any) -> tuple[str, ...]:
     return next((found for inner in typing.get_args(hint) if (found := choices(inner))), ())
 
 
+def may_be_none(hint: Any) -> bool:
+    """Whether ``null`` is a value of this type."""
+    return types.NoneType in typing.get_args(hint)
+
+
 def plain_type(hint: Any) -> type:
     """bool, int, float, str, list or dict: what a value of this type is; ``None`` left out."""
     origin = typing.get_origin(hint)
