@@ -26,33 +26,16 @@ from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.cache_budget import fitting_slots, open_cache
 from megatron_opdlm.engine.decode_forward import BucketForward, Capture, DecodeForward, RowForward
-from megatron_opdlm.engine.slots import (
-    Masked,
-    Request,
-    SlotTable,
-    Windows,
-    split_over_replicas,
-)
+from megatron_opdlm.engine.slots import Masked, Request, SlotTable, Windows, split_over_replicas
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
 from megatron_opdlm.model.vocab_parallel import project
-from megatron_opdlm.records import Trajectory, Vocabulary
+from megatron_opdlm.records import Rollout, Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
-__all__ = ["Request", "Rollout", "generate", "generate_over_copies"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """What generating requests made and what it cost."""
-
-    trajectories: list[Trajectory]
-    flops: float  # of all ranks of the copies of the model that generated
-    slots: int = 0  # sequences that fit at once
-    slot_utilisation: float = 0.0  # share of slots that worked, averaged over forwards
-    complete: bool = True  # False: it was told to stop, and has not all trajectories
+__all__ = ["Request", "generate", "generate_over_copies"]
 
 
 def generate_over_copies(
