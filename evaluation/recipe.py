@@ -3,11 +3,12 @@
     torchrun ... -m evaluation.recipe FILE --model DIR --data DIR --out DIR [--limit N] [--dry-run]
 
 A recipe (configs/evaluation/) has ``common`` settings and a list of ``runs``, each with a ``name``,
-its ``tasks`` and the settings in which it differs (docs/recipes.md). Every run has the files of
-evaluation.run in OUT/NAME; a run whose summary.json is there is not run again, so the same command
-goes on after a kill. Every run is checked before the first is started: one that was made with other
-settings, other data or another model (also one trained further in the same directory) ends the
-command with what differs. OUT/summary.json, written last, holds all rows.
+its ``tasks`` and the settings in which it differs; ``base`` names a file that it extends
+(docs/recipes.md). Every run has the files of evaluation.run in OUT/NAME; a run whose summary.json
+is there is not run again, so the same command goes on after a kill. Every run is checked before the
+first is started: one that was made with other settings, other data or another model (also one
+trained further in the same directory) ends the command with what differs.
+OUT/summary.json, written last, holds all rows.
 """
 
 import re
@@ -25,7 +26,7 @@ from evaluation.sample import open_generator
 from evaluation.tasks import get_task
 from megatron_opdlm import launcher
 from megatron_opdlm.configuration.tree import build_section
-from megatron_opdlm.configuration.values import read_file
+from megatron_opdlm.configuration.values import read_with_bases
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
 from megatron_opdlm.keys import key, keys_of
@@ -62,18 +63,30 @@ class RecipeRun:
 def read_recipe(path: Path) -> list[RecipeRun]:
     """The runs of a recipe file, ``thresholds`` spread out. InputError names file, run and key."""
     where = f"evaluation recipe {path}"
-    tree = read_file(path, "evaluation recipe")
-    if set(tree) - {"common", "runs"}:
-        raise InputError(f"{where}: needs the keys common and runs, and no others but base")
-    common, entries = tree.get("common") or {}, tree.get("runs")
-    if not isinstance(common, dict) or not isinstance(entries, list) or not entries:
-        raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
+    common: dict[str, Any] = {}
+    entries: list[Any] = []
+    for tree in read_with_bases(path, "evaluation recipe"):
+        if set(tree) - {"common", "runs"}:
+            raise InputError(f"{where}: needs the keys common and runs, and no others but base")
+        own, runs = tree.get("common") or {}, tree.get("runs") or []
+        if not isinstance(own, dict) or not isinstance(runs, list):
+            raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
+        common |= own
+        replaced = [_name(run) for run in runs]
+        entries = [run for run in entries if _name(run) not in replaced] + runs
+    if not entries:
+        raise InputError(f"{where}: runs is a list of at least one run")
     runs = [run for entry in entries for run in _runs(where, common, entry)]
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise InputError(f"{where}: two runs are called {twice}; each needs a name of its own")
     return runs
+
+
+def _name(entry: Any) -> object:
+    """By which a run takes the place of one of the base."""
+    return entry.get("name") if isinstance(entry, dict) else None
 
 
 def _runs(where: str, common: dict[str, Any], entry: Any) -> list[RecipeRun]:

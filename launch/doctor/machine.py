@@ -118,7 +118,7 @@ def kernels(config: Config, hardware: "Hardware") -> Iterator[Finding]:
     graphs = way == "rows" and config.rollout.graphs and hardware.capture is not None
     text = f"{way} (rollout.attention={asked}), {'with' if graphs else 'without'} captured graphs"
     yield Finding(name="rollout", text=text)
-    yield Finding(name="gradients", text=gradient_sums())
+    yield Finding(name="gradients", text=gradient_sums(student.spec))
 
 
 def shared_memory(place: Path = Path("/dev/shm")) -> Iterator[Finding]:

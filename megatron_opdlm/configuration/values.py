@@ -24,8 +24,12 @@ Tree = dict[Any, Any]
 
 def read_file(file: Path, what: str = "configuration file") -> Tree:
     """The tree of a YAML file laid over that of its base, if it names one, and of that one's."""
-    trees = _with_bases(file, f"{what} {file}", ())
-    return merged(trees)
+    return merged(read_with_bases(file, what))
+
+
+def read_with_bases(file: Path, what: str) -> list[Tree]:
+    """The trees of a YAML file and of all its bases, the last base first, the file itself last."""
+    return _with_bases(file, f"{what} {file}", ())
 
 
 def _with_bases(file: Path, where: str, above: tuple[Path, ...]) -> list[Tree]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_opdlm.errors import InputError
+
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
 PROJECTION_ROWS = 1024
@@ -71,15 +73,24 @@ def device_states() -> list[tuple[str, int, int, str]]:
 
 def libraries() -> str:
     """Versions of what the GPUs are driven by."""
-    nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
     engine = transformer_engine() or "not installed"
     return f"CUDA {torch.version.cuda}, NCCL {nccl}, Transformer Engine {engine}"
 
 
 def set_device(local_rank: int) -> torch.device:
-    """Bind this process to its GPU."""
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    """Bind this process to its GPU: the one that it sees where it sees one (Slurm's
+    ``--gpus-per-task=1``), else that of its number on the machine.
+    """
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise InputError(
+            f"LOCAL_RANK={local_rank}, but this process sees {visible} GPUs; start at most "
+            f"{visible} ranks on this machine, or show it more (CUDA_VISIBLE_DEVICES)"
+        )
+    number = local_rank if visible > 1 else 0
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 @functools.cache
@@ -88,11 +99,17 @@ def _graph_memory() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all captures: CUDA hands out few, and the allocator keeps memory for each."""
+    return torch.cuda.Stream()
+
+
 def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them on
     whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
     """
-    side = torch.cuda.Stream()
+    side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries choose algorithms and take memory the first times
         for _ in range(2):

@@ -93,12 +93,23 @@ def test_recipes_decode_as_the_published_scripts_and_the_paper_do():
 
 
 def test_a_file_extends_its_base(tmp_path):
-    """Claim: common settings of the base hold until its own differ; its runs hold without own."""
+    """Claim: common settings of the base hold until its own differ, its runs come first, and a run
+    of the same name takes the place of the base's."""
     tree = {"common": {"seed": 5, "samples": 2, "temperature": 1.0}}
-    write(tmp_path / "_base.yaml", tree | one())
+    write(
+        tmp_path / "_base.yaml",
+        tree | {"runs": [*one()["runs"], {"name": "b", "tasks": ["addition"]}]},
+    )
     own = {"base": "_base.yaml", "common": {"seed": 6}}
-    [a] = read_recipe(write(tmp_path / "r.yaml", own))
-    assert (a.name, a.samples, a.decoding.seed) == ("a", 2, 6)
+    [a, b] = read_recipe(write(tmp_path / "r.yaml", own))
+    assert (a.name, a.samples, a.decoding.seed) == ("a", 2, 6) and b.name == "b"
+    more = {"runs": [{"name": "a", "tasks": ["addition"], "samples": 3}]}
+    [b, a] = read_recipe(write(tmp_path / "r.yaml", own | more))
+    assert (a.name, a.samples, a.decoding.seed) == ("a", 3, 6) and b.samples == 2
+    with pytest.raises(InputError, match=r"r\.yaml: base: nothing\.yaml is no file"):
+        read_recipe(write(tmp_path / "r.yaml", {"base": "nothing.yaml"}))
+    with pytest.raises(InputError, match="leads back to itself"):
+        read_recipe(write(tmp_path / "r.yaml", {"base": "r.yaml"}))
 
 
 def test_runs_are_chosen_by_either_name(tmp_path):
