@@ -20,7 +20,7 @@ from megatron_opdlm.run import dry_run
 from tests.forking import ForkServer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "tiny_cpu")
+RECIPES = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml") if path.stem != "tiny_cpu")
 PUBLISHED = [stem for stem in RECIPES if stem.startswith("opdlm_")]
 RANKS = 8
 
@@ -195,6 +195,7 @@ def test_files_hold_no_key_twice_and_nothing_resolves_away():
     for file in CONFIGS.glob("*.yaml"):
         tree = OmegaConf.to_container(OmegaConf.load(file))
         assert isinstance(tree, dict) and tree, file
+        tree.pop("base", None)
         keys = flatten(load_config(file, []))
         given = {f"{s}.{k}": v for s, values in tree.items() for k, v in values.items()}
         assert {key: keys[key] for key in given} == given, file
