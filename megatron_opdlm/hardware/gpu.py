@@ -65,6 +65,25 @@ def set_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def upload(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the GPU, which nobody waits for."""
+    return x.pin_memory().to("cuda", non_blocking=True)
+
+
+def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying to the host; the function that comes back waits and gives the copy."""
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
+
+
 @functools.cache
 def _graph_memory() -> Any:
     """One pool for all graphs: they are replayed one after the other."""

@@ -30,6 +30,9 @@ class Hardware:
     differentiates_flex: bool  # FlexAttention has a backward pass
     # Runs a function once and returns one that repeats its kernels; None: cannot.
     capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None
+    upload: Callable[[torch.Tensor], torch.Tensor]  # host to device, without waiting
+    # Starts a copy to the host; the function that comes back waits for it.
+    fetch: Callable[[torch.Tensor], Callable[[], torch.Tensor]]
     reason: str  # why this hardware was chosen, for the log
 
 
@@ -61,6 +64,8 @@ def select_hardware() -> Hardware:
             projection_rows=gpu.PROJECTION_ROWS,
             differentiates_flex=True,
             capture=gpu.capture,
+            upload=gpu.upload,
+            fetch=gpu.fetch,
             reason="CUDA is available: NCCL, bfloat16",
         )
     megatron_on_cpu.install()
@@ -78,5 +83,7 @@ def select_hardware() -> Hardware:
         projection_rows=cpu.PROJECTION_ROWS,
         differentiates_flex=False,
         capture=None,
+        upload=lambda x: x,
+        fetch=cpu.fetch,
         reason="no CUDA device: gloo, float32, one thread a rank",
     )

@@ -4,10 +4,10 @@ import random
 from collections import deque
 
 import pytest
-import torch
 
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.slots import Request, SlotTable, split_over_replicas
+from megatron_opdlm.engine.pages import Pages
+from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt
@@ -64,22 +64,19 @@ def test_prompts_join_within_the_budget(budget: int):
     """Claim: in no forward join more prompt tokens than the budget unless it is a single prompt,
     and as many join as fit."""
     lengths = [50, 30, 20, 10, 10, 5, 5, 5]  # same limit: admitted in this order
-    table = SlotTable(made([(n, 8) for n in lengths]), RULES, IDS, 8, 64, budget)
-    everyone = torch.arange(8)
+    queue = Queue(made([(n, 8) for n in lengths]), RULES, IDS, (1, 1), budget)
+    books = SlotBooks(queue, 8, 64, Pages(range(9), 8, 64, 64), 1)
     waiting = deque(lengths)
     while waiting:
-        before = set(table.active(everyone).tolist())
-        table.admit(everyone)
-        joined = [
-            int(table.prompt_tokens[slot])
-            for slot in table.active(everyone).tolist()
-            if slot not in before
-        ]
+        admission = books.admit()
+        assert admission is not None
         expected = [waiting.popleft()]
         while waiting and sum(expected) + waiting[0] <= budget:
             expected.append(waiting.popleft())
-        assert joined == expected
-    assert not table.waiting
+        assert books.known[admission.slots.numpy()].tolist() == expected
+        assert admission.rows == sum(n // 4 + 1 for n in expected)
+        assert admission.draws == sum(4 - n % 4 for n in expected)
+    assert books.admit() is None
 
 
 def test_what_joins_together_changes_no_token(models: TinyModels):
@@ -93,16 +90,17 @@ def test_what_joins_together_changes_no_token(models: TinyModels):
 
 
 def test_operations_of_padded_forwards_are_counted(models: TinyModels):
-    """Claim: a forward of fixed size counts all that it runs: padding rows too, and in the last
-    layer every row. One request of two blocks in one pass runs in the size of four rows."""
+    """Claim: passes of fixed size count all that they run: padding rows too, in the last layer
+    every row, and the pass that was under way when the last sequence ended. One request of two
+    blocks in one pass runs as two rows of one slot with room for four drawn tokens."""
     model_dir = models.hf("student", tied=True, layers=2)
     model = jobs.load(Layout(), model_dir)
     rules = Decoding(block_size=4, denoising_steps=1)
     with jobs.fixed_size_forwards(True):
         made = generate(model, [request(0, 4, limit=4)], rules, IDS, key=(1, 1), attention="rows")
-    pairs = 4 * (4 + 8) + 2 * 4 * 4
-    expected = forward_flops(
-        model.shape, tokens=16, attended_pairs=pairs, projected_rows=4, read_rows=16
+    expected = sum(
+        forward_flops(model.shape, tokens=8, attended_pairs=pairs, projected_rows=4, read_rows=8)
+        for pairs in (4 * (4 + 8), 2 * 4 * 4)
     )
     assert made.trajectories[0].forwards == 1
     assert made.flops == expected
