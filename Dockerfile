@@ -11,7 +11,7 @@ ARG REVISION=
 ENV MEGATRON_OPDLM_REVISION=${REVISION}
 
 LABEL org.opencontainers.image.title="Megatron-OPDLM" \
-      org.opencontainers.image.description="Autoregressive Qwen3 to block-diffusion language model by on-policy distillation" \
+      org.opencontainers.image.description="Autoregressive language model to block-diffusion model by on-policy distillation" \
       org.opencontainers.image.revision=${REVISION} \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.documentation="https://arxiv.org/abs/2606.06712"

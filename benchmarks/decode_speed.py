@@ -14,6 +14,7 @@ import time
 import torch
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
@@ -108,9 +109,9 @@ def main() -> None:
             rules,
             vocabulary,
             key=(1, 1),
-            slots=sequences,
-            attention=options.attention,
-            graphs=not options.no_graphs,
+            options=EngineOptions(
+                slots=sequences, attention=options.attention, graphs=not options.no_graphs
+            ),
         )
         return time.perf_counter() - start, made
 

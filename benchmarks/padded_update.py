@@ -146,18 +146,20 @@ class PaddedUpdate:
 
 
 def _model(shape: ModelShape, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.groups,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_positions,
-        rope_theta=shape.rope_theta,
-        rms_norm_eps=shape.rms_eps,
-        tie_word_embeddings=shape.tied,
+    config = Qwen3Config.from_dict(
+        {
+            "vocab_size": shape.vocab_size,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.ffn,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.groups,
+            "head_dim": shape.head_dim,
+            "max_position_embeddings": shape.max_positions,
+            "rope_theta": shape.rope_theta,
+            "rms_norm_eps": shape.rms_eps,
+            "tie_word_embeddings": shape.tied,
+        }
     )
     model = Qwen3ForCausalLM(config)
     missing = model.load_state_dict(weights, strict=False).missing_keys

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.static_batch_sampler import StaticResult, sample_static
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.slots import Request
@@ -97,21 +98,22 @@ def main() -> None:
     greedy = replace(decoding, temperature=0.0)
     tokens = sum(request.max_new_tokens for request in requests)
 
+    engine_options = EngineOptions(slots=options.slots)
+
     def engine(rules: Decoding) -> Rollout:
-        return generate(model, requests, rules, vocabulary, key=KEY, slots=options.slots)
+        return generate(model, requests, rules, vocabulary, key=KEY, options=engine_options)
 
     def baseline(rules: Decoding) -> StaticResult:
         return sample_static(model, requests, rules, vocabulary, key=KEY, batch_size=options.slots)
 
     same = [t.response_ids for t in engine(greedy).trajectories] == baseline(greedy).responses
     assert same, "engine and baseline disagree"
-    times: list[tuple[float, float]] = []
-    for _ in range(options.rounds):
-        (a, made), (b, expected) = (
-            timed(partial(engine, decoding)),
-            timed(partial(baseline, decoding)),
-        )
-        times.append((a, b))
+    rounds = [
+        (timed(partial(engine, decoding)), timed(partial(baseline, decoding)))
+        for _ in range(options.rounds)
+    ]
+    times = [(a, b) for (a, _), (b, _) in rounds]
+    (_, made), (_, expected) = rounds[-1]
     ratio = statistics.median(b / a for a, b in times)
     speed = [tokens / statistics.median(column) for column in zip(*times, strict=True)]
     print(

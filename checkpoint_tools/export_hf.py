@@ -1,10 +1,10 @@
 """Megatron checkpoint directory (imported or from training) -> Hugging Face directory.
 
 ``sdar`` is what serving engines load (untied, with their settings beside the weights); it and
-``a2d-qwen3`` ship their own code, with ``generate`` for block diffusion; ``qwen3`` is the plain
-autoregressive layout with the block contract noted in config.json. The tokenizer of all knows the
-mask token, and a model card says what the checkpoint records. An export gets its name after it has
-been compared with the checkpoint (see verify).
+``a2d-...`` ship their own code, with ``generate`` for block diffusion; ``qwen3``, ``qwen2`` and
+``llama`` are the plain autoregressive layouts with the block contract noted in config.json. The
+tokenizer of all knows the mask token, and a model card says what the checkpoint records. An export
+gets its name after it has been compared with the checkpoint (see verify).
 """
 
 import math
@@ -15,7 +15,12 @@ from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
 from checkpoint_tools.export.export_files import CardFacts, write_files
-from checkpoint_tools.export.formats import FORMATS, check_format, with_explicit_head
+from checkpoint_tools.export.formats import (
+    check_format,
+    exported_shape,
+    layout_of,
+    with_explicit_head,
+)
 from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE
 from checkpoint_tools.export.model_card import read_evaluation
 from checkpoint_tools.export.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -31,6 +36,7 @@ from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import compare
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.model_files.families import FORMATS
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.model_files.writing import check_free
@@ -106,7 +112,8 @@ def convert(
 
     With ``quantization`` by one process alone, which then prints what the quantised model loses.
     """
-    exported = FORMATS[model_format].exported_shape(shape)
+    layout = layout_of(model_format, shape.family)
+    exported = exported_shape(shape, layout)
     team.join()
     with shared_directory(out, team) as directory:
         large = team.together(lambda: _check_small_files(checkpoint, manifest, team))
@@ -116,7 +123,7 @@ def convert(
                 checkpoint,
                 manifest.block_contract,
                 exported,
-                model_format=FORMATS[model_format],
+                layout=layout,
                 dtype=dtype,
                 card=replace(card, quantized=quantization is not None),
             )
@@ -197,7 +204,7 @@ def _write(
 
 
 def _parser() -> Arguments:
-    parser = Arguments(prog="python -m checkpoint_tools.export_hf", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="Megatron checkpoint directory"
     )

@@ -1,4 +1,4 @@
-"""Says what a model directory holds (Hugging Face Qwen3 or Megatron checkpoint), complete or not.
+"""Says what a model directory holds (Hugging Face or Megatron checkpoint), complete or not.
 
 Reads headers and file sizes only. Exit code 2 when the directory is incomplete or no model.
 """
@@ -18,7 +18,7 @@ from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
 
 def main() -> None:
     """Print one ``name: value`` line for each fact."""
-    parser = Arguments(prog="python -m checkpoint_tools.inspect", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
     if not directory.is_dir():

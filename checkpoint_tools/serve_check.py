@@ -22,7 +22,7 @@ from megatron_opdlm.errors import Arguments, RunError, command
 
 def main() -> None:
     """Print the table; exit code 1 when it has findings."""
-    parser = Arguments(prog="python -m checkpoint_tools.serve_check", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, help="exported Hugging Face directory")
     parser.add_argument("--checkpoint", type=Path, help="compare with this Megatron checkpoint")
     parser.add_argument("--no-load", action="store_true", help="check the files only")

@@ -1,7 +1,7 @@
 """Compares a Hugging Face directory with a Megatron checkpoint: weights, logits and decoded tokens.
 
 - weights: every tensor bit for bit, in the narrower of the two stored types;
-- logits: transformers' Qwen3 and our GPTModel on one causal forward, both in float32;
+- logits: transformers' model and our GPTModel on one causal forward, both in float32;
 - tokens: where the directory has the project's own ``generate``, its greedy tokens and those of our
   rollout engine, for prompts of every length modulo the block size. What runs are this version's
   own files; where the directory's differ from them, the tokens are not compared.
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint_tools.arguments import start_alone
-from checkpoint_tools.export.formats import LAYOUTS, with_explicit_head
+from checkpoint_tools.export.formats import code_of, with_explicit_head
 from checkpoint_tools.export.own_code import foreign_code
 from checkpoint_tools.quantization.export import is_quantized, read_record
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.families import LAYOUTS
+from megatron_opdlm.model_files.huggingface_files import ADDED
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
@@ -45,7 +47,7 @@ MOST_PASSES = 4  # per block: each reads the whole model
 
 def main() -> None:
     """Report each comparison; the first that fails ends the command with exit code 1."""
-    parser = Arguments(prog="python -m checkpoint_tools.verify", description=__doc__)
+    parser = Arguments(description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint")
     arguments = parser.parse_args()
@@ -69,7 +71,10 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
     quantized = is_quantized(hf_dir)
     shape = read_shape(hf_dir, allow_quantized=True)
     stored = read_shape(checkpoint / HUGGINGFACE)
-    if shape not in (stored, replace(stored, tied=False)):  # serving engines get it untied
+    before = stored  # what it was imported from has not the row that the import added
+    if read_json(checkpoint / HUGGINGFACE / "config.json").get(ADDED):
+        before = replace(stored, vocab_size=stored.vocab_size - 1)
+    if shape not in (stored, replace(stored, tied=False), before):  # engines get it untied
         raise InputError(f"{hf_dir} is {shape}, but {checkpoint} is {stored}; compare its own")
     if quantized:
         yield "weights: " + _compare_quantized(hf_dir, checkpoint, shape, stored)
@@ -132,7 +137,7 @@ def compare_logits(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
     from megatron_opdlm.model.attention_plan import causal_plan
     from megatron_opdlm.model.vocab_parallel import project
 
-    shape, device = model.shape, select_hardware().device
+    shape, device = weights.model_shape, select_hardware().device
     length = min(PROMPT_TOKENS, shape.max_positions)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab_size, (length,), generator=generator).to(device)
@@ -157,13 +162,17 @@ def _transformers_own(weights: HFWeights) -> tuple[Any, Any]:
     """Class and configuration of the autoregressive model; no code of the directory runs."""
     import transformers
 
-    name = "Qwen3" if weights.model_shape.experts is None else "Qwen3Moe"
+    shape = weights.model_shape
     written = read_json(weights.directory / "config.json")
     # An implementation of attention can be a kernel from elsewhere.
     keys: dict[str, Any] = {k: v for k, v in written.items() if not k.endswith("implementation")}
-    keys |= {"rope_theta": weights.model_shape.rope_theta}  # transformers 4 needs a flat one
-    config = getattr(transformers, f"{name}Config")(**keys)
-    return getattr(transformers, f"{name}ForCausalLM"), config
+    scaling = shape.rope_scaling.as_config() if shape.rope_scaling else None
+    keys |= {
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": scaling,
+    }  # as transformers 4 needs them
+    config = getattr(transformers, f"{shape.family.transformers}Config")(**keys)
+    return getattr(transformers, shape.family.plain.architecture), config
 
 
 def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> str:
@@ -175,7 +184,8 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
 
     hf_dir = weights.directory
     config = read_json(hf_dir / "config.json")
-    if not LAYOUTS[config["model_type"]].code:
+    layout = LAYOUTS.get(str(config["model_type"]))
+    if layout is None or not layout.has_code:
         return "not compared (the directory has no block-diffusion generate)"
     foreign = foreign_code(hf_dir)
     if foreign:
@@ -222,7 +232,7 @@ def _exported_own(weights: HFWeights) -> tuple[Any, Any]:
     """
     layout = LAYOUTS[read_json(weights.directory / "config.json")["model_type"]]
     package = types.ModuleType("exported_model")
-    package.__path__ = list(dict.fromkeys(str(file.parent) for file in layout.code))
+    package.__path__ = list(dict.fromkeys(str(file.parent) for file in code_of(layout)))
     for name in [name for name in sys.modules if name.partition(".")[0] == package.__name__]:
         del sys.modules[name]
     sys.modules[package.__name__] = package
@@ -235,6 +245,7 @@ def _decode(
     model: "LanguageModel", vocabulary: Vocabulary, prompts: list[list[int]], block: int, steps: int
 ) -> list[list[int]]:
     """Responses of the rollout engine to all prompts at once, static decoding."""
+    from megatron_opdlm.configuration.engine_options import EngineOptions
     from megatron_opdlm.diffusion.decoding import Decoding
     from megatron_opdlm.rollout import Request, generate
 
@@ -249,7 +260,8 @@ def _decode(
         rules.validate(),
         vocabulary,
         key=(0, 0),
-        attention="buckets",  # a captured forward would not fetch its weights again
+        # a captured forward would not fetch its weights again
+        options=EngineOptions(attention="buckets"),
     )
     return [trajectory.user_ids for trajectory in made.trajectories]
 

@@ -105,20 +105,13 @@ class InTrainingEvaluation:
     @property
     def decoding(self) -> Decoding:
         """How responses are generated: in the blocks that the student is trained in."""
-        e, rollout = self.config.evaluation, self.config.rollout
-        return Decoding(
+        section, rollout = self.config.evaluation, self.config.rollout
+        return Decoding.of(
+            section,
             block_size=rollout.block_size,
-            denoising_steps=e.denoising_steps or rollout.denoising_steps,
-            remasking=e.remasking,
-            threshold=e.threshold,
-            entropy_bound=e.entropy_bound,
-            temperature=e.temperature,
-            top_p=e.top_p,
-            top_k=e.top_k,
-            max_new_tokens=e.max_new_tokens,
-            seed=e.seed,
+            denoising_steps=section.denoising_steps or rollout.denoising_steps,
             logit_shift=self.config.loss.logit_shift,
-        ).validate()
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -168,21 +161,14 @@ class LiveGenerator(Generator):
 
 def live_generator(session: Session) -> LiveGenerator:
     """A generator around the run's student; a request to stop ends its responses early."""
-    rollout = session.config.rollout
     return LiveGenerator(
         model=session.student.model,
         tokenizer=load_tokenizer(session.source.files),
         vocabulary=session.source.vocabulary,
         contract=session.checkpoints.block_contract,
         longest=session.plan.max_positions,
-        options={
-            "slots": rollout.slots,
-            "kv_cache_tokens": rollout.kv_cache_tokens,
-            "prefill_tokens": rollout.prefill_tokens,
-            "attention": rollout.attention,
-            "graphs": rollout.graphs,
-            "stop": preemption.requested,
-        },
+        options=session.config.rollout,
+        stop=preemption.requested,
     )
 
 

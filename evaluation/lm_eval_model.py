@@ -13,8 +13,8 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from evaluation.generation.task_run import sample_key
 from evaluation.grading.response import without_thinking
 from evaluation.prompting import prompt_from, response_text
 from evaluation.sample import open_generator
-from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm import launcher
+from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import InputError, RunError, command, nearest
 from megatron_opdlm.records import Prompt
 
@@ -47,6 +48,9 @@ _log = logging.getLogger(__name__)
 
 # What a task may ask of a generation beside stop strings and length, and what asks for nothing.
 _READ = ("do_sample", "temperature", "top_p", "top_k", "seed")
+# What --model_args may set; the rest of how to decode is the tasks' own.
+_DECODING = [name for name in ASKED if name not in _READ or name == "seed"]
+_LOADING = [item.name for item in fields(Loading)]
 _NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -69,48 +73,33 @@ class OpdlmModel(LM):
         self,
         pretrained: str = "",
         *,
-        mode: str = "diffusion",  # or "ar"
-        block_size: int | None = None,  # None: the one that the model was trained with, else 4
-        denoising_steps: int | None = None,  # None: one token a pass
-        remasking: str = "low_confidence_static",
-        threshold: float = 0.9,
-        entropy_bound: float = 0.35,
-        max_new_tokens: int = 2048,  # where a task names no limit
-        seed: int = 0,
-        tp: int = 1,
-        pp: int = 1,
-        ep: int = 1,
-        mask_token_id: int | None = None,
         enable_thinking: bool = False,
         batch_size: int | str | None = None,  # the harness hands these over; slots decide instead
         max_batch_size: int | None = None,
         device: str | None = None,
-        **unknown: Any,
+        **settings: Any,
     ) -> None:
+        """``settings``: fields of ``Decoding`` but those that tasks choose, and of ``Loading``.
+        Without ``block_size`` it is the one that the model was trained with, without
+        ``denoising_steps`` a pass commits one token.
+        """
         super().__init__()
-        _refuse(unknown)
+        _refuse_unknown(settings)
         if not pretrained:
             raise InputError("--model_args needs pretrained=DIR: an export or Megatron checkpoint")
         check_model(Path(pretrained))
-        decoding = Decoding(
-            mode=mode,
-            block_size=block_size or 4,
-            denoising_steps=denoising_steps or block_size or 4,
-            remasking=remasking,
-            threshold=float(threshold),
-            entropy_bound=float(entropy_bound),
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        ).validate()
-        loading = Loading(tp=tp, pp=pp, ep=ep, mask_token_id=mask_token_id)
-        self.generator = open_generator(Path(pretrained), loading)
+        decoding = Decoding(**_of(settings, _DECODING)).validate()
+        self.generator = open_generator(Path(pretrained), Loading(**_of(settings, _LOADING)))
         if self.generator.tokenizer is None:
             raise InputError(f"pretrained={pretrained} has no tokenizer; add its files")
         recorded = self.generator.contract and self.generator.contract.block_size
-        if block_size is None and recorded:
-            steps = denoising_steps or recorded
-            decoding = replace(decoding, block_size=recorded, denoising_steps=steps)
-        self.decoding = replace(decoding, logit_shift=self.generator.logit_shift)
+        size = settings.get("block_size") or recorded or decoding.block_size
+        self.decoding = replace(
+            decoding,
+            block_size=size,
+            denoising_steps=settings.get("denoising_steps") or size,
+            logit_shift=self.generator.logit_shift,
+        )
         self.pretrained, self.enable_thinking = pretrained, enable_thinking
         self._cut = 0  # prompts that were too long
         # The harness writes results where this is 0: on several machines that must be one process.
@@ -262,16 +251,19 @@ def cut_before(text: str, stops: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def _refuse(unknown: dict[str, Any]) -> None:
-    names = [
-        *("mode", "block_size", "denoising_steps", "remasking", "threshold", "entropy_bound"),
-        *("max_new_tokens", "seed", "tp", "pp", "ep", "mask_token_id", "enable_thinking"),
-        "pretrained",
-    ]
-    for name, value in unknown.items():
-        raise InputError(
-            f"--model_args {name}={value}: not known; use {', '.join(names)}{nearest(name, names)}"
-        )
+def _of(settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Those of the settings that were given."""
+    return {name: settings[name] for name in names if settings.get(name) is not None}
+
+
+def _refuse_unknown(settings: Mapping[str, Any]) -> None:
+    names = [*_DECODING, *_LOADING, "enable_thinking", "pretrained"]
+    for name, value in settings.items():
+        if name not in names:
+            raise InputError(
+                f"--model_args {name}={value}: not known; use {', '.join(names)}"
+                f"{nearest(name, names)}"
+            )
 
 
 def _no_likelihood(kind: str) -> InputError:
@@ -285,7 +277,7 @@ def main() -> None:
     """The harness's command line. Only one process speaks and writes."""
     from lm_eval.__main__ import cli_evaluate
 
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launcher.rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- until the end
     cli_evaluate()
 

@@ -10,28 +10,26 @@ settings, other data or another model (also one trained further in the same dire
 command with what differs. OUT/summary.json, written last, holds all rows.
 """
 
-import argparse
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from evaluation.decoding_flags import Loading, check_model, loading_from
+from evaluation.decoding_flags import Loading, add_loading_flags, check_model, loading_from
 from evaluation.generation.identity import recorded_settings
 from evaluation.report import table
 from evaluation.reporting.results import SUMMARY
 from evaluation.run import evaluate, finished, load_tasks, tell_skipped
 from evaluation.sample import open_generator
 from evaluation.tasks import get_task
+from megatron_opdlm import launcher
 from megatron_opdlm.configuration import yaml_text
-from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
 from megatron_opdlm.model_files.writing import check_place, write_json
 
-_DECODING = tuple(field.name for field in fields(Decoding) if field.name != "logit_shift")
 _OWN = ("name", "tasks", "samples", "enable_thinking", "thresholds")
 _DEFAULTS = Decoding()
 
@@ -80,8 +78,8 @@ def _runs(where: str, common: dict[str, Any], entry: Any) -> list[RecipeRun]:
         raise InputError(f"{where}: the name is a directory's; use a plain one")
     values = {**common, **entry}
     for key in values:
-        if key not in (*_DECODING, *_OWN):
-            raise InputError(f"{where}: no key {key!r}{nearest(str(key), (*_DECODING, *_OWN))}")
+        if key not in (*ASKED, *_OWN):
+            raise InputError(f"{where}: no key {key!r}{nearest(str(key), (*ASKED, *_OWN))}")
     tasks = values.get("tasks")
     if not isinstance(tasks, list) or not tasks or not all(isinstance(t, str) for t in tasks):
         raise InputError(f"{where}: tasks must be a list of at least one name")
@@ -102,9 +100,7 @@ def _runs(where: str, common: dict[str, Any], entry: Any) -> list[RecipeRun]:
 
 def _decoding(where: str, values: Mapping[str, Any]) -> Decoding:
     given = {
-        key: _typed(where, values, key, getattr(_DEFAULTS, key))
-        for key in _DECODING
-        if key in values
+        key: _typed(where, values, key, getattr(_DEFAULTS, key)) for key in ASKED if key in values
     }
     try:
         return replace(_DEFAULTS, **given).validate()
@@ -195,22 +191,15 @@ def describe(runs: Sequence[RecipeRun]) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("recipe", type=Path, metavar="FILE")
     parser.add_argument("--model", type=Path, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these runs of the recipe")
     parser.add_argument("--limit", type=int, help="first problems of each task only")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline-parallel ranks")
-    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks (Qwen3-MoE)")
-    parser.add_argument("--mask-token-id", type=int, help="for models whose tokenizer has no mask")
     parser.add_argument("--dry-run", action="store_true", help="check the file, show its runs")
+    add_loading_flags(parser)
     return parser
 
 
@@ -241,7 +230,7 @@ def main() -> None:
     loading = loading_from(args)
     check_model(args.model)
     rows = run_recipe(runs, args.model, args.data, args.out, loading, args.limit)
-    if os.environ.get("RANK", "0") == "0":  # without work there is no process group to ask
+    if launcher.rank() == 0:  # without work there is no process group to ask
         write_json(args.out / SUMMARY, rows)
         print(table(rows))
 

@@ -5,11 +5,10 @@
 
 A PATH is a summary.json of evaluation.run, evaluation.score or evaluation.sweep, or a directory
 that holds some. NAME is the model's name in the tables; the name of a published model (OPDLM-4B)
-puts the measured figure beside the published one. With --out: report.md (Tables 1, 2, 3, 5 and 6,
+puts the measured figure beside the published one. With --out: report.md (the tables of accuracies,
 accuracy against tokens per step, the areas under these curves) and its pictures.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,7 @@ def write_report(arguments: list[str], out: Path) -> None:
 
 
 def main() -> None:
-    parser = Arguments(
-        prog="python -m evaluation.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("results", nargs="+", metavar="[NAME=]PATH")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory for the report")
     args = parser.parse_args()

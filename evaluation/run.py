@@ -13,7 +13,6 @@ number among the row's responses: not on --limit, --samples, the layout or the o
 """
 
 import argparse
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from evaluation.report import table
 from evaluation.reporting.summary import is_waiting, skipped
 from evaluation.sample import open_generator
 from evaluation.tasks import Row, Task, get_task
+from megatron_opdlm import launcher
 from megatron_opdlm.config import EvaluationConfig
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -159,7 +159,7 @@ def tell_skipped(tasks: Tasks) -> None:
     """Say, before a model is loaded, what cannot be graded here and how to install it."""
     for task, rows in tasks:
         reason = task.missing(rows)
-        if reason is not None and os.environ.get("RANK", "0") == "0":
+        if reason is not None and launcher.rank() == 0:
             print(f"evaluation: task {task.name} is skipped: {reason}", flush=True)
 
 
@@ -210,11 +210,7 @@ def check_asking(args: argparse.Namespace) -> None:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
@@ -235,7 +231,7 @@ def main() -> None:
     recorded = recorded_settings(tasks, decoding, args.samples, settings, thinking)
     found = finished(args.out, tasks, recorded)
     if found is not None:
-        if os.environ.get("RANK", "0") == "0":  # there is no process group where nothing is run
+        if launcher.rank() == 0:  # there is no process group where nothing is run
             print(f"evaluation: {args.out} is finished already\n{table(found)}")
         return
     tell_skipped(tasks)

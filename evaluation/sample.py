@@ -9,7 +9,6 @@ A prompt is ``{"prompt_ids": [...]}``, ``{"prompt": "raw text"}``, ``{"messages"
 ``forwards`` (model forwards the sample took part in), ``passes`` and ``finish_reason``.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,11 +97,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
 
 
 def main() -> None:
-    parser = Arguments(
-        prog="python -m evaluation.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR")
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")

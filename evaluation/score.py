@@ -7,7 +7,6 @@ A row may hold ``finish_reason``, a list with "stop" or "length" (ran into the l
 response. Writes ``summary.json`` and ``graded.jsonl`` into --out.
 """
 
-import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -209,11 +208,7 @@ def score(task: Task, data: Path, predictions: Path, out: Path) -> SummaryRow:
 
 
 def main() -> None:
-    parser = Arguments(
-        prog="python -m evaluation.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--task", required=True, metavar="NAME")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
     parser.add_argument("--predictions", required=True, type=Path, metavar="FILE.jsonl")

@@ -12,8 +12,6 @@ one that was trained further in the same directory) ends the command with what d
 summary.json with all points, report.md and its pictures.
 """
 
-import argparse
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +37,7 @@ from evaluation.run import (
     tell_skipped,
 )
 from evaluation.sample import open_generator
+from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place, write_json
@@ -120,8 +119,7 @@ def check_points(
     # One reading of the data and the model for all points: they differ in their decoding.
     recorded = recorded_settings(tasks, Decoding(), asked.samples, described, asked.enable_thinking)
     return [
-        finished(out / point.name, tasks, {**recorded, **_comparable(point.decoding)})
-        for point in points
+        finished(out / point.name, tasks, {**recorded, **point.decoding.asked}) for point in points
     ]
 
 
@@ -157,17 +155,8 @@ def run_points(
         yield from rows
 
 
-def _comparable(decoding: Decoding) -> dict[str, Any]:
-    """The settings that a point asks for; the shift is the model's own."""
-    return {key: value for key, value in asdict(decoding).items() if key != "logit_shift"}
-
-
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m evaluation.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--models", required=True, nargs="+", metavar="[NAME=]DIR")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME")
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
@@ -209,7 +198,7 @@ def main() -> None:
             model, points, args.out / name, tasks, loading, settings, asked, done[name]
         )
     ]
-    if os.environ.get("RANK", "0") == "0":  # there is no process group where nothing had to be run
+    if launcher.rank() == 0:  # there is no process group where nothing had to be run
         write_json(args.out / SUMMARY, rows)
         write_report([f"{name}={args.out / name}" for name in models], args.out)
         print(table(rows))

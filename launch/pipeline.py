@@ -1,4 +1,4 @@
-"""From a Hugging Face Qwen3 to the tables of its block-diffusion student, by one command.
+"""From a Hugging Face model to the tables of its block-diffusion student, by one command.
 
     launch/pipeline.sh RECIPE --hf DIR --data DIR --out DIR [--dry-run] [key=value ...]
 
@@ -12,7 +12,6 @@ OPDLM_LAUNCHER: the command that starts a module on all ranks (default: launch/o
 which MODULE ARGUMENT ... is added; for many nodes see docs/launching.md.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -198,11 +197,7 @@ def show(settings: Settings) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="launch/pipeline.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     add_flags(parser)
     return parser
 

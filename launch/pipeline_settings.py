@@ -9,11 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.export.formats import FORMATS, check_format
+from checkpoint_tools.export.formats import check_format
 from evaluation.recipe import RecipeRun, read_recipe
 from launch.stages import ROOT
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import FORMATS, QWEN3
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
 from megatron_opdlm.model_files.writing import check_place
@@ -165,9 +166,9 @@ def _format(given: str | None, recipe: Config, shape: ModelShape | None) -> str:
         logit_shift=recipe.loss.logit_shift,
     )
     if given is None:
+        family = shape.family if shape is not None else QWEN3
         plain = contract.logit_shift or contract.block_alignment != "absolute"
-        experts = shape is not None and shape.experts is not None
-        given = "qwen3" if plain else "sdar" if experts else "a2d-qwen3"
+        given = (family.plain if plain else family.block_diffusion).format
     if shape is not None:
         check_format(given, contract, shape)
     return given
@@ -200,7 +201,7 @@ def _world(ranks: int | None, environ: Mapping[str, str], *, none_without_gpus: 
     """Ranks of all machines, as the launchers count them; None where they cannot be foreseen."""
     own = "OPDLM_LAUNCHER" in environ
     nodes = environ.get("OPDLM_NODES", "") if own else "1"
-    here = ranks or environ.get("OPDLM_RANKS") or _gpus()
+    here = ranks or environ.get("OPDLM_RANKS") or count_gpus()
     if not here and not own and not none_without_gpus:
         here = 1
     if not here or not nodes.isdecimal() or not str(here).isdecimal():
@@ -208,8 +209,8 @@ def _world(ranks: int | None, environ: Mapping[str, str], *, none_without_gpus: 
     return int(nodes) * int(here)
 
 
-def _gpus() -> int:
-    """As launch/one_node.sh counts them."""
+def count_gpus() -> int:
+    """Of this machine, as launch/one_node.sh counts them."""
     try:
         done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
     except OSError:
@@ -233,15 +234,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     add = parser.add_argument
     add("recipe", type=Path, metavar="RECIPE", help="training recipe, e.g. configs/opdlm_8b.yaml")
-    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face Qwen3 directory")
+    add("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
     add("--data", type=Path, required=True, metavar="DIR", help="data files of the benchmarks")
     add("--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with")
     add("--evaluation", type=Path, metavar="FILE", help="default: configs/evaluation/RECIPE's name")
     add(
         "--format",
         choices=sorted(FORMATS),
-        help="of the export (default: a2d-qwen3; sdar with experts; qwen3 for loss.logit_shift or "
-        "states.block_alignment=response, which readers of the others do not know)",
+        help="of the export (default: the family's a2d-...; sdar with experts; the family's own "
+        "name for loss.logit_shift or states.block_alignment=response, which readers of the others "
+        "do not know)",
     )
     add("--ranks", type=int, help="of training and evaluation (default: the GPUs here, else 1)")
     add("--tp", type=int, help="tensor-parallel ranks of the evaluation (default: 1)")

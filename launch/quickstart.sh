@@ -23,7 +23,7 @@ Sets the environment up (launch/setup.sh), then, on two processes of this machin
   --out DIR       where everything goes; must be new (default: runs/quickstart, then -2, -3, ...)
   --layout NAME   dp2: two replicas (default); tp2: one replica split over both processes
   --seed N        seed of teacher, training and everything drawn (default 0)
-  --hf DIR        your own Qwen3 directory instead of the toy teacher
+  --hf DIR        your own model directory instead of the toy teacher
   --data FILE     with --hf: your training prompts (JSONL, JSON, Parquet; default: the toy questions)
   --test FILE     with --hf: your held-out rows {"question": ..., "answer": ...}, exact match
   --config FILE   training configuration (default: configs/tiny_cpu.yaml)
@@ -39,4 +39,4 @@ start=$(date +%s)
 "$root/launch/setup.sh"
 export OPDLM_SETUP_SECONDS=$(($(date +%s) - start))
 cd "$root"
-exec .venv/bin/python -m launch.quickstart.run "$@"
+exec .venv/bin/python -m launch.opdlm quickstart "$@"

@@ -76,7 +76,7 @@ class Stages:
             return subprocess.Popen(
                 argv,
                 cwd=ROOT,
-                env={**_ENVIRONMENT, **os.environ},
+                env=_environment(),
                 stdout=stack.enter_context(log.open("wb")) if log else None,
                 stderr=subprocess.STDOUT if log else None,
                 pass_fds=self.held,
@@ -85,12 +85,9 @@ class Stages:
 
     def failure(self, name: str, code: int) -> RunError:
         """The error of a stage: its own ``error:`` line if it wrote one, and where to read more."""
-        lines = self._logged(name).splitlines()
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        where = f"; see {self._log(name)}" if lines else ""
-        return RunError(
-            f"stage {name} ended with code {code}: {(said or ['it gave no reason'])[0]}{where}"
-        )
+        text = self._logged(name)
+        where = f"; see {self._log(name)}" if text else ""
+        return RunError(f"stage {name} ended with code {code}: {_reason(text)}{where}")
 
     def _log(self, name: str) -> Path | None:
         return None if self.logs is None else self.logs / f"{name}.log"
@@ -98,6 +95,39 @@ class Stages:
     def _logged(self, name: str) -> str:
         log = self._log(name)
         return log.read_text(encoding="utf-8", errors="replace") if log and log.is_file() else ""
+
+
+def _environment() -> dict[str, str]:
+    return {**_ENVIRONMENT, **os.environ}
+
+
+def _reason(text: str) -> str:
+    """What a command that failed said itself."""
+    said = [line.removeprefix("error: ") for line in text.splitlines() if line[:7] == "error: "]
+    return said[0] if said else "it gave no reason"
+
+
+def ask(argv: list[str], seconds: float) -> str:
+    """What a command prints that ends by itself within so many seconds, unseen. RunError where it
+    fails, with its own reason, or takes longer.
+    """
+    process = subprocess.Popen(
+        argv,
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=_end_with_parent,
+    )
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        stop(process)
+        raise RunError(f"{shlex.join(argv)} did not end within {seconds:g} s") from error
+    if process.returncode:
+        raise RunError(f"code {process.returncode}: {_reason(text)}")
+    return text
 
 
 def _end_with_parent() -> None:

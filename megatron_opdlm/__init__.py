@@ -1,3 +1,3 @@
-"""Megatron-OPDLM: autoregressive Qwen3 -> block-diffusion model by on-policy distillation."""
+"""Megatron-OPDLM: autoregressive -> block-diffusion language model by on-policy distillation."""
 
 __version__ = "0.1.0"

@@ -7,9 +7,8 @@ generation config), ``state.json`` and ``config.yaml`` (training only) and, writ
 a save that was cut short is a directory that no reader accepts.
 """
 
-import os
-import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,22 +31,26 @@ from megatron_opdlm.model_files.manifest import (
     is_checkpoint,
     write_manifest,
 )
-from megatron_opdlm.model_files.writing import half_written, publish, write_text
+from megatron_opdlm.model_files.writing import publish
 from megatron_opdlm.storage.model_state import (
     PREFIX,
     fill,
     layout_metadata,
-    optimizer_state,
+    restore_optimizer,
     training_state,
     weights_state,
 )
 from megatron_opdlm.storage.run_state import Progress, RunIdentity, read_state, write_state
 from megatron_opdlm.storage.sharded_load import load, verify
 from megatron_opdlm.storage.sharded_save import HostCopies, ShardedSave, Written
+from megatron_opdlm.storage.step_directories import (
+    BEST,
+    LATEST,
+    StepDirectories,
+    is_name,
+    name_of,
+)
 from megatron_opdlm.update import Student
-
-LATEST, BEST = "latest", "best"
-_NAME = re.compile(r"step_\d{7,}")
 
 
 def load_model(model: LanguageModel, model_dir: Path) -> None:
@@ -108,7 +111,6 @@ class _Pending:
 
     save: ShardedSave
     progress: Progress
-    temporary: Path
 
 
 @dataclass(kw_only=True)
@@ -129,18 +131,20 @@ class Checkpoints:
     _copies: HostCopies = field(default_factory=HostCopies)
     _pending: _Pending | None = None
 
+    @property
+    def places(self) -> StepDirectories:
+        """What lies where; rank 0 changes it."""
+        return StepDirectories(directory=self.directory, identity=self.identity)
+
     def save(self, student: Student, progress: Progress) -> None:
         """Begin to write ``step_NNNNNNN``; it is published by ``poll`` or ``finish``. An earlier
         save is finished first.
         """
         self.finish()
-        temporary = self.directory / f".{_name(progress.step)}.tmp"
+        temporary = self.places.under_way(progress.step)
         self._write(progress.step, lambda: self._start(temporary))
-        self._pending = _Pending(
-            save=_save(student, temporary, self._copies if self.in_background else None),
-            progress=progress,
-            temporary=temporary,
-        )
+        copies = self._copies if self.in_background else None
+        self._pending = _Pending(save=_save(student, temporary, copies), progress=progress)
         if not self.in_background:
             self.finish()
 
@@ -160,12 +164,12 @@ class Checkpoints:
         try:
             written = pending.save.finish()
         except RunError as error:
-            self._give_up(pending.temporary, step, str(error))
+            self._give_up(step, str(error))
         self._write(step, lambda: self._publish(pending, written))
 
     def has(self, step: int) -> bool:
         """Whether a step's checkpoint is published."""
-        return is_checkpoint(self.directory / _name(step))
+        return self.places.has(step)
 
     def mark_best(self, step: int | None) -> None:
         """Let ``best`` name this step's checkpoint, now or when it is published: ``keep`` spares
@@ -178,33 +182,53 @@ class Checkpoints:
             _on_writer(self.directory, self._point_to_best)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, checked, or None. Raises InputError where ``latest`` names a
-        damaged one; it says which earlier one is whole and how to go on from it.
+        """The checkpoint to go on from, checked, or None: there is none. Raises InputError where
+        it is damaged, and says which earlier one is whole and how to go on from it, and where
+        something else has a name that the run needs.
         """
-        pointer, name = self.directory / LATEST, self._pointed_to(LATEST)
+        name = self._chosen()
         if name is None:
             return None
-        checkpoint = self.directory / name
         try:
-            if Path(name).name != name:
-                raise InputError(f"{pointer} holds {name!r}, which names no checkpoint")
-            verify(checkpoint)
+            if not is_name(name):
+                raise InputError(f"{self.directory / LATEST} holds {name!r}, which names nothing")
+            verify(self.directory / name)
         except InputError as error:
             raise InputError(f"{error}; {self._way_out(name)}") from None
-        return checkpoint
+        return self.directory / name
+
+    def _chosen(self) -> str | None:
+        """What rank 0 finds to go on from, on every rank."""
+        found: tuple[str | None, str | None] = None, None
+        if parallel.is_writer():
+            try:
+                found = self.places.start(), None
+            except (InputError, OSError) as error:
+                found = None, str(error)
+        name, problem = parallel.broadcast_object(found)
+        if problem is not None:
+            raise InputError(problem)
+        if name is not None and parallel.is_writer() and self.places.pointed_to(LATEST) is None:
+            print(
+                f"note: {self.directory / LATEST} is missing; going on from {name}, the newest "
+                "checkpoint of this run",
+                file=sys.stderr,
+                flush=True,
+            )
+        return name
 
     def restore(self, student: Student, checkpoint: Path) -> Progress:
         """Fill weights and optimizer from a training checkpoint and return what had been done."""
         progress, self.tracker_run_id = read_state(checkpoint, self.identity)
         loaded = load(training_state(student, is_loading=True), checkpoint / WEIGHTS)
         fill(student.model, loaded["model"], {})
-        student.optimizer.load_state_dict(optimizer_state(student, loaded["optimizer"]))
+        restore_optimizer(student, loaded["optimizer"])
         return progress
 
     def _way_out(self, damaged: str) -> str:
         """The newest other checkpoint that is whole, found by all ranks together."""
-        names = [path.name for path in self._published() if path.name != damaged]
-        for name in reversed(names):
+        names = parallel.broadcast_object(self.places.own())
+        for name in reversed([name for name in names if name != damaged]):
             try:
                 verify(self.directory / name)
             except InputError:
@@ -214,29 +238,17 @@ class Checkpoints:
             )
         return "no other checkpoint of this run is whole; start again in another train.out"
 
-    def _published(self) -> list[Path]:
-        """The run's own checkpoints, oldest first; what users keep beside them is theirs."""
-        return sorted(path for path in self.directory.glob("step_*") if _NAME.fullmatch(path.name))
-
-    def discard_leftovers(self) -> None:
-        """Remove what a save or a removal that was cut short has left. Rank 0 only."""
-        if not self.directory.is_dir():
-            return
-        for stale in self.directory.glob(".step_*"):
-            shutil.rmtree(stale)
-        for pointer in (LATEST, BEST):
-            half_written(self.directory / pointer).unlink(missing_ok=True)
-
     def _start(self, temporary: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.discard_leftovers()
+        self.places.discard_leftovers()
         temporary.mkdir()
         carry_over(self.source, temporary / HUGGINGFACE)
         (temporary / CONFIG).write_text(self.config_yaml)
         (temporary / WEIGHTS).mkdir()
 
     def _publish(self, pending: _Pending, written: list[Written]) -> None:
-        temporary, final = pending.temporary, self.directory / _name(pending.progress.step)
+        step = pending.progress.step
+        temporary = self.places.under_way(step)
         pending.save.write_index(written)
         write_state(temporary, pending.progress, self.identity, self.tracker_run_id)
         for file in written:
@@ -248,67 +260,41 @@ class Checkpoints:
             kind="training",
             dtype=self.dtype,
             block_contract=self.block_contract,
-            step=pending.progress.step,
+            step=step,
             low_rank=self.low_rank,
             sha256={f"{WEIGHTS}/{file.name}": file.sha256 for file in written},
         )
-        if final.exists():  # a run that went back to an earlier checkpoint comes by again
-            self._remove(final)
-        publish(temporary, final)
-        write_text(self.directory / LATEST, final.name + "\n")
+        self.places.make_room(step)
+        publish(temporary, self.places.of(step))
+        self.places.point(LATEST, step)
         self._point_to_best()
-        # Later ones, if any, are what a run left that went back; they are replaced as it comes by.
-        done = [path for path in self._published() if path.name <= final.name]
-        best = self._pointed_to(BEST)
-        for old in done[: -self.keep]:
-            if old.name != best:
-                self._remove(old)
+        self.places.keep(self.keep, newest=step)
 
     def _point_to_best(self) -> None:
         """``best`` names the best step's checkpoint once that is there; until then, the one before
         it.
         """
-        step = self.best_step
-        if step is not None and self.has(step) and self._pointed_to(BEST) != _name(step):
-            write_text(self.directory / BEST, _name(step) + "\n")
-
-    def _pointed_to(self, pointer: str) -> str | None:
-        """The name in ``latest`` or ``best``; None where there is no such file."""
-        file = self.directory / pointer
-        if not file.is_file():
-            return None
-        return file.read_bytes().decode("utf-8", errors="backslashreplace").strip()
-
-    def _remove(self, checkpoint: Path) -> None:
-        """Take away the name first: what is half removed must not look like a checkpoint."""
-        condemned = checkpoint.with_name(f".{checkpoint.name}.old")
-        os.rename(checkpoint, condemned)
-        shutil.rmtree(condemned)
+        step, places = self.best_step, self.places
+        if step is not None and places.has(step) and places.pointed_to(BEST) != name_of(step):
+            places.point(BEST, step)
 
     def _write(self, step: int, action: Callable[[], None]) -> None:
         """File operations of a save, on rank 0."""
         try:
             _on_writer(self.directory, action)
         except RunError as error:
-            self._give_up(self.directory / f".{_name(step)}.tmp", step, str(error))
+            self._give_up(step, str(error))
 
-    def _give_up(self, temporary: Path, step: int, reason: str) -> NoReturn:
+    def _give_up(self, step: int, reason: str) -> NoReturn:
         """A save has failed: make room, name what is left."""
         if parallel.is_writer():
-            shutil.rmtree(temporary, ignore_errors=True)
-        pointer = self.directory / LATEST
-        left = "there is no earlier one"
-        if pointer.is_file():
-            left = (
-                f"{pointer.read_text().strip()} is untouched and the same command goes on from it"
-            )
+            shutil.rmtree(self.places.under_way(step), ignore_errors=True)
+        name, left = self.places.pointed_to(LATEST), "there is no earlier one"
+        if name:
+            left = f"{name} is untouched and the same command goes on from it"
         raise RunError(
             f"{self.directory}: checkpoint of step {step} not written ({reason}); {left}"
         ) from None
-
-
-def _name(step: int) -> str:
-    return f"step_{step:07d}"
 
 
 def _save(student: Student, temporary: Path, copies: HostCopies | None) -> ShardedSave:

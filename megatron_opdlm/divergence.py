@@ -223,11 +223,11 @@ class _ChunkedLoss(torch.autograd.Function):
         return (value_M * row_weight_M).sum(), value_M, fault_M
 
     @staticmethod
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the hidden states is this shard's part: whoever split the vocabulary sums
         it over the shards. In place: a second backward is refused by autograd.
         """
-        grad_hidden, grad_weight = ctx.saved_tensors
+        (grad_hidden, grad_weight), grad_total = ctx.saved_tensors, grads[0]
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
         return grad_hidden.mul_(grad_total), grad_weight, None, None, None, None, None

@@ -11,9 +11,13 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from megatron_opdlm import launcher
+from megatron_opdlm.launcher import rank, world_size
+
 BAD_INPUT = 2
 FAILURE = 1
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues
+OPDLM = "opdlm"  # the command: launch/opdlm.py
 _RANK_0_SECONDS = 30  # in which rank 0 finds the same bad input, says so, and the launcher ends all
 
 
@@ -33,7 +37,20 @@ class Stopped(BaseException):
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2."""
+    """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2.
+
+    Its help names the command as it was typed, ``opdlm NAME`` or ``python -m MODULE``, and keeps
+    the description's lines.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        module = getattr(sys.modules["__main__"], "__spec__", None)
+        is_opdlm = sys.argv[0].startswith(f"{OPDLM} ")
+        super().__init__(
+            prog=sys.argv[0] if is_opdlm or module is None else f"python -m {module.name}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
@@ -47,13 +64,15 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def report_failure(message: str) -> None:
     """Print the one ``error:`` line of this rank; ranks but the first name themselves."""
-    _print_line("error: ", message if _rank() == 0 else f"rank {_rank()}: {message}")
+    _print_line("error: ", message if rank() == 0 else f"rank {rank()}: {message}")
+
+
+def report_stop(message: str) -> None:
+    """Print the one ``stopped:`` line of a run."""
+    if rank() == 0:
+        _print_line("stopped: ", message)
 
 
 def _print_line(prefix: str, message: str) -> None:
@@ -74,24 +93,25 @@ def command(main: Callable[[], None]) -> NoReturn:
     that fails names itself; a traceback is printed only for what we did not foresee.
     """
     try:
+        if wrong := launcher.problem():
+            raise InputError(wrong)
         main()
     except InputError as error:
-        if _rank() > 0:
+        if rank() > 0:
             time.sleep(_RANK_0_SECONDS)
         report_failure(str(error))
         leave(BAD_INPUT)
     except KeyboardInterrupt:
         leave(130)
     except Stopped as stop:
-        if _rank() == 0:
-            _print_line("stopped: ", str(stop))
+        report_stop(str(stop))
         leave(STOPPED)
     except (RunError, OSError) as error:
         report_failure(str(error))
         leave(FAILURE)
     except Exception as error:  # the last resort of a command: name it, show where, fail
         traceback.print_exc()
-        _print_line("error: ", f"rank {_rank()}: unexpected {type(error).__name__}: {error}")
+        _print_line("error: ", f"rank {rank()}: unexpected {type(error).__name__}: {error}")
         leave(FAILURE)
     leave(0)
 
@@ -102,6 +122,6 @@ def leave(code: int) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if code and world_size() > 1:
         os._exit(code)
     sys.exit(code)

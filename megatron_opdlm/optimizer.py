@@ -76,9 +76,15 @@ def fuse_gradients(model: torch.nn.Module) -> str:
     made, where Apex's kernel is installed; says what was decided. For a model in Megatron's wrapper
     only, which holds the sums. Not run on a GPU yet.
     """
-    if not layers._grad_accum_fusion_available:
-        return "added to the float32 sums after they are made: Apex's fused kernel is not here"
-    for module in model.modules():
-        if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
-            module.gradient_accumulation_fusion = True
-    return "added to the float32 sums by Apex's fused kernel"
+    if layers._grad_accum_fusion_available:
+        for module in model.modules():
+            if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
+                module.gradient_accumulation_fusion = True
+    return gradient_sums()
+
+
+def gradient_sums() -> str:
+    """What adds gradients to their float32 sums, and why."""
+    if layers._grad_accum_fusion_available:
+        return "added to the float32 sums by Apex's fused kernel"
+    return "added to the float32 sums after they are made: Apex's fused kernel is not here"

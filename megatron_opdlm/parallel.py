@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opdlm import launcher
+from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 
 # isort: split
@@ -33,7 +35,7 @@ def init(layout: Layout, *, seed: int = 0, timeout_seconds: int = 600) -> Hardwa
     """
     global _groups_of
     hardware = select_hardware()
-    layout.data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
+    layout.data_parallel(launcher.world_size())
     if not dist.is_initialized():
         _init_process_group(hardware, timeout_seconds)
     wanted = replace(layout, sequence_parallel=False)  # needs no groups of its own
@@ -66,8 +68,8 @@ def _destroy_groups() -> None:
 
 def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+    if launcher.is_one_of_several():
+        store, rank, ranks = _meet(timeout)
         # torchrun keeps one store over restarts of its ranks, addresses of dead ones included.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"attempt_{attempt}", store)
@@ -77,6 +79,18 @@ def _init_process_group(hardware: Hardware, timeout_seconds: int) -> None:
         hardware.process_group_backend, store=store, rank=rank, world_size=ranks, timeout=timeout
     )
     atexit.register(_leave)
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """The ranks' store, this rank and their number. InputError where the place to meet is taken,
+    RunError where somebody does not come.
+    """
+    try:
+        return next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise InputError(launcher.taken_port()) from None
+        raise RunError(launcher.no_meeting(str(error))) from None
 
 
 def _leave() -> None:

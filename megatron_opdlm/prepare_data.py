@@ -23,6 +23,7 @@ from megatron_opdlm.data.checks import (
     question_of,
 )
 from megatron_opdlm.data.content_hash import content_hash
+from megatron_opdlm.data.dapo import dapo_rows, is_dapo
 from megatron_opdlm.data.rows import Row, read_rows
 from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, Published, ask, fetch, published_as
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -172,11 +173,7 @@ def summary(account: dict[str, Any]) -> str:
 
 
 def _parser() -> Arguments:
-    parser = Arguments(
-        prog="python -m megatron_opdlm.prepare_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     add = parser.add_argument
     add("--source", required=True, help=f"{' or '.join(PUBLISHED)} (fetched), or a local file")
     add("--tokenizer", type=Path, required=True, metavar="DIR", help="model directory")
@@ -210,7 +207,8 @@ def main() -> None:
     published = PUBLISHED.get(args.source) if path is not local else None
     template, reason = _template(args.template, published or published_as(path))
     checks = _checks(args, problems)
-    prepared = prepare(read_rows(path, "--source"), template, checks)
+    rows = dapo_rows(path, "--source") if is_dapo(path) else read_rows(path, "--source")
+    prepared = prepare(rows, template, checks)
     about = {
         "source": args.source,
         "repository": published.repository if published else None,

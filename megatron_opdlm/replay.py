@@ -7,13 +7,12 @@ A line of the input is ``{"prompt_ids": [...], "response_ids": [...], "masked": 
 ``masked`` is the noisy input as it is, blocks are counted from absolute position 0.
 """
 
-import argparse
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm import launcher
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -114,11 +113,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, write ``--out`` whole or not at all."""
-    parser = Arguments(
-        prog="megatron_opdlm.replay",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--student", required=True, help="HF directory or Megatron checkpoint")
     parser.add_argument("--teacher", required=True, help="HF directory or Megatron checkpoint")
     parser.add_argument("--trajectories", required=True, type=Path, metavar="FILE.jsonl")
@@ -132,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"--out={options.out} is a directory; name a file")
     check_place(options.out, f"--out={options.out}")
     result = replay(config, options.trajectories)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if launcher.rank() == 0:
         from megatron_opdlm.model_files.writing import write_text
 
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,9 @@ yet: [finished block | fresh block] in the first pass of a block, [fresh block] 
 shares a forward with the next block's first pass, and so does prefill. Sequences enter and leave as
 they finish. Autoregressive decoding is the case B = 1 with shifted logits.
 
-What is drawn, committed and ended is decided on the device (``engine/slot_state.py``); its report of
-a pass is read while the next one runs, and the host's part is who enters (``engine/slots.py``).
+What is drawn, committed and ended is decided on the device (``engine/slot_state.py``). Where a
+device works beside its host, the report of a pass is read while the next one runs; the host decides
+who enters (``engine/slots.py``).
 
 With pipeline stages the slots form as many groups as there are stages; while one group's drawn
 tokens travel back from the last stage, the other groups keep the stages busy.
@@ -26,12 +27,14 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine import slot_state
-from megatron_opdlm.engine.decoder import Decoder, Group, room_for
+from megatron_opdlm.engine.cache_budget import room_for
+from megatron_opdlm.engine.decoder import Decoder, Group
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.passes import Capture, FixedPasses, Flight
-from megatron_opdlm.engine.slots import Queue, Request, SlotBooks
+from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.flops import forward_flops
@@ -39,18 +42,58 @@ from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
 from megatron_opdlm.records import Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
-__all__ = ["Request", "Rollout", "generate"]
+__all__ = ["Request", "Rollout", "generate", "generate_over_copies"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """What a call of ``generate`` made and what it cost."""
+    """What generating requests made and what it cost."""
 
     trajectories: list[Trajectory]
-    flops: float  # of the whole model replica
+    flops: float  # of all ranks of the copies of the model that generated
     slots: int = 0  # sequences that fit at once
     slot_utilisation: float = 0.0  # share of slots that worked, averaged over forwards
     complete: bool = True  # False: it was told to stop, and has not all trajectories
+
+
+def generate_over_copies(
+    model: LanguageModel,
+    requests: Sequence[Request],
+    decoding: Decoding,
+    vocabulary: Vocabulary,
+    *,
+    key: tuple[int, int],
+    options: EngineOptions,
+    stop: Callable[[], bool] = lambda: False,
+    finished: Callable[[Trajectory], None] = lambda _: None,
+    close: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """Share the requests out over all copies of the model, ``generate``, gather: trajectories are
+    in the order of the requests, on every rank; a copy without work is legal. Not complete, and
+    without trajectories, where any copy was told to stop. ``close``: called when this rank's copy
+    has made its share.
+    """
+    mine = split_over_replicas(requests, parallel.generators(), decoding)[parallel.generator_rank()]
+    made = generate(
+        model,
+        [requests[i] for i in mine],
+        decoding,
+        vocabulary,
+        key=key,
+        options=options,
+        stop=stop,
+        finished=finished,
+    )
+    close()
+    if not parallel.all_succeeded(made.complete):
+        return Rollout(trajectories=[], flops=0.0, complete=False)
+    pairs = list(zip(mine, made.trajectories, strict=True))
+    done = dict(parallel.gather_objects_over_generators(pairs))
+    flops = torch.tensor(made.flops, dtype=torch.float64, device=select_hardware().device)
+    return Rollout(
+        trajectories=[done[i] for i in range(len(requests))],
+        flops=float(parallel.sum_over_generators(flops)),
+    )
 
 
 @torch.inference_mode()
@@ -61,11 +104,7 @@ def generate(
     vocabulary: Vocabulary,
     *,
     key: tuple[int, int],
-    slots: int = 128,
-    kv_cache_tokens: int | None = None,
-    prefill_tokens: int = 8192,
-    attention: str = "auto",
-    graphs: bool = True,
+    options: EngineOptions = EngineOptions(),
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
 ) -> Rollout:
@@ -73,12 +112,9 @@ def generate(
     its ranks.
 
     ``key`` = (seed, step): with the sample's number it decides every random draw, so a response
-    depends neither on its batch nor on the layout. ``slots`` bounds the sequences in flight,
-    ``kv_cache_tokens`` the cached positions of all of them (None: what half of the free memory
-    holds); requests that do not fit wait. ``prefill_tokens`` bounds the prompts that join one
-    forward. ``attention``: "buckets" or "rows" (``decode_plans.py``), "auto" what suits the
-    hardware; ``graphs``: capture the passes of "rows" where the hardware can. ``stop``: asked after every forward on the rank that draws; True
-    ends the call early on all ranks of the replica. ``finished``: given each trajectory as it ends.
+    depends neither on its batch nor on the layout. Requests that do not fit the budgets of
+    ``options`` wait. ``stop``: asked after every forward on the rank that draws; True ends the call
+    early on all ranks of the replica. ``finished``: given each trajectory as it ends.
 
     Raises RunError for a cache that cannot hold the longest request (other replicas may not find
     it), InputError for an empty prompt where logits are read from the position before.
@@ -88,15 +124,16 @@ def generate(
     rules = decoding if decoding.mode == "diffusion" else decoding.autoregressive()
     _check_prompts(requests, rules)
     # How many tokens an expert gets is known on the way only, so nothing is captured.
-    kind, capture = _way_to_decode(attention, graphs and model.shape.experts is None)
+    graphs = options.graphs and model.shape.experts is None
+    kind, capture = _way_to_decode(options.attention, graphs)
     room = room_for(
         model,
         kind,
-        slots=min(slots, len(requests)),
+        slots=min(options.slots, len(requests)),
         positions=max((r.positions(rules.block_size) for r in requests), default=rules.block_size),
-        kv_cache_tokens=kv_cache_tokens,
+        kv_cache_tokens=options.kv_cache_tokens,
     )
-    queue = Queue(requests, rules, vocabulary, key, prefill_tokens)
+    queue = Queue(requests, rules, vocabulary, key, options.prefill_tokens)
     was_training = model.training
     model.eval()
     try:
@@ -131,9 +168,8 @@ class _Group:
     device: Group
     books: SlotBooks
     flight: Flight | None = None  # its drawn tokens are not committed yet
-    reports: deque[tuple[Flight, Callable[[], Tensor]]] = field(
-        default_factory=deque
-    )  # not entered yet
+    # Reports that are on their way or not entered yet.
+    reports: deque[tuple[Flight, Callable[[], Tensor]]] = field(default_factory=deque)
     rows: int = 0  # what the next pass needs, as far as the reports that are in say
     draws: int = 0
 

@@ -47,12 +47,25 @@ class StepPlan:
         return self
 
     @property
+    def schedule_steps(self) -> int:
+        """Over which learning rate and threshold run, however long the run itself is."""
+        return self.config.train.schedule_steps or self.total_steps
+
+    @property
     def notes(self) -> list[str]:
         """What of the configuration has another effect than it looks like, for people."""
         curve, cap = self.config.curriculum, self.config.rollout.max_new_tokens
-        if curve.kind == "constant" or curve.end <= cap:
-            return []
-        return [f"note: rollout.max_new_tokens={cap} caps curriculum.end={curve.end}"]
+        steps, epochs = self.config.train.steps, self.config.data.epochs
+        notes = []
+        if curve.kind != "constant" and curve.end > cap:
+            notes.append(f"note: rollout.max_new_tokens={cap} caps curriculum.end={curve.end}")
+        if steps > self.total_steps:
+            notes.append(
+                f"note: train.steps={steps}, but {self.order.n} prompts are used up after "
+                f"{self.total_steps} steps at data.epochs={epochs}: the run ends there; more need "
+                "data.epochs"
+            )
+        return notes
 
     def _longest_request(self) -> Request | None:
         """The one that takes most positions of all that any step can make; None: none makes one."""
@@ -125,20 +138,14 @@ class StepPlan:
     def decoding(self, step: int) -> Decoding:
         """How this step generates."""
         rollout = self.config.rollout
-        return Decoding(
-            block_size=rollout.block_size,
-            denoising_steps=rollout.denoising_steps,
-            remasking=rollout.remasking,
+        return Decoding.of(
+            rollout,
             threshold=curriculum.threshold_at(
-                step, self.config.threshold_schedule, rollout, self.total_steps
+                step, self.config.threshold_schedule, rollout, self.schedule_steps
             ),
-            entropy_bound=rollout.entropy_bound,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
             seed=self.config.train.seed,
             logit_shift=self.config.loss.logit_shift,
-        ).validate()
+        )
 
     def learning_rate(self, step: int, number: int, updates: int) -> float:
         """Rate of the ``number``-th of a step's ``updates`` optimizer steps; the schedule counts
@@ -152,5 +159,5 @@ class StepPlan:
         )
         position = (step - 1) * nominal + number * nominal / updates
         return curriculum.learning_rate(
-            position, o, updates_per_step=nominal, total_steps=self.total_steps
+            position, o, updates_per_step=nominal, total_steps=self.schedule_steps
         )

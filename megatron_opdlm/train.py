@@ -4,12 +4,13 @@
 Read ``run`` first: one line per act of a step.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_opdlm import launcher
 from megatron_opdlm.config import Config, load_config, require
 from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.supervision import preemption
 
 
 def run(config: Config) -> None:
@@ -61,7 +62,7 @@ def require_known_tasks(config: Config) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
-    parser = Arguments(prog="megatron_opdlm.train", description="On-policy distillation.")
+    parser = Arguments(description="On-policy distillation.")
     parser.add_argument(
         "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"
     )
@@ -88,11 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         if options.world_size is not None and options.world_size < 1:
             raise InputError(f"--world-size {options.world_size}: a number of ranks; use 1 or more")
-        world_size = options.world_size or int(os.environ.get("WORLD_SIZE", fewest_ranks(config)))
-        if int(os.environ.get("RANK", "0")) == 0:
+        world_size = options.world_size or (
+            launcher.world_size() if launcher.is_one_of_several() else fewest_ranks(config)
+        )
+        if launcher.rank() == 0:
             print(describe(config, world_size))
         return
-    run(config)
+    with preemption.listening():  # while the libraries are imported as well
+        run(config)
 
 
 if __name__ == "__main__":

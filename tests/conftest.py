@@ -1,13 +1,16 @@
 """What all tests of a session share: tiny models and groups of ranks."""
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.distributed.workers import WorkerGroups
-from tests.tiny_models import make_qwen3
+from tests.forking import ForkServer
+from tests.tiny_models import make_model, make_qwen3
 
 SEEDS = {"student": 11, "teacher": 12}
 VOCABULARY = 67  # odd: every tensor-parallel layout pads it
@@ -18,9 +21,11 @@ MASK = 64
 
 @dataclass
 class TinyModels:
-    """Random Qwen3 directories by role: different weights, the same tokenizer."""
+    """Random model directories by role: different weights, the same tokenizer."""
 
     root: Path
+    model_type: str = "qwen3"
+    keys: dict[str, Any] = field(default_factory=dict)  # more of config.json
     _made: dict[str, Path] = field(default_factory=dict)
 
     def experts(self, role: str, *, renormalize: bool = True) -> Path:
@@ -42,8 +47,14 @@ class TinyModels:
         """Hugging Face directory of the ``student`` or the ``teacher``."""
         name = f"{role}-{'tied' if tied else 'untied'}-{layers}"
         if name not in self._made:
-            self._made[name] = make_qwen3(
-                self.root / name, tied=tied, seed=SEEDS[role], vocab=VOCABULARY, layers=layers
+            self._made[name] = make_model(
+                self.root / name,
+                self.model_type,
+                tied=tied,
+                seed=SEEDS[role],
+                vocab=VOCABULARY,
+                layers=layers,
+                **self.keys,
             )
         return self._made[name]
 
@@ -61,14 +72,37 @@ class TinyModels:
         return out
 
 
+def pytest_collection_finish() -> None:
+    """What is imported lives on: no garbage collection need look at it, and Megatron asks for one
+    whenever it saves."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     return TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[WorkerGroups]:
+def fork_server() -> Iterator[ForkServer]:
+    """Everything that takes seconds to import is imported in it once."""
+    server = ForkServer(["tests.distributed.jobs", "tests.faults.disturbed"])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(fork_server: ForkServer) -> Iterator[WorkerGroups]:
     """``ranks(2).run(function, **arguments)``: a function on both ranks of a running group."""
-    groups = WorkerGroups()
+    groups = WorkerGroups(fork_server)
+    yield groups
+    groups.close()
+
+
+@pytest.fixture(scope="session")
+def forks(fork_server: ForkServer) -> Iterator[WorkerGroups]:
+    """Groups whose ranks never run a model themselves: they fork the ranks of jobs."""
+    groups = WorkerGroups(fork_server)
     yield groups
     groups.close()

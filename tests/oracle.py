@@ -1,5 +1,5 @@
-"""Independent computations that tests compare against: Hugging Face Qwen3 with materialised masks,
-in plain PyTorch.
+"""Independent computations that tests compare against: Hugging Face's models with materialised
+masks, in plain PyTorch.
 
 Nothing here imports the project's training or rollout code.
 """

@@ -1,4 +1,5 @@
-"""Tiny random Qwen3 directories as Hugging Face would save them, with a real fast tokenizer.
+"""Tiny random model directories of every family as Hugging Face would save them, with a real fast
+tokenizer.
 
 Every size differs from every other (heads x head_dim != hidden, ffn != hidden, groups != heads),
 norms are random and the weights are large enough for decisive logits, so that a swapped axis or a
@@ -12,13 +13,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 ALPHABET = (
     "?0123456789+=;:,.- \nabcdefghijklmnopqrstuvwxyz"  # one token per character; "?" is unknown
@@ -61,8 +56,15 @@ def make_tokenizer(
     return tokenizer
 
 
-def make_qwen3(
+def make_qwen3(directory: Path, **options: Any) -> Path:
+    """A random Qwen3, or with ``experts`` a Qwen3-MoE; options of ``make_model``."""
+    model_type = "qwen3_moe" if options.get("experts") else "qwen3"
+    return make_model(directory, model_type, **options)
+
+
+def make_model(
     directory: Path,
+    model_type: str,
     *,
     tied: bool,
     seed: int,
@@ -71,7 +73,7 @@ def make_qwen3(
     hidden: int = 64,
     heads: int = 4,
     groups: int = 2,
-    head_dim: int = 32,
+    head_dim: int | None = 32,  # None: config.json leaves it out
     ffn: int = 96,
     experts: int = 0,
     experts_per_token: int = 2,
@@ -81,8 +83,9 @@ def make_qwen3(
     eos: Sequence[int] | None = None,
     mask_token: str | None = None,
     dtype: torch.dtype = torch.float32,
+    **keys: Any,
 ) -> Path:
-    """Write a random Qwen3 into ``directory`` and return it.
+    """Write a random model into ``directory`` and return it. ``keys``: more of config.json.
 
     ``eos`` None means <|im_end|> and <|endoftext|>, as Qwen3 has it. The model has ``vocab`` rows;
     ids above the tokenizer's are free, so without ``mask_token`` the mask is a configured id such
@@ -99,7 +102,6 @@ def make_qwen3(
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "head_dim": head_dim,
         "max_position_embeddings": 512,
         "rope_theta": 50000.0,
         "tie_word_embeddings": tied,
@@ -107,23 +109,18 @@ def make_qwen3(
         "eos_token_id": end[0],
         "pad_token_id": end[1],
     }
-    generator = torch.Generator().manual_seed(seed)
+    if head_dim is not None:
+        options["head_dim"] = head_dim
     if experts:
-        mixture = Qwen3MoeConfig(
-            **options,
-            num_experts=experts,
-            num_experts_per_tok=experts_per_token,
-            moe_intermediate_size=expert_ffn,
-            norm_topk_prob=renormalize,
-        )
-        model: Any = Qwen3MoeForCausalLM(mixture)
-    else:
-        model = Qwen3ForCausalLM(Qwen3Config(**options))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            norm = name.endswith("norm.weight")
-            parameter.copy_(1 + 0.3 * noise if norm else noise * 1.5 * parameter.shape[-1] ** -0.5)
+        options |= {
+            "num_experts": experts,
+            "num_experts_per_tok": experts_per_token,
+            "moe_intermediate_size": expert_ffn,
+            "norm_topk_prob": renormalize,
+        }
+    config = AutoConfig.for_model(model_type, **{**options, **keys})
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    _randomise(model, seed)
     model = model.to(dtype)
     model.generation_config.eos_token_id = list(eos) if eos is not None else end
     model.generation_config.pad_token_id = end[1]
@@ -133,6 +130,19 @@ def make_qwen3(
     tokenizer.save_pretrained(directory)
     assert len(list(directory.glob("*.safetensors"))) >= shards
     return directory
+
+
+@torch.no_grad()
+def _randomise(model: Any, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.3 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.5 * noise)
+        else:
+            parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
 
 
 def edit_json(path: Path, **changes: object) -> None:

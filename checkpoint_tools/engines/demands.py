@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.model_files.huggingface_files import read_contract
-
 from checkpoint_tools.engines.code_demands import code_of_others, named_classes, needed_packages
 from checkpoint_tools.engines.quantized_demands import QUANTIZED_READERS, quantized_weights
 from checkpoint_tools.export import engine_settings as engine_settings
-from checkpoint_tools.export.formats import FORMATS, LAYOUTS
 from checkpoint_tools.quantization.export import is_quantized
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import LAYOUTS
+from megatron_opdlm.model_files.huggingface_files import read_contract
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer
@@ -27,13 +26,9 @@ SGLANG, LMDEPLOY, TRANSFORMERS = "SGLang", "LMDeploy", "transformers"
 ENGINES = (SGLANG, LMDEPLOY)  # that serve; transformers loads
 READERS = "people"  # who choose a model by its card
 ENGINE_MASK_ID = 151669  # fixed in the code of both
-SERVED = {
-    layout.architecture: layout.model_type
-    for layout in (FORMATS["sdar"].dense, FORMATS["sdar"].experts)
-    if layout is not None
-}
+SERVED = {layout.architecture: layout.model_type for layout in LAYOUTS.values() if layout.served}
 EXPORT_AGAIN = "export with checkpoint_tools.export_hf --format sdar"
-_TURN_END, _TEXT_END = "<|im_end|>", "<|endoftext|>"  # of Qwen3's tokenizers
+_TURN_END, _TEXT_END = "<|im_end|>", "<|endoftext|>"  # of Qwen's tokenizers
 UNQUANTIZED = "serve it with SGLang, or export without --quantize"
 
 
@@ -125,7 +120,7 @@ def _of_all(
 def _layout(directory: Directory) -> Iterator[Finding]:
     """Which engines know the architecture and the model type."""
     name, kind = directory.architecture, directory.config.get("model_type")
-    plain = name in {layout.architecture for layout in LAYOUTS.values() if not layout.code}
+    plain = name in {layout.architecture for layout in LAYOUTS.values() if not layout.has_code}
     ar = f"{name} is decoded autoregressively, which a block-diffusion model is not" * plain
     unknown = ar or f"'Unknown diffusion LLM: {name}'"
     problem = "" if directory.is_served else unknown
@@ -145,7 +140,8 @@ def _layout(directory: Directory) -> Iterator[Finding]:
 
 def _code(directory: Directory) -> Iterator[Finding]:
     """The classes of ``auto_map`` exist, and their files import nothing that is not there."""
-    if directory.config.get("model_type") in ("qwen3", "qwen3_moe"):
+    layout = LAYOUTS.get(str(directory.config.get("model_type")))
+    if layout is not None and not layout.has_code:
         return
     engines = (*ENGINES, TRANSFORMERS) if directory.is_served else (TRANSFORMERS,)
     for readers, name, check in (

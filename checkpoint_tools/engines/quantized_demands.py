@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoint_tools.quantization.export import ENGINE_RECORD
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import LAYOUTS
 from megatron_opdlm.model_files.shape import read_json, read_shape
 
 
@@ -55,7 +56,8 @@ def _lmdeploy(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
 
 def _transformers(directory: Path, config: Mapping[str, Any]) -> tuple[str, str]:
     """(problem, note): it skips a ``quant_method`` that it does not know; our code does not."""
-    if config.get("model_type") in ("qwen3", "qwen3_moe"):
+    layout = LAYOUTS.get(str(config.get("model_type")))
+    if layout is not None and not layout.has_code:
         return "it does not know quant_method='modelopt' and would read FP8 numbers unscaled", ""
     return "", "the export's own FP8 linears; slow"
 

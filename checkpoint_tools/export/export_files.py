@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.export.engine_settings import engine_settings, write_engine_settings
-from checkpoint_tools.export.formats import Format
 from checkpoint_tools.export.hf_files import (
     DEFAULT_BLOCK_SIZE,
     export_config,
@@ -18,6 +17,7 @@ from checkpoint_tools.export.model_card import model_card
 from checkpoint_tools.export.own_code import copy_code
 from checkpoint_tools.export.training_record import read_training_record
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import HFLayout
 from megatron_opdlm.model_files.huggingface_files import carry_over
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, read_json
@@ -42,7 +42,7 @@ def write_files(
     contract: BlockContract,
     shape: ModelShape,
     *,
-    model_format: Format,
+    layout: HFLayout,
     dtype: str,
     card: CardFacts,
 ) -> None:
@@ -52,12 +52,11 @@ def write_files(
     and where a format that decodes blocks has no end token.
     """
     source, record = checkpoint / HUGGINGFACE, read_training_record(checkpoint)
-    layout = model_format.layout(shape)
-    if layout.code and not names_end_token(source):
+    if layout.has_code and not names_end_token(source):
         raise InputError(
-            f"--format {model_format.name}: {checkpoint} names no end token, which decoding needs; "
+            f"--format {layout.format}: {checkpoint} names no end token, which decoding needs; "
             "set eos_token_id in the model's generation_config.json and import it again, or use "
-            "--format qwen3"
+            f"--format {shape.family.plain.format}"
         )
     carry_over(source, directory)
     config = export_config(
@@ -65,7 +64,7 @@ def write_files(
         shape,
         contract,
         forbidden_ids(source, contract.mask_token_id),
-        model_format=model_format,
+        layout=layout,
         dtype=dtype,
         trained_thresholds=record.thresholds,
     )
@@ -76,7 +75,7 @@ def write_files(
     if contract.mask_token_id is not None:
         register_mask(directory, contract.mask_token_id)
     settings = engine_settings(contract.block_size or DEFAULT_BLOCK_SIZE, record)
-    if model_format.served:
+    if layout.served:
         write_engine_settings(directory, settings)
     (directory / "README.md").write_text(
         model_card(
@@ -84,7 +83,7 @@ def write_files(
             contract,
             record,
             settings,
-            model_format=model_format,
+            layout=layout,
             dtype=dtype,
             base_model=card.base_model,
             evaluation=card.evaluation,

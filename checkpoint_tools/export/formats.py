@@ -1,16 +1,17 @@
-"""The layouts that an export can have: their names in config.json, their code, and whose contracts
-they can hold.
+"""The layouts that an export can have (rows of model_files/families.py): their code, and whose
+contracts they can hold.
 
-``sdar`` is what serving engines load, ``a2d-qwen3`` what dllm and the paper's tools load, ``qwen3``
-the plain autoregressive layout.
+``sdar`` is what serving engines load, ``a2d-...`` what dllm and the paper's tools load; the formats
+that bear a family's own name are the plain autoregressive layouts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import FORMATS, Family, HFLayout
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import ModelShape
 
@@ -32,116 +33,39 @@ _SHARED_CODE = (
 _EMBEDDING, _HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One format for one kind of model (dense, or with experts) as config.json describes it."""
-
-    model_type: str
-    architecture: str  # class of the model
-    configuration: str = ""  # class of the configuration; empty: transformers' own
-    module: str = ""  # the code is configuration_<module>.py and modeling_<module>.py
-    auto_classes: tuple[str, ...] = ()  # of transformers, besides AutoConfig
-
-    @property
-    def auto_map(self) -> dict[str, str]:
-        """Where transformers finds the classes; empty for its own."""
-        if not self.module:
-            return {}
-        classes = dict.fromkeys(self.auto_classes, f"modeling_{self.module}.{self.architecture}")
-        return {"AutoConfig": f"configuration_{self.module}.{self.configuration}", **classes}
-
-    @property
-    def code(self) -> tuple[Path, ...]:
-        """The Python files that the export carries."""
-        if not self.module:
-            return ()
-        own = (f"configuration_{self.module}.py", f"modeling_{self.module}.py")
-        return (*(_MODEL / name for name in own), *_SHARED_CODE)
+def code_of(layout: HFLayout) -> tuple[Path, ...]:
+    """The Python files that an export carries."""
+    if not layout.has_code:
+        return ()
+    own = (f"configuration_{layout.module}.py", f"modeling_{layout.module}.py")
+    return (*(_MODEL / name for name in own), *_SHARED_CODE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """A name of ``export_hf --format``."""
-
-    name: str
-    dense: Layout
-    experts: Layout | None  # None: the format has no form for them
-    served: bool = False  # by SGLang and LMDeploy, which need an explicit lm_head.weight
-
-    @property
-    def has_code(self) -> bool:
-        """Whether the export decodes blocks by its own ``generate``."""
-        return bool(self.dense.module)
-
-    def layout(self, shape: ModelShape) -> Layout:
-        """The form for a model of this shape. Raises InputError where there is none."""
-        if shape.experts is None:
-            return self.dense
-        if self.experts is None:
-            raise InputError(
-                f"--format {self.name}: its readers know no mixture of experts, and the model has "
-                f"{shape.experts.count} experts; use --format sdar or qwen3"
-            )
-        return self.experts
-
-    def exported_shape(self, shape: ModelShape) -> ModelShape:
-        """The shape of the export: untied where serving engines read it."""
-        return replace(shape, tied=False) if self.served else shape
+def layout_of(name: str, family: Family) -> HFLayout:
+    """The family's layout in the format ``name``. Raises InputError where it has none."""
+    if name not in family.formats:
+        assert name in FORMATS
+        reason = "is for other models"
+        if name == "sdar":
+            reason = "has readers that norm queries and keys, which this model does not"
+        elif family.experts:
+            reason = "has readers that know no mixture of experts"
+        raise InputError(
+            f"--format {name} {reason}: it is a {family.name}; use --format "
+            + " or ".join(family.formats)
+        )
+    return family.formats[name]
 
 
-_CAUSAL = ("AutoModel", "AutoModelForCausalLM")
-FORMATS = {
-    one.name: one
-    for one in (
-        Format(
-            name="sdar",
-            dense=Layout(
-                model_type="sdar",
-                architecture="SDARForCausalLM",
-                configuration="SDARConfig",
-                module="sdar",
-                auto_classes=_CAUSAL,
-            ),
-            experts=Layout(
-                model_type="sdar_moe",
-                architecture="SDARMoeForCausalLM",
-                configuration="SDARMoeConfig",
-                module="sdar_moe",
-                auto_classes=_CAUSAL,
-            ),
-            served=True,
-        ),
-        Format(
-            name="a2d-qwen3",
-            dense=Layout(
-                model_type="a2d-qwen3",
-                architecture="A2DQwen3LMHeadModel",
-                configuration="A2DQwen3Config",
-                module="a2d_qwen3",
-                auto_classes=("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"),
-            ),
-            experts=None,
-        ),
-        Format(
-            name="qwen3",
-            dense=Layout(model_type="qwen3", architecture="Qwen3ForCausalLM"),
-            experts=Layout(model_type="qwen3_moe", architecture="Qwen3MoeForCausalLM"),
-        ),
-    )
-}
-LAYOUTS = {
-    layout.model_type: layout
-    for one in FORMATS.values()
-    for layout in (one.dense, one.experts)
-    if layout is not None
-}
+def exported_shape(shape: ModelShape, layout: HFLayout) -> ModelShape:
+    """The shape of the export: untied where serving engines read it."""
+    return replace(shape, tied=False) if layout.served else shape
 
 
 def check_format(name: str, contract: BlockContract, shape: ModelShape) -> None:
     """Refuse what readers of the format would decode otherwise than it was trained."""
-    model_format = FORMATS[name]
-    model_format.layout(shape)
-    if not model_format.has_code:
+    layout, plain = layout_of(name, shape.family), shape.family.plain.format
+    if not layout.has_code:
         return
     if contract.mask_token_id is None:
         raise InputError(
@@ -151,13 +75,13 @@ def check_format(name: str, contract: BlockContract, shape: ModelShape) -> None:
     if contract.logit_shift:
         raise InputError(
             f"--format {name}: the model was trained with loss.logit_shift=true, which readers of "
-            "this format do not know; use --format qwen3"
+            f"this format do not know; use --format {plain}"
         )
     if contract.block_alignment != "absolute":
         raise InputError(
             f"--format {name}: the model was trained with "
             f"block_alignment={contract.block_alignment}, but readers of this format count blocks "
-            "from position 0; use --format qwen3"
+            f"from position 0; use --format {plain}"
         )
 
 

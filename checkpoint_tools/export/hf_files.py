@@ -4,17 +4,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.export.formats import LAYOUTS, Format
-from megatron_opdlm.model_files.huggingface_files import CONTRACT_KEYS
+from megatron_opdlm import __version__
+from megatron_opdlm.model_files.families import BY_TYPE, HFLayout
+from megatron_opdlm.model_files.huggingface_files import ADDED, CONTRACT_KEYS
 from megatron_opdlm.model_files.manifest import BlockContract
-from megatron_opdlm.model_files.shape import EXPERT_TYPES, ModelShape, read_json
+from megatron_opdlm.model_files.shape import ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
 from megatron_opdlm.model_files.writing import write_json
 
-EXPORTER_VERSION = "megatron-opdlm 0.1"
+EXPORTER_VERSION = f"megatron-opdlm {__version__}"
 DEFAULT_BLOCK_SIZE = 4  # what the export of a model that was never trained records
-# What configurations of other layouts hold for their own code; ours and plain Qwen3 have no use
-# for it.
+# What configurations of other layouts hold for their own code; ours and plain ones have no use for
+# it.
 FOREIGN_KEYS = ("attn_implementation", "debug", "ep_size", "fuse_cross_entropy", "micro_forward")
 FOREIGN_KEYS += ("skip_checkpoint", "use_deepep")
 
@@ -23,7 +24,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without what another format added: model type, code, block contract."""
     added = ("auto_map", *CONTRACT_KEYS, *FOREIGN_KEYS)
     plain = {k: v for k, v in config.items() if k not in added}
-    layout = LAYOUTS["qwen3_moe" if config.get("model_type") in EXPERT_TYPES else "qwen3"]
+    layout = BY_TYPE[config["model_type"]].plain
     return {**plain, "model_type": layout.model_type, "architectures": [layout.architecture]}
 
 
@@ -33,31 +34,36 @@ def export_config(
     contract: BlockContract,
     forbidden_ids: Sequence[int],
     *,
-    model_format: Format,
+    layout: HFLayout,
     dtype: str,
     trained_thresholds: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """``config.json`` of an export: Qwen3's keys, the block contract, the classes of the format.
+    """``config.json`` of an export: the family's keys, the block contract, the layout's classes.
 
     ``shape`` is the export's: untied where the format has it so.
     """
-    layout = model_format.layout(shape)
-    exported = plain_config(config) | {
-        # transformers 4 and serving engines read this flat key and fall back to 10000 without it
-        "rope_theta": shape.rope_theta,
-        "tie_word_embeddings": shape.tied,
-        "head_dim": shape.head_dim,  # readers of Qwen3 and of Qwen3-MoE have other defaults
-        "block_size": contract.block_size or DEFAULT_BLOCK_SIZE,
-        "mask_token_id": contract.mask_token_id,
-        "block_alignment": contract.block_alignment,
-        "logit_shift": contract.logit_shift,
-        "clean_context": contract.clean_context,
-        "forbidden_ids": as_ranges(forbidden_ids),
-        "trained_block_size": contract.block_size,
-        "trained_thresholds": list(trained_thresholds) or None,
-        "exporter_version": EXPORTER_VERSION,
-    }
-    if layout.model_type.startswith("sdar"):
+    exported = (
+        plain_config(config)
+        | {key: config[key] for key in (ADDED,) if key in config}
+        | {
+            # transformers 4 and serving engines read this flat key and fall back to 10000 without
+            # it
+            "rope_theta": shape.rope_theta,
+            "rope_scaling": shape.rope_scaling.as_config() if shape.rope_scaling else None,
+            "tie_word_embeddings": shape.tied,
+            "head_dim": shape.head_dim,  # readers of each family have another default
+            "block_size": contract.block_size or DEFAULT_BLOCK_SIZE,
+            "mask_token_id": contract.mask_token_id,
+            "block_alignment": contract.block_alignment,
+            "logit_shift": contract.logit_shift,
+            "clean_context": contract.clean_context,
+            "forbidden_ids": as_ranges(forbidden_ids),
+            "trained_block_size": contract.block_size,
+            "trained_thresholds": list(trained_thresholds) or None,
+            "exporter_version": EXPORTER_VERSION,
+        }
+    )
+    if layout.served:
         exported = _as_sdar_writes(exported, shape)
     stored = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     keys = [key for key in ("dtype", "torch_dtype") if key in exported] or ["torch_dtype"]
@@ -76,7 +82,6 @@ def _as_sdar_writes(config: dict[str, Any], shape: ModelShape) -> dict[str, Any]
         "max_position_embeddings": shape.max_positions,
         "hidden_act": "silu",
         "attention_bias": False,
-        "rope_scaling": None,
         "sliding_window": None,
         "use_sliding_window": False,
     }

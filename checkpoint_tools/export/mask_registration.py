@@ -1,4 +1,4 @@
-"""Gives an exported tokenizer its mask token at exactly the id that the model was trained with.
+"""Gives a tokenizer its mask token at exactly the id that the model was trained with.
 
 Tokenizer files are edited as JSON, so that they stay readable by the transformers version that
 wrote them. The result is loaded again and compared: the mask token has its id, and no other token
@@ -14,9 +14,9 @@ from megatron_opdlm.model_files.shape import read_json
 from megatron_opdlm.model_files.vocabulary import MASK_TEXTS, load_tokenizer
 
 
-def register_mask(directory: Path, mask_id: int) -> None:
+def register_mask(directory: Path, mask_id: int, named: str | None = None) -> None:
     """Register the mask token in every tokenizer file of ``directory``; nothing to do without a
-    tokenizer.
+    tokenizer. ``named`` is its text, where it has to have a certain one.
 
     Raises InputError when the tokenizer cannot hold it.
     """
@@ -25,7 +25,9 @@ def register_mask(directory: Path, mask_id: int) -> None:
         return
     before = tokenizer.get_vocab()
     text = str(tokenizer.mask_token)  # a registered one keeps its text, but not every file has it
-    if tokenizer.mask_token_id != mask_id:
+    if named is not None:
+        text = named
+    elif tokenizer.mask_token_id != mask_id:
         text = _mask_text(before, mask_id, directory)
     if not (directory / "tokenizer.json").is_file():
         tokenizer.save_pretrained(directory)  # in the spelling of the installed transformers

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.export.engine_settings import LMDEPLOY, SGLANG, EngineSettings
-from checkpoint_tools.export.formats import Format
 from checkpoint_tools.export.training_record import TrainingRecord
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import HFLayout
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import ModelShape
 
@@ -89,7 +89,7 @@ def model_card(
     record: TrainingRecord,
     settings: EngineSettings,
     *,
-    model_format: Format,
+    layout: HFLayout,
     dtype: str,
     base_model: str = "",
     evaluation: Sequence[Mapping[str, Any]] = (),
@@ -104,14 +104,14 @@ def model_card(
         head.append(f"base_model: {json.dumps(base_model)}")
     parts = [
         "\n".join([*head, "tags:", "- diffusion-language-model", "- block-diffusion", "---"]),
-        f"# Block-diffusion Qwen3{f', from {base}' if base else ''}",
-        "\n\n".join(_description(shape, contract, record, model_format, dtype)),
+        f"# Block-diffusion {shape.family.name}{f', from {base}' if base else ''}",
+        "\n\n".join(_description(shape, contract, record, layout, dtype)),
         "## Training",
         _training(record),
         "## Evaluation",
         _evaluation(evaluation),
         "## Use",
-        _usage(settings, model_format, rounded=dtype == "bf16" and not quantized),
+        _usage(settings, layout, rounded=dtype == "bf16" and not quantized),
         "## Citation",
         _CITATION,
     ]
@@ -122,10 +122,9 @@ def _description(
     shape: ModelShape,
     contract: BlockContract,
     record: TrainingRecord,
-    model_format: Format,
+    layout: HFLayout,
     dtype: str,
 ) -> Iterator[str]:
-    layout = model_format.layout(shape)
     experts = ""
     if shape.experts is not None:
         experts = f", {shape.experts.count} experts of which {shape.experts.per_token} work a token"
@@ -197,10 +196,10 @@ def _decoding(settings: Mapping[str, Any]) -> str:
     return ", ".join(parts) or "-"
 
 
-def _usage(settings: EngineSettings, model_format: Format, *, rounded: bool) -> str:
-    if not model_format.has_code:
+def _usage(settings: EngineSettings, layout: HFLayout, *, rounded: bool) -> str:
+    if not layout.has_code:
         return (
-            "Plain Qwen3 layout: transformers and serving engines load it as an autoregressive "
+            "Plain layout: transformers and serving engines load it as an autoregressive "
             "model, which a block-diffusion model is not. Decode it with Megatron-OPDLM:\n\n"
             + _own_command(settings)
         )
@@ -218,7 +217,7 @@ def _usage(settings: EngineSettings, model_format: Format, *, rounded: bool) -> 
         f"threshold={settings.threshold:g})" + f"\n\n{_ROUNDED}" * rounded
     )
     own = "With Megatron-OPDLM's engine:\n\n" + _own_command(settings)
-    if not model_format.served:
+    if not layout.served:
         return f"{transformers}\n\n{own}"
     sglang = (
         f"With SGLang (block size and threshold are in `{SGLANG}`, since it reads neither from "

@@ -11,8 +11,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from checkpoint_tools.export.formats import LAYOUTS, Layout
+from checkpoint_tools.export.formats import code_of
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import LAYOUTS, HFLayout
 from megatron_opdlm.model_files.shape import read_json
 
 # What Python imports, or a loader of its.
@@ -21,16 +22,16 @@ _CUSTOM_GENERATE = "custom_generate"  # whose generate.py transformers runs in p
 _ADAPTER = "adapter_config.json"  # names another model, and libraries to import
 
 
-def copy_code(layout: Layout, target: Path) -> None:
+def copy_code(layout: HFLayout, target: Path) -> None:
     """Put the code of an export of this layout into ``target``."""
-    for file in layout.code:
+    for file in code_of(layout):
         shutil.copyfile(file, target / file.name)
 
 
 def has_our_code(directory: Path) -> bool:
     """True if an export carries the code that this version writes, and no other."""
     layout = LAYOUTS.get(str(read_json(directory / "config.json").get("model_type")))
-    return layout is not None and bool(layout.code) and not foreign_code(directory)
+    return layout is not None and layout.has_code and not foreign_code(directory)
 
 
 def foreign_code(directory: Path) -> str:
@@ -44,7 +45,7 @@ def foreign_code(directory: Path) -> str:
     layout = LAYOUTS.get(str(config.get("model_type")))
     if layout is None:
         return f"model_type={config.get('model_type')!r} is no layout that this version writes"
-    expected = {file.name: file.read_bytes() for file in layout.code}
+    expected = {file.name: file.read_bytes() for file in code_of(layout)}
     found: list[str] = []
     for path in _importable(directory):
         name = path.relative_to(directory).as_posix()
@@ -73,7 +74,7 @@ def _importable(directory: Path) -> Iterator[Path]:
         )
 
 
-def _named_elsewhere(directory: Path, layout: Layout) -> str:
+def _named_elsewhere(directory: Path, layout: HFLayout) -> str:
     """Code that a configuration names, beyond what the layout has it name."""
     config = read_json(directory / "config.json")
     if (config.get("auto_map") or {}) != layout.auto_map:

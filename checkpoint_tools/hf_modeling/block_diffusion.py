@@ -1,5 +1,5 @@
 """Block diffusion for the causal language models of transformers (>= 4.57, 5.x): the mask, and
-``generate``. Every exported model class joins this with Qwen3 or Qwen3-MoE, whose weights and
+``generate``. Every exported model class joins this with a family's class, whose weights and
 layers it leaves alone.
 
 ``blocks.py``, ``denoising.py`` and ``randomness.py`` beside this file are the trainer's own, copied

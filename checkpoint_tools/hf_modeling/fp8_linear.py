@@ -14,22 +14,27 @@ LARGEST = 448.0  # of E4M3; larger inputs are clipped to it
 
 
 class Fp8Linear(nn.Module):
-    """y = (input_scale * weight_scale) * fp8(x / input_scale) @ weight^T"""
+    """y = (input_scale * weight_scale) * fp8(x / input_scale) @ weight^T + bias"""
 
-    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
+        """Of the size of ``linear``, with its bias."""
         super().__init__()
+        in_features, out_features = linear.in_features, linear.out_features
+        device = linear.weight.device
         numbers = torch.empty(out_features, in_features, dtype=torch.float8_e4m3fn, device=device)
         self.weight = nn.Parameter(numbers, requires_grad=False)
         for name in ("weight_scale", "input_scale"):
             one = torch.ones((), dtype=torch.float32, device=device)
             self.register_parameter(name, nn.Parameter(one, requires_grad=False))
+        self.bias = linear.bias  # None in most families
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
         scaled = (x.float() / self.input_scale).clamp(-LARGEST, LARGEST)
         rounded = scaled.to(torch.float8_e4m3fn).to(x.dtype)
         product = nn.functional.linear(rounded, self.weight.to(x.dtype))
-        return (product.float() * (self.input_scale * self.weight_scale)).to(x.dtype)
+        scaled = (product.float() * (self.input_scale * self.weight_scale)).to(x.dtype)
+        return scaled if self.bias is None else scaled + self.bias
 
 
 def use_fp8_linears(model: Any) -> None:
@@ -42,8 +47,7 @@ def use_fp8_linears(model: Any) -> None:
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
-                sizes = child.in_features, child.out_features
-                setattr(module, name, Fp8Linear(*sizes, device=child.weight.device))
+                setattr(module, name, Fp8Linear(child))
 
 
 __all__ = ["Fp8Linear", "use_fp8_linears"]

@@ -41,8 +41,9 @@ def read_weights(directory: Path, shape: ModelShape) -> Callable[[str], Tensor]:
     def get(name: str) -> Tensor:
         key, indices = stored_key(name)
         weight = stored.read(key, indices)
-        target = name.split(".")[-2]
-        if low_rank is None or not indices or target not in low_rank.targets:
+        target, kind = name.split(".")[-2:]
+        adapted = low_rank is not None and target in low_rank.targets and kind == "weight"
+        if low_rank is None or not adapted:
             return weight
         from megatron_opdlm.model.lora import NAME, merged
 

@@ -5,7 +5,6 @@ model-parallel groups are needed. Torch is imported when a second process takes 
 """
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_opdlm import launcher
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.writing import new_directory
 
@@ -20,7 +20,6 @@ T = TypeVar("T")
 _TIMEOUT = timedelta(
     hours=6
 )  # a rank waits while others write; a rank that dies is noticed at once
-_OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +88,7 @@ class Team:
 
         dist.barrier()
         dist.destroy_process_group()
-        for name in _OF_TORCHRUN:
-            os.environ.pop(name, None)
+        launcher.forget()
 
     def _gather(self, value: object) -> list:
         import torch.distributed as dist
@@ -104,17 +102,10 @@ def from_environment(command: str) -> Team:
     """The team that torchrun describes, or a process alone. Raises InputError where the
     environment describes neither.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
-        return Team()
-    found = {name: os.environ.get(name, "nothing") for name in _OF_TORCHRUN}
-    rank = found["RANK"]
-    if "nothing" in found.values() or not (rank + size).isdigit() or int(rank) >= int(size):
-        described = ", ".join(f"{name}={value}" for name, value in found.items())
-        raise InputError(
-            f"{command}: {described} describe no process; start it with torchrun, or unset them"
-        )
-    return Team(rank=int(rank), size=int(size))
+    problem = launcher.problem()
+    if problem is not None:
+        raise InputError(f"{command}: {problem}")
+    return Team(rank=launcher.rank(), size=launcher.world_size())
 
 
 @contextmanager

@@ -44,7 +44,13 @@ from checkpoint_tools.streaming.progress import Progress
 from checkpoint_tools.streaming.team import Team, shares
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model_files.checksums import HashingFile
-from megatron_opdlm.model_files.names import QKV, megatron_from_hf, megatron_names, sources
+from megatron_opdlm.model_files.names import (
+    QKV,
+    QKV_BIAS,
+    megatron_from_hf,
+    megatron_names,
+    sources,
+)
 from megatron_opdlm.model_files.safetensors_dir import HFWeights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names
 
@@ -88,8 +94,8 @@ class Piece:
 def pieces(shape: ModelShape, item_bytes: int) -> list[Piece]:
     """All tensors to store, in the order in which they are written; a value takes ``item_bytes``.
 
-    All but the query/key/value matrix are their sources one below the other, so these are written
-    source by source, straight from the file that holds them.
+    All but the query/key/value matrices and biases are their sources one below the other, so these
+    are written source by source, straight from the file that holds them.
     """
     sizes = hf_names(shape)
     keys = {name: stored_key(name) for name in megatron_names(shape)}
@@ -100,7 +106,7 @@ def pieces(shape: ModelShape, item_bytes: int) -> list[Piece]:
     for name, (key, indices) in keys.items():
         parts: list[tuple[str | None, int]] = [(s, sizes[s][0]) for s in sources(name, shape)]
         rows, rest = sum(count for _, count in parts), sizes[sources(name, shape)[0]][1:]
-        if name.endswith(QKV):
+        if name.endswith((QKV, QKV_BIAS)):
             parts = [(None, rows)]
         whole = Piece(
             key=key,

@@ -5,7 +5,6 @@ its data and of its model.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,12 @@ def recorded_settings(
     settings: dict[str, Any],
     enable_thinking: bool,
 ) -> dict[str, Any]:
-    """What ``settings.json`` holds: all that decides the results, and the layout.
-
-    The logit shift is the model's own.
-    """
-    shown = {key: value for key, value in asdict(decoding).items() if key != "logit_shift"}
+    """What ``settings.json`` holds: all that decides the results, and the layout."""
     model = settings.get("model")
     return {
         "tasks": [task.name for task, _ in tasks],
         **settings,
-        **shown,
+        **decoding.asked,
         "responses_per_prompt": responses_per_prompt,
         "enable_thinking": enable_thinking,
         "data_hash": {task.name: hash_rows(rows) for task, rows in tasks},

@@ -1,21 +1,19 @@
 """Loads a model directory straight into a GPTModel and generates with the project's own engine."""
 
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_opdlm.model_files.huggingface_files import read_contract
-
 from evaluation.generation.mailbox import Mailbox
-from megatron_opdlm import parallel
+from megatron_opdlm import launcher, parallel
 from megatron_opdlm.checkpoint import load_model
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import choose_kernels
+from megatron_opdlm.model_files.huggingface_files import read_contract
 from megatron_opdlm.model_files.manifest import (
     BlockContract,
     huggingface_dir,
@@ -27,9 +25,8 @@ from megatron_opdlm.model_files.shape import check_layout, read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer, mask_token, read_vocabulary
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.rollout import Request, generate
+from megatron_opdlm.rollout import Request, generate_over_copies
 
-SLOTS = 128  # sequences decoded at once on a data-parallel rank
 # Ranks wait for the longest responses of the others, and for the first one to grade programs. A
 # dead rank is the launcher's business.
 TIMEOUT_SECONDS = 24 * 3600
@@ -48,7 +45,8 @@ class Generator:
     contract: BlockContract | None  # None: no mask token is known, only --mode ar works
     no_mask: str = ""  # why not
     longest: int  # positions
-    options: dict[str, Any] = field(default_factory=dict)  # of rollout.generate: slots, stop, ...
+    options: EngineOptions = EngineOptions()
+    stop: Callable[[], bool] = lambda: False  # asked after every forward; True ends ``generate``
 
     @property
     def logit_shift(self) -> bool:
@@ -89,7 +87,7 @@ class Generator:
         The prompts are shared out over the copies of the model by length; one without work is
         legal. ``finished`` is called on the writer with each trajectory as it ends, on whatever
         rank that is. Raises InputError for a prompt that leaves no room in the model's positions,
-        and Stopped, on every rank, where ``options["stop"]`` ended it early.
+        and Stopped, on every rank, where ``stop`` ended it early.
         """
         if decoding.mode == "diffusion" and self.contract is None:
             raise InputError(self.no_mask)
@@ -97,25 +95,23 @@ class Generator:
             Request(sample=sample, prompt=prompt, max_new_tokens=self._limit(prompt, decoding))
             for prompt, sample in zip(prompts, samples, strict=True)
         ]
-        shares = split_over_replicas(requests, parallel.generators(), decoding)
-        mine = shares[parallel.generator_rank()]
-        mailbox = Mailbox(finished) if finished is not None else None
-        made = generate(
+        post: dict[str, Any] = {}
+        if finished is not None:
+            mailbox = Mailbox(finished)
+            post = {"finished": mailbox.finished, "close": mailbox.close}
+        made = generate_over_copies(
             self.model,
-            [requests[i] for i in mine],
+            requests,
             decoding,
             self.vocabulary,
             key=(decoding.seed, 0),
-            finished=mailbox.finished if mailbox is not None else _ignore,
-            **{"slots": SLOTS, **self.options},
+            options=self.options,
+            stop=self.stop,
+            **post,
         )
-        if mailbox is not None:
-            mailbox.close()
-        if not parallel.all_succeeded(made.complete):
+        if not made.complete:
             raise Stopped("the evaluation was told to stop")
-        pairs = list(zip(mine, made.trajectories, strict=True))
-        done = dict(parallel.gather_objects_over_generators(pairs))
-        return [done[i] for i in range(len(requests))]
+        return made.trajectories
 
     def _limit(self, prompt: Prompt, decoding: Decoding) -> int:
         room = self.room(prompt)
@@ -127,20 +123,16 @@ class Generator:
         return min(decoding.max_new_tokens, room)
 
 
-def _ignore(_: Trajectory) -> None:
-    pass
-
-
 def load_generator(
     model_dir: Path, *, tp: int = 1, pp: int = 1, ep: int = 1, mask_token_id: int | None = None
 ) -> Generator:
     """Load a Hugging Face directory or a Megatron checkpoint; data parallelism takes what is left.
 
     ``ep`` ranks share out the experts of a mixture. Layers and attention are those that training
-    chooses for this hardware. Raises InputError for a directory that is no complete Qwen3, and for
+    chooses for this hardware. Raises InputError for a directory that is no complete model, and for
     a layout that divides neither the ranks nor the model.
     """
-    Layout(tensor=tp, pipeline=pp, expert=ep).data_parallel(int(os.environ.get("WORLD_SIZE", "1")))
+    Layout(tensor=tp, pipeline=pp, expert=ep).data_parallel(launcher.world_size())
     manifest = read_manifest(model_dir) if is_checkpoint(model_dir) else None
     files = huggingface_dir(model_dir)
     shape = read_shape(files)

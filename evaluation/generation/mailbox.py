@@ -5,15 +5,17 @@ call, so no copy waits for another, and no file system that the machines share.
 """
 
 import itertools
-import pickle
+import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_opdlm import parallel
-from megatron_opdlm.records import Trajectory
+from megatron_opdlm.errors import RunError
+from megatron_opdlm.records import Prompt, Trajectory
 from megatron_opdlm.supervision import activity
 
 # isort: split
@@ -59,7 +61,7 @@ class Mailbox:
                 time.sleep(_POLL_SECONDS)
 
     def _send(self, letter: Trajectory | None) -> None:
-        _store().set(self._key(self._generator, self._sent), pickle.dumps(letter))
+        _store().set(self._key(self._generator, self._sent), written(letter))
         self._sent += 1
 
     def _receive(self) -> None:
@@ -79,13 +81,32 @@ class Mailbox:
             key = self._key(generator, self._received[generator])
             if not store.check([key]):
                 return
-            letter = pickle.loads(store.get(key))  # written by a rank of this run
+            letter = read(store.get(key))
             store.delete_key(key)
             self._received[generator] += 1
             yield letter
 
     def _key(self, generator: int, number: int) -> str:
         return f"{self._name}/{generator}/{number}"
+
+
+def written(letter: Trajectory | None) -> str:
+    """A letter as JSON: whoever reaches the store may write to it, so it holds data only."""
+    return json.dumps(None if letter is None else asdict(letter))
+
+
+def read(text: bytes) -> Trajectory | None:
+    """The letter of a text. RunError: no rank of this run wrote it."""
+    try:
+        fields = json.loads(text)
+        if fields is None:
+            return None
+        return Trajectory(**{**fields, "prompt": Prompt(**fields["prompt"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f"the ranks' store holds a response that none of them wrote ({error}); start again at "
+            "another MASTER_PORT, which strangers cannot reach"
+        ) from error
 
 
 def _leads() -> bool:

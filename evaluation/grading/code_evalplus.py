@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from evaluation.grading.code_run import LOST, FunctionCall, Verdict, failed, run_calls
-from evaluation.jail.sandbox import Jail, Sandbox, package_directories
+from evaluation.jail.packages import package_directories
+from evaluation.jail.sandbox import Jail, Sandbox, unseen_modules
 from evaluation.jail.values import decode, encode
 from megatron_opdlm.errors import InputError, RunError
 
@@ -46,16 +47,21 @@ Problem = dict[str, Any]
 
 
 def lacks() -> str | None:
-    """Which of EvalPlus' modules this environment lacks, with the remedy; None: it has them.
-
-    Looked for where programs of the sandbox look, too: extraction runs there.
+    """Which of EvalPlus' modules this environment lacks, or its programs do not see, with the
+    remedy; None: they have them. Extraction runs in the sandbox.
     """
     absent = _absent(tuple(package_directories()))
-    if not absent:
+    if absent:
+        return (
+            "its scorer is the package evalplus, not installed here with all it needs (without: "
+            f"{', '.join(absent)}); run launch/setup.sh"
+        )
+    unseen = unseen_modules(_MODULES)
+    if not unseen:
         return None
     return (
-        f"its scorer is the package evalplus, not installed here with all it needs (without: "
-        f"{', '.join(absent)}); run launch/setup.sh"
+        f"programs in the sandbox do not see {', '.join(unseen)} (installed as links?); install "
+        "copies of the packages (uv: --link-mode=copy), or run launch/setup.sh"
     )
 
 
@@ -193,7 +199,7 @@ def prepared(source: Source, problem: Problem) -> Problem:
 
     Unchanged where EvalPlus is not installed: then nothing is graded (``lacks``).
     """
-    if source.dataset != "mbpp" or lacks():
+    if source.dataset != "mbpp" or _absent(tuple(package_directories())):
         return problem
     from evalplus.data.mbpp import mbpp_deserialize_inputs  # imports `datasets`: seconds
 

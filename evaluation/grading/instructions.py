@@ -5,6 +5,9 @@ splits with NLTK's trained Punkt data and downloads it when it is imported. Here
 downloaded while grading: where the data is not on the machine, an untrained Punkt splitter that
 knows common abbreviations stands in, and the responses that it judges are flagged.
 
+Where the data's letter is a sign, the harness draws a letter in its place, and so it does wherever
+an argument is missing: the draws are seeded by the row's key, so that a verdict is always the same.
+
 Some of the harness' patterns take time that grows with the square of a response without words, so
 the checks of a response have a limit, in processor time: a busy machine changes no verdict.
 """
@@ -12,6 +15,7 @@ the checks of a response have a limit, in processor time: a busy machine changes
 import functools
 import importlib
 import io
+import random
 import signal
 import sys
 import threading
@@ -66,20 +70,29 @@ def known_instructions() -> set[str]:
 
 
 def check_instructions(
-    prompt: str, ids: list[str], arguments: list[dict[str, Any] | None], response: str
+    prompt: str,
+    ids: list[str],
+    arguments: list[dict[str, Any] | None],
+    response: str,
+    *,
+    key: int,
 ) -> InstructionVerdict:
-    """Check one response. ``arguments[i]`` go with ``ids[i]``; those that are None are left out."""
+    """Check one response. ``arguments[i]`` go with ``ids[i]``; those that are None are left out.
+    ``key``: the row's, which seeds what the checkers draw.
+    """
     checkers = _checkers()
     example = checkers.module.InputExample(
-        key=0,
+        key=key,
         instruction_id_list=ids,
         prompt=prompt,
         kwargs=[_given(each) for each in arguments],
     )
     try:
         with _limited(SECONDS):
-            strict = checkers.module.test_instruction_following_strict(example, response)
-            loose = checkers.module.test_instruction_following_loose(example, response)
+            with _seeded(key):
+                strict = checkers.module.test_instruction_following_strict(example, response)
+            with _seeded(key):
+                loose = checkers.module.test_instruction_following_loose(example, response)
     except _TooLongError:
         nothing = [False] * len(ids)
         return InstructionVerdict(strict=nothing, loose=nothing, approximate=False, timed_out=True)
@@ -113,6 +126,17 @@ def _limited(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextmanager
+def _seeded(key: int) -> Iterator[None]:
+    """Python's own random numbers, which the checkers use, from a seed; afterwards as before."""
+    before = random.getstate()
+    random.seed(key)
+    try:
+        yield
+    finally:
+        random.setstate(before)
 
 
 def _given(arguments: dict[str, Any] | None) -> dict[str, Any]:

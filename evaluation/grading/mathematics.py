@@ -2,8 +2,9 @@
 
 The rightmost answer of the best kind counts: "the final answer is ...", then ``\\boxed{...}``, then
 anchored and bare expressions. Because bare ones are allowed, a response that breaks off yields its
-last number; the strict verdict therefore asks for an anchor. Boxes that stand near each other are
-one answer of several values to math-verify; to the strict verdict the last one alone is right too.
+last number; the strict verdict therefore asks for an anchor, a box or, without one, bold type.
+Boxes that stand near each other are one answer of several values to math-verify; to the strict
+verdict the last one alone is right too.
 """
 
 import logging
@@ -26,7 +27,11 @@ IN_SERIES = 256
 _KILL_SECONDS = 15 * SECONDS  # for all steps of a response; a child that takes longer hangs
 
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # one that is escaped is a sign of a set
-_BOX = re.compile(r"\\boxed\s*+\{")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*+\{")
+# A number in bold, perhaps with a currency before it or a unit after it.
+_BOLD = re.compile(
+    r"\*\*\s*+(?:\\?\$|[€£])?(-?\d[\d,]*+(?:\.\d++)?(?:/\d++)?)[%A-Za-z \\$]{0,40}\.?\*\*"
+)
 _ANY = (ExprExtractionConfig(), LatexExtractionConfig())
 _ANCHORED = (
     ExprExtractionConfig(try_extract_without_anchor=False),
@@ -41,7 +46,7 @@ class MathVerdict:
 
     extracted: str | None  # as the response writes it
     correct: bool
-    strict: bool  # right, and boxed or announced as the answer; or right in the last box
+    strict: bool  # right, and boxed, announced as the answer or, without a box, in bold
     timed_out: bool  # the scorer gave up; ``correct`` is then False
     error: str | None = None  # what a child failed with, if not with the time
 
@@ -57,8 +62,8 @@ def grade_math(response: str, reference: str) -> MathVerdict:
         correct = extracted is not None and same_value(extracted, reference)
         strict = correct and bool(_parsed(response, _ANCHORED))
         if not strict:
-            box = last_box(response)
-            strict = box is not None and box != extracted and same_value(box, reference)
+            shown = last_box(response) or last_bold(response)
+            strict = shown is not None and same_value(shown, reference)
     except TimeoutException:
         return MathVerdict(extracted=None, correct=False, strict=False, timed_out=True)
     return MathVerdict(
@@ -119,6 +124,16 @@ def last_box(response: str) -> str | None:
             if start in starts and start > last:
                 last, found = start, response[start + 1 : brace.start()]
     return found
+
+
+def last_bold(response: str) -> str | None:
+    """The number that is last set in bold; None without one.
+
+    >>> last_bold("**Step 1** makes **12**, so she earns **$18 a day**.")
+    '18'
+    """
+    found = _BOLD.findall(response)
+    return found[-1] if found else None
 
 
 def extract_math(response: str) -> str | None:

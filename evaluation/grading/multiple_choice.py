@@ -71,6 +71,7 @@ def extract_letter_strictly(response: str, letters: str) -> str | None:
     True
     """
     response = _BLANKS.sub(lambda run: "\n" if "\n" in run[0] else " ", response)
+    opened = re.sub(rf"\A{_OPENING}", "", response)
     one = f"([{letters}])"
     small = f"([{letters.lower()}])"
     marked = f"([{letters}{letters.lower()}])"
@@ -84,6 +85,7 @@ def extract_letter_strictly(response: str, letters: str) -> str | None:
         rf"\\boxed\{{\s*+{_ANY_WRAPPER}{_OPENING}{marked}\s*[)\].:}}*]",
         rf"{stated}{_OPENING}(?:{enclosed}|{alone}|{ends_line}|{small_alone})",
         rf"{_IS}{_OPENING}(?:{enclosed}|{alone}|{small_alone})",
+        *([rf"\A{_OPENING}{one}"] if len(set(_OPTION.findall(opened))) == 1 else []),
         rf"{_BEFORE}{alone}",
     )
 

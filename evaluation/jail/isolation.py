@@ -5,7 +5,6 @@ itself; what is in force is returned as names (``LAYERS``), so that the caller c
 """
 
 import contextlib
-import ctypes
 import os
 import resource
 import struct
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.jail import seccomp as sandbox_seccomp
+from evaluation.jail.kernel import check, libc
+from evaluation.jail.new_root import LIBRARY_TREES, change_root, work_directory
 
 LAYERS = {
     "unprivileged_user": "programs run as a user without rights",
@@ -32,22 +33,8 @@ _NEW_NAMESPACE = {
     "ipc_namespace": 0x08000000,
 }
 _NEW_USER = 0x10000000
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
-_MNT_DETACH = 2
-_SYS_MOUNT_SETATTR, _AT_RECURSIVE, _ATTR_READ_ONLY, _ATTR_NOSUID = 442, 0x8000, 1, 2
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
 _SIGKILL = 9
-_LIBRARY_TREES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-WORK = "/sandbox"  # the working directory inside a new root
-
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def _check(result: int, what: str) -> None:
-    if result:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{what}: {os.strerror(code)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,20 +53,19 @@ class Limits:
 def enter_namespaces(allowed: set[str]) -> set[str]:
     """Leave the machine's namespaces as far as the kernel lets us; the names that worked.
 
-    As root directly, else inside a new user namespace. The pid namespace holds for children only.
+    As root that becomes another user directly, else inside a new user namespace where there may be
+    one. The pid namespace holds for children only.
     """
     entered: set[str] = set()
     uid, gid = os.geteuid(), os.getegid()
-    may_directly = uid == 0 and "mount_namespace" in allowed and _unshare("mount_namespace")
-    if may_directly:
-        entered.add("mount_namespace")
-    elif "user_namespace" in allowed and uid != 0 and libc.unshare(_NEW_USER) == 0:
+    another_user = uid == 0 and "unprivileged_user" in allowed
+    if "user_namespace" in allowed and not another_user and libc.unshare(_NEW_USER) == 0:
         entered.add("user_namespace")
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
     for name in _NEW_NAMESPACE:
-        if name in allowed and name not in entered and _unshare(name):
+        if name in allowed and _unshare(name):
             entered.add(name)
     return entered
 
@@ -88,85 +74,29 @@ def _unshare(name: str) -> bool:
     return libc.unshare(_NEW_NAMESPACE[name]) == 0
 
 
-def _mount(source: str, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
-    arguments = (os.fsencode(source), os.fsencode(target), kind and kind.encode())
-    _check(libc.mount(*arguments, ctypes.c_ulong(flags), data and data.encode()), f"mount {target}")
-
-
-def _read_only(path: str) -> None:
-    attributes = struct.pack("QQQQ", _ATTR_READ_ONLY | _ATTR_NOSUID, 0, 0, 0)
-    _check(
-        libc.syscall(_SYS_MOUNT_SETATTR, -100, path.encode(), _AT_RECURSIVE, attributes, 32),
-        f"mount_setattr {path}",
-    )
-
-
-def change_root(interpreter_trees: list[str], work_space: int, uid: int) -> None:
-    """A root that holds the interpreter's and the system's libraries, devices and ``WORK``.
-
-    Needs a mount namespace of its own. OSError: the kernel refuses a step; nothing outside of this
-    process' namespace has changed then.
-    """
-    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-    new = "/tmp"  # any directory that exists: it is hidden in this namespace only
-    _mount("tmpfs", new, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=1m")
-    bound: list[str] = []
-    for tree in [*_LIBRARY_TREES, *_DEVICES, *interpreter_trees]:
-        if any(tree == seen or tree.startswith(seen + "/") for seen in bound):
-            continue
-        if os.path.islink(tree):
-            os.makedirs(new + os.path.dirname(tree), exist_ok=True)
-            os.symlink(os.readlink(tree), new + tree)
-        elif os.path.exists(tree):
-            _bind(tree, new + tree)
-            bound.append(tree)
-    os.mkdir(new + WORK)
-    _mount("tmpfs", new + WORK, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"size={work_space}")
-    os.chown(new + WORK, uid, -1)
-    os.chmod(new + WORK, 0o700)
-    os.symlink(WORK, new + "/tmp")
-    for tree in bound:
-        if tree not in _DEVICES:  # a read-only device node could not be written to
-            _read_only(new + tree)
-    os.chdir(new)
-    _check(libc.pivot_root(b".", b"."), "pivot_root")
-    _check(libc.umount2(b".", _MNT_DETACH), "umount2")
-    root_only = struct.pack("QQQQ", _ATTR_READ_ONLY | _ATTR_NOSUID, 0, 0, 0)
-    _check(libc.syscall(_SYS_MOUNT_SETATTR, -100, b"/", 0, root_only, 32), "mount_setattr /")
-    os.chdir(WORK)
-
-
-def _bind(source: str, target: str) -> None:
-    if os.path.isdir(source):
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
-    _mount(source, target, None, _MS_BIND | _MS_REC)
-
-
 def isolate(settings: dict[str, Any]) -> set[str]:
     """Take this process out of the machine: the layers in force. OSError: no root of its own."""
     allowed = set(settings["layers"])
     layers = enter_namespaces(allowed)
     if "mount_namespace" in layers:
         space, uid = settings["limits"]["work_space"], settings["uid"]
-        change_root(settings["trees"], space, uid)
-        settings["work"] = WORK
-    if "mount_namespace" not in layers and os.geteuid() == 0:
-        os.chown(settings["work"], settings["uid"], -1)
+        settings["work"] = work_directory(settings["trees"])
+        change_root(settings["trees"], settings["work"], space, uid)
+    another_user = os.geteuid() == 0 and "unprivileged_user" in allowed
+    if another_user:
+        layers.add("unprivileged_user")
+        if "mount_namespace" not in layers:
+            os.chown(settings["work"], settings["uid"], -1)
     if "seccomp" in allowed and sandbox_seccomp.is_supported():
         layers.add("seccomp")
     if "landlock" in allowed and landlock_version() > 0:
         layers.add("landlock")
-    if os.geteuid() == 0:
-        layers.add("unprivileged_user")
     return layers
 
 
 def drop_privileges(uid: int) -> None:
     """Become ``uid`` without groups and capabilities, for good. OSError: the kernel refuses."""
-    if os.geteuid() == 0:
+    if uid != os.geteuid():
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
@@ -174,8 +104,8 @@ def drop_privileges(uid: int) -> None:
         if libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
             break
     header, data = struct.pack("II", 0x20080522, 0), bytes(24)  # _LINUX_CAPABILITY_VERSION_3
-    _check(libc.capset(header, data), "capset")
-    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+    check(libc.capset(header, data), "capset")
+    check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
 
 
 def shield() -> None:
@@ -200,14 +130,14 @@ def landlock_version() -> int:
 def landlock(readable: list[str], writable: list[str]) -> None:
     """Only these trees from now on, no TCP, no signals to outside. OSError: the kernel refuses."""
     version = landlock_version()
-    _check(version < 1, "landlock_create_ruleset")
+    check(version < 1, "landlock_create_ruleset")
     rights = max(mask for since, mask in _FS_RIGHTS.items() if since <= version)
     fields = [rights]
     fields += [_NET_BIND_AND_CONNECT] if version >= 4 else []
     fields += [_SCOPE_SOCKETS_AND_SIGNALS] if version >= 6 else []
     attributes = struct.pack(f"{len(fields)}Q", *fields)
     ruleset = libc.syscall(_SYS_CREATE_RULESET, attributes, len(attributes), 0)
-    _check(ruleset < 0, "landlock_create_ruleset")
+    check(ruleset < 0, "landlock_create_ruleset")
     read = _FS_EXECUTE | _FS_READ_FILE | _FS_READ_DIR
     writable_devices = ["/dev/null", "/dev/zero", "/dev/full"]
     granted = [*((path, read) for path in [*readable, "/dev/random", "/dev/urandom"])]
@@ -219,14 +149,10 @@ def landlock(readable: list[str], writable: list[str]) -> None:
             rule = struct.pack("=Qi", allowed, place)
             failed = libc.syscall(_SYS_ADD_RULE, ruleset, 1, rule, 0)
             os.close(place)
-            _check(failed, f"landlock_add_rule {path}")
-    _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-    _check(libc.syscall(_SYS_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
+            check(failed, f"landlock_add_rule {path}")
+    check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+    check(libc.syscall(_SYS_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     os.close(ruleset)
-
-
-def readable_trees(interpreter_trees: list[str]) -> list[str]:
-    return [*_LIBRARY_TREES, *interpreter_trees]
 
 
 def set_limits(limits: Limits, layers: set[str]) -> None:
@@ -255,7 +181,8 @@ def confine(limits: Limits, layers: set[str], interpreter_trees: list[str], work
     """The last steps of a child that is about to run a program: Landlock, limits, filter."""
     shield()
     if "landlock" in layers:
-        landlock(readable_trees(interpreter_trees), [work])
+        own_tmp = ["/tmp"] if "mount_namespace" in layers else []
+        landlock([*LIBRARY_TREES, *interpreter_trees], [work, *own_tmp])
     set_limits(limits, layers)
     if "seccomp" in layers:
         sandbox_seccomp.install(libc)

@@ -1,7 +1,9 @@
 """A jail as the grader sees it: what it asks of the trusted process inside, and what comes back."""
 
+import contextlib
+import itertools
 import os
-import shutil
+import secrets
 import socket
 import subprocess
 import sys
@@ -92,7 +94,7 @@ class Jail:
         if self.process.stderr:
             self.process.stderr.close()
         if self.work:
-            shutil.rmtree(self.work, ignore_errors=True)
+            remove_tree(self.work)
 
     def load(self, source: str) -> None:
         """The program of the following runs; what ran before is ended."""
@@ -172,3 +174,28 @@ class Jail:
             return ""
         lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
+
+
+def remove_tree(top: str) -> None:
+    """Remove what a program left behind, however deep, whatever its modes, as far as we may.
+
+    Directories are lifted to the top before they are looked into: paths stay short and nothing
+    recurses, where ``shutil.rmtree`` ends in a RecursionError.
+    """
+    names = map(f"{secrets.token_hex(8)}-{{}}".format, itertools.count())
+    left = [top]
+    while left:
+        place = left.pop()
+        with contextlib.suppress(OSError):
+            os.chmod(place, 0o700)
+            for entry in list(os.scandir(place)):
+                if entry.is_dir(follow_symlinks=False):
+                    os.chmod(entry.path, 0o700)  # moving a directory changes its ".."
+                    left.append(os.path.join(top, next(names)))
+                    os.rename(entry.path, left[-1])
+                else:
+                    os.unlink(entry.path)
+            if place != top:
+                os.rmdir(place)
+    with contextlib.suppress(OSError):
+        os.rmdir(top)

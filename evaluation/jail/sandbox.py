@@ -13,17 +13,19 @@ a generous multiple. The clock starts when the interpreter is ready.
 
 import itertools
 import os
-import site
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
+from importlib.machinery import PathFinder
 from typing import Any, TypeVar
 
 from evaluation.jail.isolation import LAYERS, Limits
 from evaluation.jail.jail import Jail, JailLost, Outcome
+from evaluation.jail.packages import package_directories, readable_trees
+from evaluation.jail.values import decode, encode
 from megatron_opdlm.errors import RunError
 
 __all__ = [
@@ -33,15 +35,21 @@ __all__ = [
     "Outcome",
     "Sandbox",
     "default_sandbox",
-    "package_directories",
     "sandbox_problem",
+    "unseen_modules",
 ]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _USERS = range(61184, 65184)  # without names and files; as root each jail takes its own
-# What is given up, in this order, where a jail with all layers does not run a first program.
+# What is given up, in this order, where a jail with all layers does not run a first program: rights
+# are dropped in other ways first, then one thing is confined the less.
+_OTHER_USER: tuple[set[str], ...] = (
+    set(),
+    {"unprivileged_user"},
+    {"unprivileged_user", "user_namespace"},
+)
 _WEAKER: tuple[set[str], ...] = (
     set(),
     {"landlock"},
@@ -49,8 +57,13 @@ _WEAKER: tuple[set[str], ...] = (
     {"landlock", "seccomp"},
     {"mount_namespace", "landlock", "seccomp"},
 )
-# Modules that nothing has loaded before: the jail must be able to read the interpreter's library.
+# Modules that nothing has loaded before: the jail must be able to read the interpreter's library,
+# and its packages where it has any of those that programs use most.
 _FIRST_PROGRAM = "import colorsys, decimal, heapq, statistics\nprint(6 * 7)"
+_FIRST_PACKAGES = ("numpy", "sympy")
+_UNSEEN = "import importlib.util\ndef unseen(names):\n" + (
+    "    return [name for name in names if importlib.util.find_spec(name) is None]"
+)
 # Without one of each the machine is open in that respect, and users are told.
 _NEEDED = {
     "programs could use the network": {"network_namespace", "seccomp"},
@@ -70,13 +83,6 @@ _LIMITS_NEED = {
     "work_space": {"mount_namespace"},
     "threads": {"unprivileged_user", "user_namespace"},
 }
-
-
-def package_directories() -> list[str]:
-    """Where programs find packages: this environment's own, and the system's where it has them."""
-    paths = sysconfig.get_paths()
-    found = dict.fromkeys([paths["purelib"], paths["platlib"], *site.getsitepackages()])
-    return [directory for directory in found if os.path.isdir(directory)]
 
 
 class Sandbox:
@@ -104,9 +110,9 @@ class Sandbox:
 
     def _open(self, allowed: set[str]) -> Jail:
         with self._lock:
-            uid = next(self._users) if os.geteuid() == 0 else os.geteuid()
+            another_user = os.geteuid() == 0 and "unprivileged_user" in allowed
+            uid = next(self._users) if another_user else os.geteuid()
         packages = package_directories()
-        trees = list(dict.fromkeys([sys.base_prefix, sys.base_exec_prefix, *packages]))
         return Jail(
             {
                 "limits": asdict(self.limits),
@@ -114,33 +120,47 @@ class Sandbox:
                 "own_root": "mount_namespace" in allowed,
                 "uid": uid,
                 "packages": packages,
-                "trees": trees,
+                "trees": readable_trees(packages),
             }
         )
 
     def _probe(self, wanted: set[str]) -> tuple[set[str], set[str]]:
         """Layers to ask for and layers in force, the most that run a first program."""
-        reason = "no layer was tried"
-        for without in _WEAKER:
-            allowed = wanted - without
+        reasons: dict[str, None] = {}  # ordered
+        packages = [n for n in _FIRST_PACKAGES if PathFinder.find_spec(n, package_directories())]
+        program = "".join(f"import {name}\n" for name in packages) + _FIRST_PROGRAM
+        for without, rights in itertools.product(_WEAKER, _OTHER_USER):
+            allowed = wanted - without - rights
             try:
                 with self._open(allowed) as jail:
                     if "layers" not in jail.greeting:
-                        reason = str(jail.greeting)
+                        reasons[str(jail.greeting)] = None
                         continue
-                    jail.load(_FIRST_PROGRAM)
+                    jail.load(program)
                     outcome = jail.stdio("", cpu=60.0, wall=300.0)
             except JailLost as lost:
-                reason = str(lost)
+                reasons[str(lost)] = None
                 continue
             if outcome.ok and outcome.stdout == "42\n":
                 in_force = set(jail.greeting["layers"])
                 return allowed - ({"mount_namespace"} - in_force), in_force
-            reason = f"{outcome.status} {outcome.stderr.strip()[-200:]}"
+            reasons[f"{outcome.status} {outcome.stderr.strip()[-200:]}"] = None
         raise RunError(
-            f"generated programs cannot be run safely on this machine ({reason}); run as an "
-            "ordinary user, or with an interpreter that ordinary users may read"
+            f"generated programs cannot be run safely on this machine ({'; '.join(reasons)}); run "
+            "as an ordinary user, or with an interpreter that ordinary users may read"
         )
+
+    @cache  # noqa: B019 - one sandbox a process
+    def unseen(self, modules: tuple[str, ...]) -> list[str]:
+        """Those modules that a program cannot find, whatever this process finds."""
+
+        def ask(jail: Jail) -> list[str]:
+            jail.load(_UNSEEN)
+            jail.start(cpu=60.0)
+            outcome = jail.call("unseen", encode([list(modules)]), cpu=60.0)
+            return decode(outcome.value) if outcome.ok else list(modules)
+
+        return self.run(ask, list(modules))
 
     def describe(self) -> dict[str, Any]:
         """What was in force, for a summary's settings. A limit that cannot be held here is None."""
@@ -202,6 +222,11 @@ def sandbox_problem() -> str | None:
     except RunError as error:
         return str(error)
     return None
+
+
+def unseen_modules(modules: tuple[str, ...]) -> list[str]:
+    """Those that programs of the default sandbox cannot find; none where there is no sandbox."""
+    return _probed().unseen(modules) if sandbox_problem() is None else []
 
 
 def _probed() -> Sandbox:

@@ -12,9 +12,14 @@ SPEEDS = {
 }
 
 
+# Tables that compare models: here a measured model stands that no table of the paper knows.
+_COMPARISONS = ("1", "3", "5", "6")
+
+
 def paper_tables(results: Sequence[Result]) -> str:
-    """Tables 1, 2, 3, 5 and 6. Accuracy in percent; measured ones with their standard error, in
-    bold, and the difference to the published figure of the model of the same name.
+    """Every table of accuracies. In percent; measured ones in bold with their standard error over
+    problems (in a table over seeds with their standard deviation over these), and the difference to
+    the published figure of the model of the same name.
     """
     parts = [f"Published figures: {source()}.", ""]
     for table in tables():
@@ -26,43 +31,57 @@ def paper_tables(results: Sequence[Result]) -> str:
 
 
 def _table(table: PublishedTable, results: Sequence[Result]) -> list[str]:
-    measured = _best_known([r for r in results if plain(r.task) in map(plain, table.rows)])
-    models = [*table.columns, *(m for m in _models(measured) if m not in table.columns)]
-    if not models:
-        return ["Nothing measured yet."]
+    measured = measured_in(table, results)
+    models = list(dict.fromkeys([*table.columns, *(model for model, _ in measured)]))
     lines = _header(["benchmark", *models])
-    if table.number == "1":
+    if table.number in ("1", "6"):
         lines += [_row(["training tokens", *(_cost(model, 0) for model in models)])]
         lines += [_row(["operations (FLOPs)", *(_cost(model, 1) for model in models)])]
-    for benchmark, published in table.rows.items():
-        cells = [_cell(published.get(m), measured.get((m, plain(benchmark)))) for m in models]
+    for benchmark in table.rows:
+        cells = [_cell(table, benchmark, m, measured.get((m, plain(benchmark)))) for m in models]
         lines.append(_row([benchmark, *cells]))
-    unusual = [result for result in measured.values() if not result.is_one_token_a_step]
+    unusual = [
+        f"{result.model} on {result.task}"
+        for (column, _), result in measured.items()
+        if column == result.model and not result.is_one_token_a_step
+    ]
     if unusual:
-        names = sorted({f"{r.model} on {r.task}" for r in unusual})
-        lines += ["", f"Decoded faster than one token a step: {', '.join(names)}."]
-    return lines
+        lines += ["", f"Decoded faster than one token a step: {', '.join(sorted(set(unusual)))}."]
+    return [*lines, *(["", table.note] if table.note else [])]
 
 
-def _best_known(results: Sequence[Result]) -> dict[tuple[str, str], Result]:
-    """One result for each (model, benchmark): of several the one that is decoded as the paper's
-    tables are, then the one over most problems.
+def measured_in(table: PublishedTable, results: Sequence[Result]) -> dict[tuple[str, str], Result]:
+    """One result for each (column, plain name of the benchmark): of several the one that is decoded
+    as the paper's tables are, then the one over most problems, then that of most responses.
     """
+    benchmarks = {plain(benchmark) for benchmark in table.rows}
     chosen: dict[tuple[str, str], Result] = {}
     for result in results:
-        key = result.model, plain(result.task)
+        column = _column(table, result)
+        if column is None or plain(result.task) not in benchmarks:
+            continue
+        key = column, plain(result.task)
         known = chosen.get(key)
         if known is None or _rank(result) > _rank(known):
             chosen[key] = result
     return chosen
 
 
-def _rank(result: Result) -> tuple[bool, int]:
-    return result.is_one_token_a_step, result.row["n"]
+def _column(table: PublishedTable, result: Result) -> str | None:
+    """The column of a result, by its decoding where the table has such a column; None: the result
+    belongs to other tables.
+    """
+    decoded = f"{result.model} {decoding_label(result.settings)}"
+    if decoded in table.columns:
+        return decoded
+    if result.model in table.columns:
+        return result.model
+    elsewhere = any(result.model in other.columns for other in tables())
+    return result.model if table.number in _COMPARISONS and not elsewhere else None
 
 
-def _models(measured: dict[tuple[str, str], Result]) -> list[str]:
-    return list(dict.fromkeys(model for model, _ in measured))
+def _rank(result: Result) -> tuple[bool, int, int]:
+    return result.is_one_token_a_step, result.row["n"], result.row.get("k", 1)
 
 
 def _others(results: Sequence[Result]) -> list[str]:
@@ -92,11 +111,16 @@ def _cost(model: str, which: int) -> str:
     return "" if cost is None else f"{cost[which]:.2g}"
 
 
-def _cell(published: float | None, result: Result | None) -> str:
+def _cell(table: PublishedTable, benchmark: str, column: str, result: Result | None) -> str:
+    published = table.rows[benchmark].get(column)
+    deviation = table.deviations.get(benchmark, {}).get(column)
     theirs = "" if published is None else f"{published:.1f}"
+    if deviation is not None:
+        theirs += f" ± {deviation:.1f}"
     if result is None:
         return theirs
-    ours = f"**{_percent(result.accuracy, result.row.get('stderr'))}**"
+    over = "std_over_samples" if table.deviations else "stderr"
+    ours = f"**{_percent(result.accuracy, result.row.get(over))}**"
     if published is None:
         return ours
     return f"{theirs} / {ours} ({100 * result.accuracy - published:+.1f})"

@@ -1,6 +1,7 @@
 """One summary row a task: what was measured, in the contract's keys and those that a task adds."""
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,6 +77,7 @@ def summarize(
         settings=settings,
         more={
             "k": max(len(row) for row in grades),
+            **_over_samples(grades),
             "no_answer_rate": _share("no_answer" in grade.flags for row in grades for grade in row),
             "truncation_rate": truncation_rate,
             **_scorer_errors(grades),
@@ -124,6 +126,17 @@ def pass_at(grades: list[list[Grade]]) -> dict[str, float]:
 def _pass_at(row: list[Grade], k: int) -> float:
     n, correct = len(row), sum(grade.correct for grade in row)
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def _over_samples(grades: list[list[Grade]]) -> dict[str, float]:
+    """``{"std_over_samples"}``: the standard deviation (of the sample) of the accuracies that each
+    number of response alone would give, which are those of as many seeds; only where every problem
+    has as many responses, and more than one.
+    """
+    if len({len(row) for row in grades}) != 1 or len(grades[0]) < 2:
+        return {}
+    runs = [_share(grade.correct for grade in run) for run in zip(*grades, strict=True)]
+    return {"std_over_samples": statistics.stdev(runs)}
 
 
 def _scorer_errors(grades: list[list[Grade]]) -> dict[str, int]:

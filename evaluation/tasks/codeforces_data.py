@@ -1,4 +1,8 @@
-"""Codeforces.json out of open-r1/codeforces: the problems that a stdin/stdout judge can grade."""
+"""Codeforces.json out of open-r1/codeforces: the problems that a stdin/stdout judge can grade.
+
+Any text of a row may be null there: no statement, an example without output, a test without input.
+It counts as empty; a problem that says nothing at all is left out.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,7 +20,8 @@ def codeforces_rows() -> list[dict[str, Any]]:
 
 def prepare(problems: Iterable[Any]) -> list[dict[str, Any]]:
     """The gradable problems in the file's schema: 377 of the published 422."""
-    return [_row(problem) for problem in problems if _is_gradable(problem)]
+    rows = [_row(problem) for problem in problems if _is_gradable(problem)]
+    return [row for row in rows if row["question"]]
 
 
 def _is_gradable(problem: Mapping[str, Any]) -> bool:
@@ -35,8 +40,8 @@ def _row(problem: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "task_id": problem["id"],
         "question": question(problem),
-        "test_input": [_unix_lines(test["input"]) for test in problem["official_tests"]],
-        "test_output": [_unix_lines(test["output"]) for test in problem["official_tests"]],
+        "test_input": [_unix_lines(test.get("input")) for test in problem["official_tests"]],
+        "test_output": [_unix_lines(test.get("output")) for test in problem["official_tests"]],
         "test_time_limit": max(1, math.ceil(seconds * _PYTHON_FACTOR) + _SLACK_SECONDS),
         "test_method": "stdio",
         "rating": problem.get("rating"),
@@ -49,24 +54,28 @@ def question(problem: Mapping[str, Any]) -> str:
     """Title, statement and the sections that the problem has, as on its page; a blank line before
     each. Formulas between triple dollars get single ones.
     """
-    parts = [(problem.get("title") or "").strip(), _dollars(problem["description"])]
+    parts = [(problem.get("title") or "").strip(), _dollars(problem.get("description"))]
     for heading, key in (("Input", "input_format"), ("Output", "output_format")):
         if problem.get(key):
             parts.append(f"{heading}\n{_dollars(problem[key])}")
-    examples = problem.get("examples") or []
+    examples = [
+        [(example.get(key) or "").rstrip() for key in ("input", "output")]
+        for example in problem.get("examples") or []
+        if example
+    ]
+    examples = [example for example in examples if any(example)]
     if examples:
         parts.append("Examples")
-    for example in examples:
-        given, expected = example["input"].rstrip(), example["output"].rstrip()
+    for given, expected in examples:
         parts.append(f"Input\n{given}\nOutput\n{expected}")
     if problem.get("note"):
         parts.append(f"Note\n{_dollars(problem['note'])}")
     return "\n\n".join(part for part in parts if part).strip()
 
 
-def _dollars(text: str) -> str:
-    return text.strip().replace("$$$", "$")
+def _dollars(text: str | None) -> str:
+    return (text or "").strip().replace("$$$", "$")
 
 
-def _unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def _unix_lines(text: str | None) -> str:
+    return (text or "").replace("\r\n", "\n").replace("\r", "\n")

@@ -46,7 +46,7 @@ class EvalPlusTask(Task):
 
     def problem_of(self, row: Row) -> str | None:
         for key in ("task_id", "question"):
-            if not row.get(key) and not (key == "question" and row.get("prompt")):
+            if not isinstance(row.get(key), str) or not row[key].strip():
                 return f"needs {key!r}; {self.how_to_get}"
         return None
 
@@ -69,7 +69,7 @@ class EvalPlusTask(Task):
         return found
 
     def prompt(self, row: Row) -> Row:
-        question = (row.get("question") or row["prompt"]).strip()
+        question = row["question"].strip()
         return {
             "messages": [
                 {"role": "user", "content": f"{_INSTRUCTION}\n```\n{question}\n```\n"},
@@ -84,7 +84,7 @@ class EvalPlusTask(Task):
         if named:
             return str(named)
         tested = called_function(_assertions(row))
-        defined = _DEFINITION.findall(row.get("question") or row.get("prompt") or "")
+        defined = _DEFINITION.findall(row["question"])
         return tested or (defined[-1] if defined else "")
 
     def grade(self, row: Row, response: str) -> Grade:
@@ -214,7 +214,5 @@ def own_tests(row: Row, entry_point: str) -> dict[str, Any]:
 
 
 def _reference(row: Row) -> list[str]:
-    prompt, solution = row.get("prompt"), row.get("canonical_solution")
-    if isinstance(prompt, str) and isinstance(solution, str):
-        return [prompt + solution]
-    return []
+    solution = row.get("canonical_solution")
+    return [row["question"] + solution] if isinstance(solution, str) else []

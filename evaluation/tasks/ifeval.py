@@ -58,11 +58,13 @@ class IFEval(PublishedTask):
             return "needs 'kwargs', a list with one object an instruction; use the published file"
         if not all(each is None or isinstance(each, dict) for each in arguments):
             return "'kwargs' must hold objects; use the published file"
+        if type(row.get("key")) is not int:
+            return "needs 'key', a whole number; use the published file"
         return None
 
     def grade(self, row: Row, response: str) -> Grade:
         verdict = check_instructions(
-            row["question"], row["instruction_id_list"], row["kwargs"], response
+            row["question"], row["instruction_id_list"], row["kwargs"], response, key=row["key"]
         )
         flags = ["sentences_approximate"] if verdict.approximate else []
         if verdict.timed_out:

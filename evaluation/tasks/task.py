@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.jsonl import read_rows
+from evaluation.tasks.public_files import form_of
 from megatron_opdlm.errors import InputError
 
 Row = dict[str, Any]
@@ -64,6 +65,11 @@ class Task(ABC):
         rows = read_rows(path, f"task {self.name}:")
         for index, row in enumerate(rows):
             problem = self.problem_of(row)
+            if problem and form_of(self.name, row):
+                problem = (
+                    "is of the public file, not of the paper's; convert it: python -m "
+                    f"evaluation.download --data NEW_DIR --tasks {self.name} --from {path}"
+                )
             if problem:
                 raise InputError(f"task {self.name}: {path}: row {index}: {problem}")
         return rows

@@ -106,7 +106,6 @@ class DAPOMath(MathProblem):
 
     name = "DAPO_Math_17k"
     file = "DAPO_Math_17k.json"
-    how_to_get = _OWN_FILE
 
 
 class GSM8KTrain(MathProblem):

@@ -7,7 +7,6 @@ Every entry gets the directory OUT/NAME with the files of ``evaluation.run``; co
 one model load it once.
 """
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from evaluation.decoding_flags import Loading
 from evaluation.run import evaluate, load_tasks, write_results
 from evaluation.sample import open_generator
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -31,11 +30,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m launch.quickstart.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("--plan", required=True, type=Path, metavar="PLAN.json")
     plan = read_plan(parser.parse_args().plan)
     tasks = load_tasks([plan["task"]], Path(plan["data"]), None)

@@ -3,7 +3,6 @@
 python -m launch.quickstart.report DIR
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +99,7 @@ def markdown(results: Results, numbers: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = Arguments(
-        prog="python -m launch.quickstart.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument("directory", type=Path, metavar="DIR")
     print(report(parser.parse_args().directory))
 

@@ -1,7 +1,7 @@
 """The quickstart: teacher, import, train (stopped once and resumed), export, evaluate, report.
 
 launch/quickstart.sh sets the environment up and calls this. With --hf DIR the teacher is the user's
-own Qwen3 directory.
+own model directory.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from launch.quickstart import task
 from launch.stages import Stages, checkpoints, python, stop, torchrun
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
+from megatron_opdlm.model_files.manifest import HUGGINGFACE
+from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.model_files.writing import check_new_directory, write_json
 
 CONFIG = Path("configs/tiny_cpu.yaml")
@@ -31,7 +33,7 @@ class Settings:
     out: Path
     seed: int
     layout: str
-    hf: Path | None  # the user's own Qwen3 directory; None: train the toy teacher
+    hf: Path | None  # the user's own model directory; None: train the toy teacher
     data: Path | None  # the user's training prompts
     test: Path | None  # the user's held-out rows for exact match
     config: Path
@@ -134,7 +136,9 @@ def _ended_early(code: int) -> RunError:
 def _export(settings: Settings, stages: Stages, checkpoint: Path) -> Path:
     """(e) Megatron checkpoint -> Hugging Face directory."""
     student = settings.out / "student"
-    arguments = ("--checkpoint", str(checkpoint), "--out", str(student), "--format", "a2d-qwen3")
+    family = read_shape(checkpoint / HUGGINGFACE).family
+    given = ("--checkpoint", str(checkpoint), "--out", str(student))
+    arguments = (*given, "--format", family.block_diffusion.format)
     with stages.stage("export", "e) export to Hugging Face"):
         print(stages.run("export", python("checkpoint_tools.export_hf", *arguments)))
     return student
@@ -185,18 +189,14 @@ def _evaluate(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Arguments(
-        prog="launch/quickstart.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Arguments(description=__doc__)
     parser.add_argument(
         "--out", type=Path, help="new directory (default: runs/quickstart, -2, ...)"
     )
     parser.add_argument("--layout", default="dp2", metavar="|".join(LAYOUTS))
     parser.add_argument("--seed", type=int, default=0)
     own = parser.add_argument_group("your own model")
-    own.add_argument("--hf", type=Path, metavar="DIR", help="Qwen3 directory, the teacher")
+    own.add_argument("--hf", type=Path, metavar="DIR", help="model directory, the teacher")
     own.add_argument(
         "--data", type=Path, metavar="FILE", help="training prompts (default: the toy task's)"
     )

@@ -9,7 +9,6 @@ the splits are disjoint, free of repeats and the same on every machine: ``test``
 (every problem of that split), ``validation`` is for stopping rules and choices.
 """
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -85,8 +84,7 @@ def write_data(out: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = Arguments(prog="python -m launch.quickstart.task", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Arguments(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="directory for the three files")
     args = parser.parse_args()
     if args.out.exists() and not args.out.is_dir():

@@ -14,7 +14,6 @@ random tokens whose label is the end token. Their share rises from none to ``--c
 first half of the training. ``--corrupt 0`` trains on perfect sequences only.
 """
 
-import argparse
 import json
 import random
 import time
@@ -206,8 +205,7 @@ def save(model, tokenizer, out: Path) -> None:
 
 def main() -> None:
     defaults = Recipe()
-    parser = Arguments(prog="python -m launch.quickstart.teacher", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Arguments(description=__doc__)
     parser.add_argument("--out", required=True, type=Path, help="Hugging Face directory to write")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps")

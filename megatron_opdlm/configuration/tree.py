@@ -1,10 +1,10 @@
 """The tree of sections and keys: from plain values to typed ones and back to dotted keys."""
 
 import dataclasses
-import typing
 from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
+from megatron_opdlm import keys
 from megatron_opdlm.configuration.values import show, typed
 from megatron_opdlm.errors import InputError
 
@@ -22,9 +22,9 @@ def flatten(config: Any) -> dict[str, Any]:
 
 def build(kind: type[Tree], tree: dict[Any, Any]) -> Tree:
     """Plain tree -> typed tree of ``kind``, a dataclass of sections that are dataclasses: every
-    section and key exists and every value has its type; else InputError.
+    section and key exists, every value has its type and lies in its range; else InputError.
     """
-    sections = typing.get_type_hints(kind)
+    sections = keys.types_of(kind)
     built = {}
     for name, values in tree.items():
         if name not in sections:
@@ -39,14 +39,14 @@ def build(kind: type[Tree], tree: dict[Any, Any]) -> Tree:
 
 
 def _build_section(kind: type, section: str, values: dict[Any, Any]) -> Any:
-    section_type = typing.get_type_hints(kind)[section]
-    hints = typing.get_type_hints(section_type)
-    for name in values:
+    section_type = keys.types_of(kind)[section]
+    hints, built = keys.types_of(section_type), {}
+    for name, value in values.items():
         if name not in hints:
             raise _unknown_key(kind, f"{section}.{name}")
-    return section_type(
-        **{name: typed(f"{section}.{name}", value, hints[name]) for name, value in values.items()}
-    )
+        built[name] = typed(f"{section}.{name}", value, hints[name])
+        keys.check(section_type, name, built[name], f"{section}.{name}")
+    return section_type(**built)
 
 
 def _unknown_key(kind: type, key: str) -> InputError:

@@ -32,6 +32,11 @@ PUBLISHED: Mapping[str, Published] = {
     "math_train": Published(
         repository="divelab/opdlm_eval_data", file="MATH_train_traceRL.json", template="math"
     ),
+    "dapo": Published(
+        repository="BytedTsinghua-SIA/DAPO-Math-17k",
+        file="data/dapo-math-17k.parquet",
+        template="math",
+    ),
 }
 
 # Data files of these names are trained on; evaluation asks them only to see what a run has learnt.
@@ -41,13 +46,17 @@ TRAINING_SETS = frozenset([*PUBLISHED, *_STEMS, "DAPO_Math_17k", "GSM8K_train"])
 
 def published_as(path: Path) -> Published | None:
     """The published set whose file a local one is, by its name."""
-    return next((source for source in PUBLISHED.values() if source.file == path.name), None)
+    return next(
+        (source for source in PUBLISHED.values() if Path(source.file).name == path.name), None
+    )
 
 
 def ask(question: str, domain: str | None, template: str) -> str:
-    """The user's message for a question; a domain that the set does not know asks it as it is."""
+    """The user's message for a question. In a set by domain, a row without one asks mathematics, as
+    in the reference, and one of a domain that the set does not know asks it as it is.
+    """
     if template == "by_domain":
-        form = BY_DOMAIN.get(domain or "", PLAIN)
+        form = BY_DOMAIN.get(domain or "math", PLAIN)
     else:
         form = MATH if template == "math" else PLAIN
     return form.format(question=question)

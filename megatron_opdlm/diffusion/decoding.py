@@ -1,60 +1,82 @@
-"""How to decode: the record of generation settings of rollout, sampling and evaluation."""
+"""How to decode: the one record of generation settings. Sections of the configuration extend it,
+command lines and recipes of evaluations are made from its fields. Imports no torch.
+"""
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self
 
-from megatron_opdlm.errors import InputError, nearest
+from megatron_opdlm.keys import check, key
 
-MODES = ("diffusion", "ar")
-# Written out because this file imports no torch; a test holds it equal to denoising.REMASKING.
-REMASKING = (
-    "low_confidence_static",
-    "low_confidence_dynamic",
-    "sequential",
-    "entropy_bounded",
-)
+# A test holds them equal to denoising.REMASKING, which needs torch.
+Remasking = Literal[
+    "low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding:
+class Sampling:
+    """How tokens are drawn and committed, and how many."""
+
+    remasking: Remasking = key(
+        "low_confidence_static", "which drawn tokens a pass commits (docs/evaluation.md)"
+    )
+    threshold: float = key(
+        0.9,
+        "low_confidence_dynamic commits tokens strictly above it",
+        unit="probability",
+        at_least=0,
+        at_most=1,
+    )
+    entropy_bound: float = key(
+        0.35, "entropy_bounded commits up to it, summed over a pass", unit="nats", at_least=0
+    )
+    temperature: float = key(0.0, "of the drawn distribution; 0: arg-max", at_least=0)
+    top_p: float = key(
+        1.0,
+        "mass of the likeliest tokens that is kept; 1: all",
+        unit="probability",
+        above=0,
+        at_most=1,
+    )
+    top_k: int = key(0, "the likeliest that are kept; 0: all", unit="tokens", at_least=0)
+    max_new_tokens: int = key(2048, "limit of a response", unit="tokens", at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Sampling):
     """Settings of one generation. ``mode="ar"`` reads temperature, top-p, top-k, the length limit
     and the seed only.
     """
 
-    mode: str = "diffusion"
-    block_size: int = 4  # tokens per block
-    denoising_steps: int = 4  # passes per block; more than block_size leaves the last ones empty
-    remasking: str = "low_confidence_static"
-    threshold: float = 0.9  # probability; low_confidence_dynamic commits strictly above it
-    entropy_bound: float = 0.35  # nats, summed over a pass; entropy_bounded
-    temperature: float = 0.0  # 0: arg-max
-    top_p: float = 1.0  # probability mass kept; 1: all
-    top_k: int = 0  # tokens kept; 0: all
-    max_new_tokens: int = 2048  # response tokens
-    seed: int = 0
-    logit_shift: bool = False  # position i is read from logits i - 1
+    mode: Literal["diffusion", "ar"] = key("diffusion", "in blocks, or token by token")
+    block_size: int = key(4, "size of a block", unit="tokens", at_least=1)
+    denoising_steps: int = key(
+        4, "in which a block is finished at the latest", unit="passes", at_least=1
+    )
+    seed: int = key(0, "part of the key of every random draw", at_least=0)
+    logit_shift: bool = key(False, "position i is read from logits i - 1; the model's own")
 
-    def validate(self) -> "Decoding":
-        """Check every value; returns itself so that it can be chained. InputError: value, rule,
-        remedy.
+    @classmethod
+    def of(cls, section: Sampling, **others: Any) -> Self:
+        """The settings that a section of the configuration holds, and ``others``."""
+        names = {item.name for item in fields(cls)} & {item.name for item in fields(section)}
+        return cls(**{**{name: getattr(section, name) for name in names}, **others}).validate()
+
+    def validate(self, shown: Callable[[str], str] = str) -> Self:
+        """Check every value; returns itself so that it can be chained. InputError: value and
+        rule. ``shown``: what users call a field.
         """
-        _check_name("mode", self.mode, MODES)
-        _check_name("remasking", self.remasking, REMASKING)
-        _check_at_least("block_size", self.block_size, 1)
-        _check_at_least("denoising_steps", self.denoising_steps, 1)
-        _check_between("threshold", self.threshold, 0.0, 1.0)
-        _check_between("entropy_bound", self.entropy_bound, 0.0, math.inf)
-        _check_between("temperature", self.temperature, 0.0, math.inf)
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(
-                f"top_p={self.top_p}: a probability mass; use above 0 up to 1 (1 keeps all)"
-            )
-        _check_at_least("top_k", self.top_k, 0)
-        _check_at_least("max_new_tokens", self.max_new_tokens, 1)
-        _check_at_least("seed", self.seed, 0)
+        for item in fields(self):
+            check(type(self), item.name, getattr(self, item.name), shown(item.name))
         return self
 
-    def autoregressive(self) -> "Decoding":
+    @property
+    def asked(self) -> Mapping[str, Any]:
+        """What users ask for: everything but the logit shift, which is the model's own."""
+        return {name: getattr(self, name) for name in ASKED}
+
+    def autoregressive(self) -> Self:
         """The same sampling as blocks of one token: one pass, logits from the position before."""
         return replace(
             self,
@@ -65,21 +87,4 @@ class Decoding:
         )
 
 
-def _check_name(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        hint = nearest(str(value), allowed)
-        raise InputError(f"{name}={value}: not a known name; use {', '.join(allowed)}{hint}")
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name}={value}: use a whole number of {least} or more")
-
-
-def _check_between(name: str, value: float, low: float, high: float) -> None:
-    """Bounds are included; NaN and infinity are refused."""
-    if not (low <= value <= high and math.isfinite(value)):
-        raise InputError(
-            f"{name}={value}: use a number from {low:g}"
-            + (f" to {high:g}" if math.isfinite(high) else " up")
-        )
+ASKED = tuple(item.name for item in fields(Decoding) if item.name != "logit_shift")

@@ -9,33 +9,14 @@ from torch import Tensor
 
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.cache_budget import Room, open_cache
 from megatron_opdlm.engine.decode_plans import BucketPlans, RowPlans
 from megatron_opdlm.engine.passes import Capture, ExactPasses, FixedPasses
 from megatron_opdlm.engine.slot_state import SlotState
-from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model import decode_attention
 from megatron_opdlm.model.gpt import LanguageModel
-from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.records import Vocabulary
-
-CACHE_SHARE = 0.5  # of the free memory, where no budget is given
-# Positions of a page for block rows: the smallest page that flash-attn reads.
-PAGE_TOKENS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """How much a decoder holds."""
-
-    slots: int
-    positions: int  # of the longest sequence
-    page_tokens: int
-    pages: int  # of all groups, without the scratch pages
-
-    @property
-    def pages_of_longest(self) -> int:
-        return -(-self.positions // self.page_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +46,7 @@ class Decoder:
         self.attention, self.capture = attention, capture
         self.device = select_hardware().device
         shares = _shares(room)
-        self.cache = KVCache(
-            layer_numbers=model.layer_numbers,
-            pages=room.pages + len(shares),
-            page_tokens=room.page_tokens,
-            groups=_local_groups(model),
-            head_dim=model.shape.head_dim,
-            dtype=model.config.params_dtype,
-            device=self.device,
-        )
+        self.cache = open_cache(model, room, scratch=len(shares))
         self.groups: list[Group] = []
         first = 0
         for slots, pages in shares:
@@ -114,42 +87,3 @@ def _shares(room: Room) -> list[tuple[int, int]]:
 def _part(whole: int, parts: int, number: int) -> int:
     """Size of a part, the first ones one larger where the whole does not divide."""
     return whole // parts + (number < whole % parts)
-
-
-def room_for(
-    model: LanguageModel,
-    attention: str,
-    *,
-    slots: int,
-    positions: int,
-    kv_cache_tokens: int | None,
-) -> Room:
-    """Slots and pages for sequences of at most ``positions`` within ``kv_cache_tokens`` (None: half
-    of the free memory), at least for one. Buckets keep a whole sequence in a page of its own.
-
-    Raises RunError for a budget that does not hold the longest sequence.
-    """
-    if kv_cache_tokens is None:
-        free = CACHE_SHARE * select_hardware().free_memory_bytes()
-        kv_cache_tokens = parallel.least_over_replica(int(free) // _bytes_per_token(model))
-    elif kv_cache_tokens < positions:
-        raise RunError(
-            f"rollout.kv_cache_tokens={kv_cache_tokens} is less than the {positions} positions of "
-            "the longest prompt and response; raise it, or lower that max_new_tokens"
-        )
-    if attention == "buckets":
-        slots = min(slots, max(1, kv_cache_tokens // positions))
-        return Room(slots=slots, positions=positions, page_tokens=positions, pages=slots)
-    most = slots * -(-positions // PAGE_TOKENS)
-    pages = min(most, max(kv_cache_tokens, positions + PAGE_TOKENS - 1) // PAGE_TOKENS)
-    return Room(slots=slots, positions=positions, page_tokens=PAGE_TOKENS, pages=pages)
-
-
-def _local_groups(model: LanguageModel) -> int:
-    return model.shape.groups // model.config.tensor_model_parallel_size
-
-
-def _bytes_per_token(model: LanguageModel) -> int:
-    """Cache memory of one position on this rank: keys and values of its layers and groups."""
-    values = 2 * len(model.layer_numbers) * _local_groups(model) * model.shape.head_dim
-    return values * model.config.params_dtype.itemsize

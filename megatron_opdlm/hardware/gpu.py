@@ -59,6 +59,23 @@ def device_names() -> tuple[str, ...]:
     return tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
+def device_states() -> list[tuple[str, int, int, str]]:
+    """Name, bytes of memory, bytes that are free and compute capability of each GPU."""
+    states = []
+    for i in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(i)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+        states.append((torch.cuda.get_device_name(i), total, free, capability))
+    return states
+
+
+def libraries() -> str:
+    """Versions of what the GPUs are driven by."""
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
+    engine = transformer_engine() or "not installed"
+    return f"CUDA {torch.version.cuda}, NCCL {nccl}, Transformer Engine {engine}"
+
+
 def set_device(local_rank: int) -> torch.device:
     """Bind this process to its GPU."""
     torch.cuda.set_device(local_rank)

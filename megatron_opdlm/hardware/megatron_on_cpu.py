@@ -6,9 +6,7 @@ tensor type strings). Instead of patching torch itself, every ``megatron.core`` 
 private view of the torch namespace in which these names mean the CPU. Real torch stays untouched:
 ``torch.cuda.is_available()`` stays honest and other libraries notice nothing.
 
-It also gives Megatron an Adam with the contract of Transformer Engine's FusedAdam (one ``step`` per
-parameter group), so that CPU runs take the code path of production runs through the distributed
-optimizer and its checkpoints.
+Megatron's optimizer takes the code path of production runs here, too (``group_adam.py``).
 """
 
 import functools
@@ -16,10 +14,13 @@ import importlib
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from megatron_opdlm.hardware.group_adam import replace_in, use_in_megatron
 
 # Modules that megatron-core imports lazily on our path; a module must be imported before it can get
 # its view.
@@ -53,66 +54,6 @@ _FACTORIES = (
     "zeros_like",
     "as_tensor",
 )
-
-
-class GroupAdam(torch.optim.Optimizer):
-    """Adam whose step count belongs to the parameter group, as in Transformer Engine's FusedAdam.
-
-    Kingma and Ba (2015) with decoupled weight decay (Loshchilov and Hutter, 2019) when
-    ``adam_w_mode`` is set. State per parameter: ``exp_avg`` and ``exp_avg_sq``, nothing else, which
-    is what Megatron's distributed optimizer stores.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "bias_correction": bias_correction,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults)
-        self.adam_w_mode = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One update of every group. The moments are kept in float32 like the main parameters."""
-        assert closure is None, "closures are not supported"
-        for group in self.param_groups:
-            if not group["params"]:  # FusedAdam does not count the steps of an empty group
-                continue
-            group["step"] = group.get("step", 0) + 1
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        state = self.state[parameter]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
-        if group["weight_decay"] and self.adam_w_mode:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        elif group["weight_decay"]:
-            gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction1 = 1 - beta1 ** group["step"] if group["bias_correction"] else 1.0
-        correction2 = 1 - beta2 ** group["step"] if group["bias_correction"] else 1.0
-        denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -198,23 +139,8 @@ def _patch_tensor_methods() -> None:
     torch.Tensor.type = type_
 
 
-def _replace(module_name: str, **attributes: Any) -> None:
-    """Set attributes of an imported module."""
-    vars(importlib.import_module(module_name)).update(attributes)
-
-
-def _use_group_adam() -> None:
-    _replace("megatron.core.optimizer", Adam=GroupAdam, USING_PYTORCH_OPTIMIZER=False)
-    _replace(
-        "megatron.core.optimizer.distrib_optimizer",
-        Adam=GroupAdam,
-        HAVE_APEX_OR_TE=True,
-        USING_TE_OPTIMIZER=True,
-    )
-
-
 def _use_cpu_generator() -> None:
-    _replace(
+    replace_in(
         "megatron.core.tensor_parallel.random",
         _set_cuda_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
         _get_cuda_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
@@ -229,7 +155,7 @@ def _use_host_splits() -> None:
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    _replace("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=on_host)
+    replace_in("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=on_host)
 
 
 def _quiet_expected_warnings() -> None:
@@ -246,6 +172,23 @@ def _quiet_expected_warnings() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+@contextmanager
+def _lean_imports() -> Iterator[None]:
+    """Without what Megatron loads for no CPU run, which would be half of every start: the compiler
+    for its small functions (``torch.compile`` loads it when it decorates) and W&B for its server.
+    """
+    compile_, unknown = torch.compile, "wandb" not in sys.modules
+    torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)
+    if unknown:
+        sys.modules["wandb"] = None  # pyright: ignore[reportArgumentType] -- as if not installed
+    try:
+        yield
+    finally:
+        torch.compile = compile_
+        if unknown:
+            del sys.modules["wandb"]
+
+
 _installed = False
 
 
@@ -257,11 +200,9 @@ def install() -> None:
     if torch.cuda.is_available():
         return
     _quiet_expected_warnings()
-    # torch.compile around Megatron's small functions costs seconds of start-up on CPU and buys
-    # nothing.
-    importlib.import_module("megatron.core.jit").disable_jit_fuser()
-    for name in _MODULES:
-        importlib.import_module(name)
+    with _lean_imports():
+        for name in _MODULES:
+            importlib.import_module(name)
     for name, module in list(sys.modules.items()):
         if (
             name.startswith(("megatron.core", "modelopt.torch"))
@@ -270,7 +211,7 @@ def install() -> None:
             module.__dict__["torch"] = _torch_view()
     if not _installed:
         _patch_tensor_methods()
-        _use_group_adam()
+        use_in_megatron()
         _use_cpu_generator()
         _use_host_splits()
         _installed = True

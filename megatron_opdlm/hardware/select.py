@@ -1,7 +1,6 @@
 """Chooses the hardware once, into one record. Nobody else asks what machine this is."""
 
 import functools
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_opdlm.hardware import cpu, gpu, megatron_on_cpu
+from megatron_opdlm import launcher
+from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Hardware:
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory_bytes: Callable[[], int]  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
-    decode_attention: str  # "buckets" | "rows", what decode_forward.py does best here
+    decode_attention: str  # "buckets" | "rows": what decode_plans.py does best here
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     differentiates_flex: bool  # FlexAttention has a backward pass
@@ -42,17 +42,21 @@ def _peak_resident_bytes() -> int:
 
 def _available_bytes() -> int:
     """This rank's share of the memory that the machine could still give."""
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available // launcher.local_world_size()
 
 
 @functools.cache
 def select_hardware() -> Hardware:
     """GPUs if CUDA is available, else the CPU with one thread a rank (more threads make small
-    models slower).
+    models slower). From here on float32 means float32.
     """
+    # And not TF32, which NGC's images ask for (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1).
+    torch.set_float32_matmul_precision("highest")
     if torch.cuda.is_available():
+        device = gpu.set_device(launcher.local_rank())
+        group_adam.use_where_megatron_falls_back()
         return Hardware(
-            device=gpu.set_device(int(os.environ.get("LOCAL_RANK", "0"))),
+            device=device,
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,

@@ -1,4 +1,5 @@
-"""The mixture of experts of a Qwen3-MoE layer: Megatron's, with the router of the published models.
+"""The mixture of experts of a layer (Qwen3-MoE): Megatron's, with the router of the published
+models.
 
 Every token goes to its ``per_token`` likeliest experts, none is dropped, and there is no loss that
 balances their load: the teacher's distribution is all that the student learns from. With expert

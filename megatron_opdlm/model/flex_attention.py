@@ -23,6 +23,7 @@ from megatron_opdlm.model.packed_row import PackedRow
 TILE = 128  # tokens; FlexAttention's own default
 # (query, key) pairs whose visibility is computed at once while tiles are sorted: a few times 16 MiB
 _PAIRS_AT_ONCE = 2**24
+_SMALLEST = 1024  # tokens of the smallest row that kernels are compiled for
 # Compilations that one process may need: sizes, with and without gradients, of two masks.
 _COMPILATIONS = 128
 
@@ -39,12 +40,11 @@ class FlexMask:
 
 
 def padded_size(tokens: int) -> int:
-    """The row length that kernels are compiled for: a power of two of tiles, or halfway to the
-    next. Rows of any length share these few sizes; tiles that are only padding are skipped.
+    """The row length that kernels are compiled for: a power of two, from 1,024 on. A compilation
+    takes seconds to a minute, padding next to nothing: of its tiles only those beside the diagonal
+    are computed. So rows of up to 4,096 tokens have three sizes.
     """
-    tiles = -(-tokens // TILE)
-    power = 1 << (tiles - 1).bit_length()
-    return TILE * (power * 3 // 4 if power >= 4 and tiles <= power * 3 // 4 else power)
+    return max(_SMALLEST, 1 << (tokens - 1).bit_length())
 
 
 def flex_mask(row: PackedRow) -> FlexMask:
@@ -102,8 +102,7 @@ def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
 def attend_flex(query: Tensor, key: Tensor, value: Tensor, mask: FlexMask, scale: float) -> Tensor:
     """query [N, heads, d], key and value [N, groups, d] -> [N, heads, d]."""
     tokens = len(query)
-    kernel = compiled_kernel() if query.is_cuda else flex_attention
-    out: Any = kernel(
+    out: Any = _kernel(query.device)(
         _row(query, mask.size),
         _row(key, mask.size),
         _row(value, mask.size),
@@ -119,13 +118,24 @@ def _row(x: Tensor, size: int) -> Tensor:
     return F.pad(x.transpose(0, 1), (0, 0, 0, size - len(x)))[None]
 
 
+def _kernel(device: torch.device) -> Callable[..., Any]:
+    """What attends there.
+
+    Beyond PyTorch's default of 8 compilations a compiled kernel would fall back, silently, to the
+    form that materialises all scores; ``fullgraph`` makes an error of that, and the limit is
+    raised: here, for the thread that calls, since from torch 2.12 on it is a context variable
+    (``torch/utils/_config_module.py``, ``user_override``), and autograd, which computes a layer
+    anew in the backward pass, has a thread of its own for each GPU.
+    """
+    if device.type == "cpu":
+        return flex_attention
+    config: Any = torch._dynamo.config
+    if config.recompile_limit < _COMPILATIONS:
+        config.recompile_limit = _COMPILATIONS
+    return compiled_kernel()
+
+
 @functools.cache
 def compiled_kernel() -> Callable[..., Any]:
-    """FlexAttention compiled for each size that it meets.
-
-    Beyond PyTorch's default of 8 compilations it would fall back, silently, to the form that
-    materialises all scores. ``fullgraph`` makes an error of that, and the limit is raised.
-    """
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _COMPILATIONS)
+    """FlexAttention compiled for each size that it meets."""
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -1,5 +1,5 @@
-"""Builds Qwen3 as a Megatron-Core ``GPTModel``: the one model of student, teacher, rollout and
-evaluation.
+"""Builds a model of any family as a Megatron-Core ``GPTModel``: the one model of student, teacher,
+rollout and evaluation.
 """
 
 from collections.abc import Iterator
@@ -19,29 +19,10 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.experts import expert_options
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer_spec import block_spec
+from megatron_opdlm.model.rotary import ExplicitRope, score_scale
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, padded_vocab
 from megatron_opdlm.parallel import Layout
-
-
-class ExplicitRope(torch.nn.Module):
-    """Rotary angles for explicit positions (the two streams share them): position_ids [b, s] -> [s,
-    b, 1, d].
-
-    Angles are products of elements in float32, never a matmul: TF32 would round the frequencies.
-    """
-
-    def __init__(self, dim: int, base: float) -> None:
-        super().__init__()
-        self.dim, self.base = dim, base
-
-    def forward(
-        self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group: Any = None
-    ) -> Tensor:
-        steps = torch.arange(0, self.dim, 2, dtype=torch.float32, device=position_ids.device)
-        frequency = 1.0 / (self.base ** (steps / self.dim))
-        angle = position_ids.t().float().unsqueeze(-1) * frequency
-        return torch.cat((angle, angle), dim=-1).unsqueeze(2)
 
 
 class LanguageModel(GPTModel):
@@ -91,7 +72,7 @@ class LanguageModel(GPTModel):
 def transformer_config(
     shape: ModelShape, layout: Layout, dtype: torch.dtype, hardware: Hardware, *, recompute: bool
 ) -> TransformerConfig:
-    """Megatron's description of a Qwen3 of this shape on this hardware."""
+    """Megatron's description of a model of this shape on this hardware."""
     recomputation = {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -107,10 +88,12 @@ def transformer_config(
         num_query_groups=shape.groups,
         kv_channels=shape.head_dim,
         add_bias_linear=False,
+        add_qkv_bias=shape.family.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=shape.family.qk_norm,
+        softmax_scale=score_scale(shape.head_dim, shape.rope_scaling),
         layernorm_epsilon=shape.rms_eps,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -144,7 +127,7 @@ def build_model(
     recompute: bool = False,
     kernels: Kernels = Kernels(),  # noqa: B008 -- frozen
 ) -> LanguageModel:
-    """This rank's part of a Qwen3, its weights not yet filled. ``name`` stands in error messages.
+    """This rank's part of a model, its weights not yet filled. ``name`` stands in error messages.
 
     Raises InputError where the layout does not divide the shape.
     """
@@ -152,7 +135,7 @@ def build_model(
     config = transformer_config(shape, layout, dtype, hardware, recompute=recompute)
     model = LanguageModel(
         config=config,
-        transformer_layer_spec=block_spec(config, kernels, shape.experts),
+        transformer_layer_spec=block_spec(config, kernels, shape),
         vocab_size=padded_vocab(shape.vocab_size, layout.tensor),
         max_sequence_length=shape.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -161,7 +144,8 @@ def build_model(
         position_embedding_type="mrope",
         parallel_output=True,
     )
-    model.add_module("rotary_pos_emb", ExplicitRope(shape.head_dim, shape.rope_theta))
+    rope = ExplicitRope(shape.head_dim, shape.rope_theta, shape.rope_scaling)
+    model.add_module("rotary_pos_emb", rope)
     model.shape = shape
     _mark_tensor_parallel(model)
     return model.to(hardware.device)
@@ -186,8 +170,8 @@ def _mark_tensor_parallel(model: LanguageModel) -> None:
     for name, parameter in model.named_parameters():
         module, attribute = name.split(".")[-2:]
         # A linear of Transformer Engine also holds the norm before it, whole on every rank; one of
-        # its experts is ``weight3``.
-        own = attribute.rstrip("0123456789") == "weight"
+        # its experts is ``weight3``. Of biases there are only those of queries, keys and values.
+        own = attribute.rstrip("0123456789") in ("weight", "bias")
         split = _SPLIT_DIMENSION.get(module) if own else None
         if split is not None and not hasattr(parameter, "tensor_model_parallel"):
             tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, split, 1)

@@ -6,7 +6,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 
-class Qwen3Layer(TransformerLayer):
+class ReadingLayer(TransformerLayer):
     """In the last layer, output projection, residual and MLP run at ``AttentionPlan.read`` only.
 
     Nothing after the last layer's attention mixes positions, so the rows that are read do not

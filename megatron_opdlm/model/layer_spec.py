@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_opdlm.model.attention import MaskedAttention
 from megatron_opdlm.model.experts import experts_spec
 from megatron_opdlm.model.kernels import Kernels
-from megatron_opdlm.model.layer import Qwen3Layer
-from megatron_opdlm.model_files.shape import Experts
+from megatron_opdlm.model.layer import ReadingLayer
+from megatron_opdlm.model_files.shape import Experts, ModelShape
 
 
 class RMSNorm(torch.nn.Module):
@@ -44,43 +44,49 @@ class RMSNorm(torch.nn.Module):
         )
 
 
-def block_spec(config: TransformerConfig, kernels: Kernels, experts: Experts | None) -> Any:
+def block_spec(config: TransformerConfig, kernels: Kernels, shape: ModelShape) -> Any:
     """Specification of this stage's layers and of the final norm."""
-    spec = _te_layer(experts) if kernels.spec == "te" else _local_layer()
-    spec.module = Qwen3Layer
-    if experts is not None:
-        spec.submodules.mlp = experts_spec(experts, grouped=kernels.spec == "te")
+    make = _te_layer if kernels.spec == "te" else _local_layer
+    spec, norm = make(qk_norm=shape.family.qk_norm, experts=shape.experts)
+    spec.module = ReadingLayer
+    if shape.experts is not None:
+        spec.submodules.mlp = experts_spec(shape.experts, grouped=kernels.spec == "te")
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = ModuleSpec(
         module=MaskedAttention, params={"backend": kernels.attention}
     )
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config),
-        layer_norm=attention.q_layernorm,
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm
     )
 
 
-def _local_layer() -> Any:
-    spec: Any = gpt_layer_specs.get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+def _local_layer(*, qk_norm: bool, experts: Experts | None) -> tuple[Any, Any]:
+    """(layer, norm)"""
+    spec: Any = gpt_layer_specs.get_gpt_layer_local_spec(
+        qk_layernorm=qk_norm, normalization="RMSNorm"
+    )
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec, RMSNorm
 
 
-def _te_layer(experts: Experts | None) -> Any:
-    """Transformer Engine's layer. Its norms take epsilon and the kind of norm from the
+def _te_layer(*, qk_norm: bool, experts: Experts | None) -> tuple[Any, Any]:
+    """(layer, norm) of Transformer Engine. Its norms take epsilon and the kind of norm from the
     configuration and compute in float32; their weights are not centred at zero.
 
     The norm before experts, whose router reads it, is a module of its own; it is stored as the
     fused one is, so that a checkpoint has the same names whatever wrote it.
     """
-    spec: Any = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    specs: Any = gpt_layer_specs
+    spec = specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
+    norm = specs.TESpecProvider().layer_norm()
     if experts is not None:
         layer = spec.submodules
-        layer.pre_mlp_layernorm = layer.self_attention.submodules.q_layernorm
+        layer.pre_mlp_layernorm = norm
         layer.sharded_state_dict_keys_map = {
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         }
-    return spec
+    return spec, norm

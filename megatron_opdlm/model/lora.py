@@ -26,7 +26,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_opdlm import parallel
-from megatron_opdlm.configuration.rules import LORA_TARGETS
+from megatron_opdlm.configuration.models import LORA_TARGETS
 from megatron_opdlm.diffusion.randomness import INITIALISE, uniform
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model_files.manifest import LowRank

@@ -16,9 +16,7 @@ from megatron_opdlm.model_files.safetensors_dir import open_weights
 
 
 def named_global_parameters(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name in the whole model, parameter) of this rank's part; low-rank terms are no part of a
-    Qwen3.
-    """
+    """(name in the whole model, parameter) of this rank's part, but for low-rank terms."""
     for name, parameter in model.named_parameters():
         if not name.startswith(f"{lora.NAME}."):
             yield global_name(model, name), parameter

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import LAYOUTS
 from megatron_opdlm.model_files.manifest import BlockContract
 
 CARRIED = (".json", ".jinja", ".txt", ".model")  # no weights, and no code: an export ships its own
+ADDED = "mask_token_added"  # config.json's word for a row that the import has put behind the others
 CONTRACT_KEYS = (
+    ADDED,
     "block_size",
     "mask_token_id",
     "block_alignment",
@@ -22,7 +25,6 @@ CONTRACT_KEYS = (
     "trained_thresholds",
     "exporter_version",
 )
-_PLAIN = ("qwen3", "qwen3_moe")
 
 
 def carry_over(hf_dir: Path, target: Path) -> None:
@@ -56,8 +58,10 @@ def read_contract(config: Mapping[str, Any], mask_token_id: int | None) -> Block
             f"config.json: clean_context={context!r}, but here clean tokens see their whole block "
             "('block_causal'); use a model that was trained so"
         )
-    # A plain Qwen3 may record how it was trained; the other layouts promise how they are decoded.
-    if alignment not in (("absolute", "response") if model_type in _PLAIN else ("absolute",)):
+    # A plain layout may record how it was trained; the others promise how they are decoded.
+    layout = LAYOUTS.get(str(model_type))
+    promised = layout is not None and layout.has_code
+    if alignment not in (("absolute",) if promised else ("absolute", "response")):
         raise InputError(
             f"config.json: block_alignment={alignment!r}, but blocks are counted from position 0 "
             f"('absolute') in every reader of model_type={model_type!r}; use a model that was "

@@ -1,4 +1,4 @@
-"""Qwen3's weights under their two names: Hugging Face's and Megatron-Core's. No Megatron import.
+"""A model's weights under their two names: Hugging Face's and Megatron-Core's. No Megatron import.
 
 Megatron keeps the query, key and value projections in one matrix, per key/value group
 ``[q heads of the group; k; v]``, and the two halves of the gated MLP as ``[gate; up]``, where every
@@ -13,6 +13,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_opdlm.model_files.families import (
+    EXPERT_FC1,
+    EXPERT_FC2,
+    EXPERT_SOURCES,
+    FAMILIES,
+    FC1,
+    FC2,
+    PROJ,
+    QKV,
+    QKV_BIAS,
+)
 from megatron_opdlm.model_files.shape import (
     Experts,
     ModelShape,
@@ -23,6 +34,11 @@ from megatron_opdlm.model_files.shape import (
 )
 
 __all__ = [
+    "FC1",
+    "FC2",
+    "PROJ",
+    "QKV",
+    "QKV_BIAS",
     "Experts",
     "ModelShape",
     "check_layout",
@@ -41,33 +57,7 @@ __all__ = [
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
-QKV = "self_attention.linear_qkv.weight"
-PROJ = "self_attention.linear_proj.weight"
-FC1 = "mlp.linear_fc1.weight"
-FC2 = "mlp.linear_fc2.weight"
-ROUTER = "mlp.router.weight"
-EXPERT_FC1 = "mlp.experts.linear_fc1.weight"
-EXPERT_FC2 = "mlp.experts.linear_fc2.weight"
-# Attribute of a Megatron layer -> the Hugging Face tensors of that layer that it joins, in order.
-_ATTENTION_SOURCES = {
-    "input_layernorm.weight": ("input_layernorm.weight",),
-    QKV: ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "self_attention.q_layernorm.weight": ("self_attn.q_norm.weight",),
-    "self_attention.k_layernorm.weight": ("self_attn.k_norm.weight",),
-    PROJ: ("self_attn.o_proj.weight",),
-    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
-}
-_DENSE_SOURCES = {
-    FC1: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    FC2: ("mlp.down_proj.weight",),
-}
-_ROUTER_SOURCES = {ROUTER: ("mlp.gate.weight",)}
-# The same of one expert, whose number stands in the braces.
-_EXPERT_SOURCES = {
-    EXPERT_FC1: ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-    EXPERT_FC2: ("mlp.experts.{}.down_proj.weight",),
-}
-LAYER_SOURCES = _ATTENTION_SOURCES | _DENSE_SOURCES | _ROUTER_SOURCES | _EXPERT_SOURCES
+_PARAMETERS = {name for family in FAMILIES for name in family.layer_sources}
 # Transformer Engine fuses these norms into the next linear; checkpoints of either spec say so.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -80,13 +70,10 @@ def megatron_names(shape: ModelShape) -> list[str]:
     """Every Megatron parameter by global layer and expert number; ``output_layer.weight`` only if
     untied.
     """
-    names = [*_ATTENTION_SOURCES]
-    if shape.experts is None:
-        names += _DENSE_SOURCES
-    else:
-        names += _ROUTER_SOURCES
+    names = [*shape.family.layer_sources]
+    if shape.experts is not None:
         for expert in range(shape.experts.count):
-            names += [_numbered(name, expert) for name in _EXPERT_SOURCES]
+            names += [_numbered(name, expert) for name in EXPERT_SOURCES]
     layers = [f"decoder.layers.{i}.{name}" for i in range(shape.layers) for name in names]
     return [EMBEDDING, *layers, FINAL_NORM] + ([] if shape.tied else [OUTPUT])
 
@@ -101,7 +88,8 @@ def sources(name: str, shape: ModelShape) -> tuple[str, ...]:
         return ("model.norm.weight",)
     layer, attribute = split_layer(name)
     expert, plain = split_expert(attribute)
-    return tuple(f"model.layers.{layer}.{source.format(expert)}" for source in LAYER_SOURCES[plain])
+    table = shape.family.layer_sources if expert is None else EXPERT_SOURCES
+    return tuple(f"model.layers.{layer}.{source.format(expert)}" for source in table[plain])
 
 
 def split_layer(name: str) -> tuple[int, str]:
@@ -113,9 +101,9 @@ def split_layer(name: str) -> tuple[int, str]:
     number, _, attribute = rest.partition(".")
     attribute = FUSED_NORMS.get(attribute, attribute)
     expert, plain = split_expert(attribute)
-    numbered = plain in _EXPERT_SOURCES
-    if prefix or not number.isdigit() or plain not in LAYER_SOURCES or numbered == (expert is None):
-        raise KeyError(f"{name} is no parameter of a Qwen3 GPTModel")
+    known = EXPERT_SOURCES if expert is not None else _PARAMETERS
+    if prefix or not number.isdigit() or plain not in known:
+        raise KeyError(f"{name} is no parameter of a GPTModel of any family")
     return int(number), attribute
 
 
@@ -155,7 +143,7 @@ def megatron_from_hf(
     if name == FINAL_NORM:
         return tensors[0].contiguous()
     _, attribute = split_expert(split_layer(name)[1])
-    if attribute == QKV:
+    if attribute in (QKV, QKV_BIAS):
         query, key, value = tensors
         return _part(_join_groups(query, key, value, shape), tp_rank, tp_size).flatten(0, 1)
     if attribute in (FC1, EXPERT_FC1):
@@ -180,7 +168,7 @@ def hf_parts(name: str, shape: ModelShape, tensor: Tensor) -> Iterator[tuple[str
     """The Hugging Face tensors that one *global* Megatron tensor is made of, in their order."""
     if name in (EMBEDDING, OUTPUT):
         parts: tuple[Tensor, ...] = (tensor[: shape.vocab_size],)
-    elif name.endswith(QKV):
+    elif name.endswith((QKV, QKV_BIAS)):
         parts = _split_groups(tensor, shape)
     elif name.endswith("linear_fc1.weight"):
         parts = tensor.chunk(2)
@@ -191,18 +179,18 @@ def hf_parts(name: str, shape: ModelShape, tensor: Tensor) -> Iterator[tuple[str
 
 
 def _join_groups(query: Tensor, key: Tensor, value: Tensor, shape: ModelShape) -> Tensor:
-    """[A D, H], [G D, H], [G D, H] -> [G, (A/G + 2) D, H]."""
-    per_group = [t.reshape(shape.groups, -1, shape.hidden) for t in (query, key, value)]
+    """[A D, H], [G D, H], [G D, H] -> [G, (A/G + 2) D, H]; biases have no H."""
+    per_group = [t.unflatten(0, (shape.groups, -1)) for t in (query, key, value)]
     return torch.cat(per_group, dim=1)
 
 
 def _split_groups(qkv: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-    """[G (A/G + 2) D, H] -> [A D, H], [G D, H], [G D, H]."""
+    """[G (A/G + 2) D, H] -> [A D, H], [G D, H], [G D, H]; biases have no H."""
     query_rows = shape.heads // shape.groups * shape.head_dim
-    parts = qkv.reshape(shape.groups, -1, shape.hidden).split(
+    parts = qkv.unflatten(0, (shape.groups, -1)).split(
         [query_rows, shape.head_dim, shape.head_dim], dim=1
     )
-    return tuple(part.reshape(-1, shape.hidden) for part in parts)
+    return tuple(part.flatten(0, 1) for part in parts)
 
 
 def _part(tensor: Tensor, rank: int, size: int, dim: int = 0) -> Tensor:

@@ -98,12 +98,14 @@ def _end(entries: Mapping[str, TensorEntry], first: int) -> int:
 
 
 class HFWeights:
-    """A checked Hugging Face Qwen3 whose tensors are read one at a time."""
+    """A checked Hugging Face model whose tensors are read one at a time."""
+
+    added_rows = 0  # of the vocabulary, that no file holds
 
     def __init__(self, directory: Path, shape: ModelShape, entries: Mapping[str, TensorEntry]):
         self.directory = directory
         self.model_shape = shape
-        self._entries = entries
+        self.entries = entries
         self._open: dict[Path, memoryview] = {}
 
     def names(self) -> list[str]:
@@ -111,24 +113,24 @@ class HFWeights:
         return list(hf_names(self.model_shape))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
+        return self.entries[name].shape
 
     def dtype(self, name: str) -> str:
         """Safetensors' name of the stored type: "F32", "BF16" or "F16"."""
-        return self._entries[name].dtype
+        return self.entries[name].dtype
 
     def stored_dtype(self) -> str:
         """The project's type that loses nothing: "bf16" if all are, else "fp32"."""
         return "bf16" if all(self.dtype(name) == "BF16" for name in self.names()) else "fp32"
 
     def files(self) -> list[Path]:
-        return sorted({entry.file for entry in self._entries.values()})
+        return sorted({entry.file for entry in self.entries.values()})
 
     def get(self, name: str) -> "Tensor":
         """One whole tensor as stored. It lies in the mapped file, privately: its bytes are read
         when they are used, and writing to it changes nothing else.
         """
-        return self._read(self._entries[name])
+        return self._read(self.entries[name])
 
     def _read(self, entry: TensorEntry) -> "Tensor":
         import torch
@@ -144,7 +146,7 @@ class HFWeights:
         """Rows ``first`` to ``stop`` of a tensor, as if they were a tensor of their own: what saves
         it saves no more than these.
         """
-        entry = self._entries[name]
+        entry = self.entries[name]
         row_bytes = (entry.stop - entry.start) // entry.shape[0]
         part = replace(
             entry,
@@ -167,7 +169,7 @@ class HFWeights:
         """
         import torch
 
-        if not self.model_shape.tied or HEAD not in self._entries:
+        if not self.model_shape.tied or HEAD not in self.entries:
             return
         if not torch.equal(self.get(HEAD), self.get(EMBEDDING)):
             raise InputError(
@@ -186,7 +188,7 @@ class HFWeights:
 
 
 def open_weights(hf_dir: Path | str, shape: ModelShape | None = None) -> HFWeights:
-    """Check a Hugging Face Qwen3 directory and open its weights.
+    """Check a Hugging Face model directory and open its weights.
 
     ``shape`` None reads it from the directory. Raises InputError for a missing, truncated or broken
     shard, and for tensors that are missing, unexpected, of another shape or of no floating type,
@@ -205,8 +207,8 @@ def open_weights(hf_dir: Path | str, shape: ModelShape | None = None) -> HFWeigh
     unexpected = [name for name in entries if name not in allowed]
     if unexpected:
         raise InputError(
-            f"{directory} holds {_listed(unexpected)} which a Qwen3 of its config.json has not; "
-            "use the weights that belong to this config.json"
+            f"{directory} holds {_listed(unexpected)} which a {shape.family.name} of its "
+            "config.json has not; use the weights that belong to this config.json"
         )
     for name, size in {**expected, HEAD: expected[EMBEDDING]}.items():
         if name in entries and entries[name].shape != size:

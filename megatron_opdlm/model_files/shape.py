@@ -1,25 +1,24 @@
-"""The shape of a Qwen3: read from ``config.json`` with every check, before torch is imported."""
+"""The shape of a model: read from ``config.json`` with every check, before torch is imported."""
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.config_values import flag, number, positive
+from megatron_opdlm.model_files.families import BY_TYPE, EXPERT_SOURCES, QWEN3, Family
 from megatron_opdlm.model_files.file_kinds import foreign_kind
+from megatron_opdlm.model_files.rotary import RotaryScaling, read_scaling, read_theta
 
-DENSE_TYPES = ("qwen3", "a2d-qwen3", "sdar")
-EXPERT_TYPES = ("qwen3_moe", "sdar_moe")
-MODEL_TYPES = DENSE_TYPES + EXPERT_TYPES
 _MOST_PARTS = 1_000_000  # layers, times the experts in each: names are listed one by one
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The mixture of experts that stands in every layer of a Qwen3-MoE in place of its MLP."""
+    """The mixture of experts that stands in every layer in place of its MLP."""
 
     count: int
     per_token: int  # experts that work on a token
@@ -29,7 +28,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a Qwen3 ``config.json`` decides tensor shapes and arithmetic."""
+    """What of a ``config.json`` decides tensor shapes and arithmetic."""
 
     layers: int
     hidden: int
@@ -42,12 +41,21 @@ class ModelShape:
     rope_theta: float
     rms_eps: float
     max_positions: int
-    experts: Experts | None = None  # None: a dense Qwen3
+    experts: Experts | None = None  # None: a dense model
+    family: Family = QWEN3
+    rope_scaling: RotaryScaling | None = None  # None: positions as they were trained
 
     @property
     def parameters(self) -> int:
         """Number of parameters, a tied embedding counted once."""
         return sum(math.prod(size) for size in hf_names(self).values())
+
+    @property
+    def layer_parameters(self) -> int:
+        """Number of parameters of a layer, without those of its experts."""
+        sizes = _layer_sizes(self)
+        sources = self.family.layer_sources.values()
+        return sum(math.prod(sizes[source]) for joined in sources for source in joined)
 
     @property
     def active_parameters(self) -> int:
@@ -77,42 +85,46 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> ModelShape:
-    """The shape of the Qwen3 in a Hugging Face directory. ``allow_quantized``: the caller reads the
+    """The shape of the model in a Hugging Face directory. ``allow_quantized``: the caller reads the
     quantised weights himself.
 
-    Raises InputError for everything that we would compute wrongly: other architectures, biases,
-    sliding windows, scaled rotary positions, quantised weights.
+    Raises InputError for everything that we would compute wrongly: other architectures, biases that
+    the family has not, sliding windows, unknown scalings of rotary positions, quantised weights.
     """
     path = Path(hf_dir) / "config.json"
     if not Path(hf_dir).is_dir():
-        raise InputError(f"{hf_dir} is not a directory; give a Hugging Face Qwen3 directory")
+        raise InputError(f"{hf_dir} is not a directory; give a Hugging Face model directory")
     config = read_json(path)
-    _refuse_other_architectures(config, path)
+    family = read_family(config, path)
+    _refuse_other_arithmetic(config, path)
     if config.get("quantization_config") and not allow_quantized:
         raise InputError(f"{path}: weights are quantised; use the unquantised (bf16 or fp32) model")
-    heads = _positive(config, "num_attention_heads", path)
+    heads = positive(config, "num_attention_heads", path)
+    positions = positive(config, "max_position_embeddings", path, default=32768)
     shape = ModelShape(
-        layers=_positive(config, "num_hidden_layers", path),
-        hidden=_positive(config, "hidden_size", path),
+        layers=positive(config, "num_hidden_layers", path),
+        hidden=positive(config, "hidden_size", path),
         heads=heads,
-        groups=_positive(config, "num_key_value_heads", path, default=heads),
-        head_dim=_head_dim(config, path),
-        ffn=_positive(config, "intermediate_size", path),
-        vocab_size=_positive(config, "vocab_size", path),
-        tied=_flag(config, "tie_word_embeddings", path),
-        rope_theta=_rope_theta(config, path),
-        rms_eps=_number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
-        max_positions=_positive(config, "max_position_embeddings", path, default=32768),
-        experts=_experts(config, path) if config["model_type"] in EXPERT_TYPES else None,
+        groups=positive(config, "num_key_value_heads", path, default=heads),
+        head_dim=_head_dim(config, family, path),
+        ffn=positive(config, "intermediate_size", path),
+        vocab_size=positive(config, "vocab_size", path),
+        tied=flag(config, "tie_word_embeddings", path),
+        rope_theta=read_theta(config, path, family.rope_theta),
+        rms_eps=number(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", path),
+        max_positions=positions,
+        experts=_experts(config, path) if family.experts else None,
+        family=family,
+        rope_scaling=read_scaling(config, path, positions),
     )
     if shape.layers * (shape.experts.count if shape.experts else 1) > _MOST_PARTS:
         raise InputError(
-            f"{path}: num_hidden_layers={shape.layers} is beyond any Qwen3; correct the file"
+            f"{path}: num_hidden_layers={shape.layers} is beyond any model; correct the file"
         )
     if shape.heads % shape.groups:
         raise InputError(
             f"{path}: num_key_value_heads={shape.groups} does not divide "
-            f"num_attention_heads={shape.heads}; this is no valid Qwen3 configuration"
+            f"num_attention_heads={shape.heads}; this is no valid configuration"
         )
     if shape.head_dim % 2:
         raise InputError(f"{path}: head_dim={shape.head_dim} is odd; rotary positions need it even")
@@ -121,40 +133,51 @@ def read_shape(hf_dir: Path, *, allow_quantized: bool = False) -> ModelShape:
 
 def hf_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every tensor of the Hugging Face model and its shape; ``lm_head.weight`` only if untied."""
+    sizes = _layer_sizes(shape)
+    of_layer = [source for joined in shape.family.layer_sources.values() for source in joined]
+    if shape.experts is not None:
+        of_expert = [source for joined in EXPERT_SOURCES.values() for source in joined]
+        of_layer += [name.format(i) for i in range(shape.experts.count) for name in of_expert]
+    names: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, shape.hidden)
+    }
+    for layer in range(shape.layers):
+        names |= {f"model.layers.{layer}.{name}": sizes[name] for name in of_layer}
+    names["model.norm.weight"] = (shape.hidden,)
+    if not shape.tied:
+        names["lm_head.weight"] = (shape.vocab_size, shape.hidden)
+    return names
+
+
+def _layer_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The size of each tensor that a layer of any family can have."""
     hidden, query, key = shape.hidden, shape.heads * shape.head_dim, shape.groups * shape.head_dim
-    of_layer = {
+    sizes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (query, hidden),
         "self_attn.k_proj.weight": (key, hidden),
         "self_attn.v_proj.weight": (key, hidden),
+        "self_attn.q_proj.bias": (query,),
+        "self_attn.k_proj.bias": (key,),
+        "self_attn.v_proj.bias": (key,),
         "self_attn.q_norm.weight": (shape.head_dim,),
         "self_attn.k_norm.weight": (shape.head_dim,),
         "self_attn.o_proj.weight": (hidden, query),
         "post_attention_layernorm.weight": (hidden,),
-    } | _mlp_names(shape)
-    names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    for layer in range(shape.layers):
-        names |= {f"model.layers.{layer}.{name}": size for name, size in of_layer.items()}
-    names["model.norm.weight"] = (hidden,)
-    if not shape.tied:
-        names["lm_head.weight"] = (shape.vocab_size, hidden)
-    return names
+    } | _gated_sizes("mlp", hidden, shape.ffn)
+    if shape.experts is not None:
+        sizes["mlp.gate.weight"] = (shape.experts.count, hidden)
+        for expert in range(shape.experts.count):
+            sizes |= _gated_sizes(f"mlp.experts.{expert}", hidden, shape.experts.ffn)
+    return sizes
 
 
-def _mlp_names(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    def gated(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
-        return {
-            f"{prefix}.gate_proj.weight": (ffn, shape.hidden),
-            f"{prefix}.up_proj.weight": (ffn, shape.hidden),
-            f"{prefix}.down_proj.weight": (shape.hidden, ffn),
-        }
-
-    if shape.experts is None:
-        return gated("mlp", shape.ffn)
-    names: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (shape.experts.count, shape.hidden)}
-    for expert in range(shape.experts.count):
-        names |= gated(f"mlp.experts.{expert}", shape.experts.ffn)
-    return names
+def _gated_sizes(prefix: str, hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (ffn, hidden),
+        f"{prefix}.up_proj.weight": (ffn, hidden),
+        f"{prefix}.down_proj.weight": (hidden, ffn),
+    }
 
 
 def padded_vocab(vocab_size: int, tp: int) -> int:
@@ -216,32 +239,43 @@ def _choices(numbers: list[int]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
-def _refuse_other_architectures(config: Mapping[str, Any], path: Path) -> None:
+def read_family(config: Mapping[str, Any], path: Path) -> Family:
+    """The family of a config.json; InputError where it is none of the table."""
     model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
+    if not isinstance(model_type, str) or model_type not in BY_TYPE:
         raise InputError(
-            f"{path}: model_type={model_type!r} is no Qwen3; use a directory with model_type "
-            + " or ".join(map(repr, MODEL_TYPES))
+            f"{path}: model_type={model_type!r} is no model that is built; use a directory with "
+            "model_type " + " or ".join(map(repr, BY_TYPE))
         )
+    return BY_TYPE[model_type]
+
+
+def _refuse_other_arithmetic(config: Mapping[str, Any], path: Path) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise InputError(
-            f"{path}: hidden_act={config['hidden_act']!r}; only Qwen3's 'silu' is built"
-        )
-    if config.get("attention_bias", False):
-        raise InputError(f"{path}: attention_bias=true; only Qwen3's bias-free attention is built")
+        raise InputError(f"{path}: hidden_act={config['hidden_act']!r}; only 'silu' is built")
+    for key in ("attention_bias", "mlp_bias"):
+        if config.get(key, False):
+            raise InputError(
+                f"{path}: {key}=true; of biases only those of queries, keys and values are built, "
+                "and only in Qwen2"
+            )
     for key in ("layer_types", "architectures"):
         if not isinstance(config.get(key) or [], list):
             raise InputError(f"{path}: {key}={config[key]!r} is no list; correct the file")
-    sliding = config.get("use_sliding_window", False) and config.get("sliding_window")
+    # Mistral has no switch, and a window where the key is missing.
+    always = config.get("model_type") == "mistral"
+    window = config.get("sliding_window", 4096 if always else None)
+    sliding = window and config.get("use_sliding_window", always)
     if sliding or "sliding_attention" in (config.get("layer_types") or ()):
+        switch = "sliding_window to null" if always else "use_sliding_window to false"
         raise InputError(
-            f"{path}: sliding-window attention is not built; set use_sliding_window to false if "
-            "sequences stay inside the window"
+            f"{path}: sliding-window attention is not built; set {switch} if sequences stay inside "
+            "the window"
         )
 
 
 def _experts(config: Mapping[str, Any], path: Path) -> Experts:
-    """The experts of a Qwen3-MoE, which all published ones have in every layer."""
+    """The experts, which all published Qwen3-MoE have in every layer."""
     for architecture in config.get("architectures") or ():
         if architecture != "Qwen3MoeForCausalLM" and config["model_type"] == "qwen3_moe":
             raise InputError(
@@ -260,7 +294,7 @@ def _experts(config: Mapping[str, Any], path: Path) -> Experts:
         )
     # Transformers 5 writes num_local_experts, published configurations have num_experts.
     written = [key for key in ("num_experts", "num_local_experts") if config.get(key) is not None]
-    counts = {_positive(config, key, path) for key in written or ["num_experts"]}
+    counts = {positive(config, key, path) for key in written or ["num_experts"]}
     if len(counts) > 1:
         raise InputError(
             f"{path}: num_experts={config['num_experts']} and "
@@ -268,9 +302,9 @@ def _experts(config: Mapping[str, Any], path: Path) -> Experts:
         )
     experts = Experts(
         count=counts.pop(),
-        per_token=_positive(config, "num_experts_per_tok", path),
-        ffn=_positive(config, "moe_intermediate_size", path),
-        renormalize=_flag(config, "norm_topk_prob", path),
+        per_token=positive(config, "num_experts_per_tok", path),
+        ffn=positive(config, "moe_intermediate_size", path),
+        renormalize=flag(config, "norm_topk_prob", path),
     )
     if experts.per_token > experts.count:
         raise InputError(
@@ -280,60 +314,16 @@ def _experts(config: Mapping[str, Any], path: Path) -> Experts:
     return experts
 
 
-def _rope_theta(config: Mapping[str, Any], path: Path) -> float:
-    """Transformers 4 writes a flat ``rope_theta``, transformers 5 a ``rope_parameters`` record."""
-    for key in ("rope_parameters", "rope_scaling"):
-        record = config.get(key) or {}
-        if not isinstance(record, dict):
-            raise InputError(f"{path}: {key}={record!r} is no JSON object; copy the file again")
-        kind = record.get("rope_type", record.get("type", "default"))
-        if kind != "default":
-            raise InputError(
-                f"{path}: {key} has rope_type={kind!r}; only 'default' is built, so remove it and "
-                "stay within the original context length"
-            )
-    nested = (config.get("rope_parameters") or {}).get("rope_theta")
-    theta = nested if nested is not None else config.get("rope_theta")
-    if theta is None:
-        raise InputError(f"{path} has no rope_theta; add the value that the model was trained with")
-    return _number(theta, "rope_theta", path)
-
-
-def _positive(config: Mapping[str, Any], key: str, path: Path, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if value is None:
-        raise InputError(f"{path} has no {key}; this is no complete Qwen3 configuration")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{path}: {key}={value!r} is not a positive integer; correct the file")
-    return value
-
-
-def _head_dim(config: Mapping[str, Any], path: Path) -> int:
-    """transformers' default is 128 for Qwen3; its Qwen3-MoE has no such key and divides."""
-    default = 128
-    if config["model_type"] in EXPERT_TYPES and config.get("head_dim") is None:
-        hidden = _positive(config, "hidden_size", path)
-        heads = _positive(config, "num_attention_heads", path)
+def _head_dim(config: Mapping[str, Any], family: Family, path: Path) -> int:
+    """As config.json has it, else as transformers' class of the family takes it."""
+    default = family.head_dim
+    if default is None and config.get("head_dim") is None:
+        hidden = positive(config, "hidden_size", path)
+        heads = positive(config, "num_attention_heads", path)
         default = hidden // heads
         if hidden % heads:
             raise InputError(
                 f"{path}: num_attention_heads={heads} does not divide hidden_size={hidden}, and "
                 "there is no head_dim; add the one that the model was trained with"
             )
-    return _positive(config, "head_dim", path, default=default)
-
-
-def _flag(config: Mapping[str, Any], key: str, path: Path) -> bool:
-    value = config.get(key, False)
-    if not isinstance(value, bool):
-        raise InputError(f"{path}: {key}={value!r} is neither true nor false; correct the file")
-    return value
-
-
-def _number(value: Any, key: str, path: Path) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if is_number and 0 < value <= sys.float_info.max:  # NaN is in no range
-        return float(value)
-    raise InputError(f"{path}: {key}={value!r:.60} is not a positive number; correct the file")
+    return positive(config, "head_dim", path, default=default)

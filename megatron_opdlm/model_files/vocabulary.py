@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import BY_TYPE, QWEN3
 from megatron_opdlm.model_files.file_kinds import foreign_kind
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.records import Vocabulary
@@ -17,7 +18,9 @@ from megatron_opdlm.records import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-QWEN3_MASK_ID = 151669  # the first unused row of Qwen3's padded vocabulary of 151936
+# A row that is no token in the padded vocabularies of Qwen2.5 and Qwen3, of the latter the first
+# one.
+QWEN_MASK_ID = 151669
 NO_MASK = -1
 MASK_TEXT = "<|MASK|>"
 MASK_TEXTS = (MASK_TEXT, "<|mask|>", "<MASK>", "<mask>", "[MASK]")
@@ -28,8 +31,8 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase | None":
     """The directory's tokenizer, or None when it has no tokenizer file. Never runs code from the
     directory.
 
-    The configuration is passed as a plain Qwen3's, so that exported model types that transformers
-    does not know (their classes ship with the model) do not stop it.
+    The configuration is passed as a plain one of the family, so that exported model types that
+    transformers does not know (their classes ship with the model) do not stop it.
     """
     hf_dir = Path(hf_dir)
     if not any((hf_dir / name).is_file() for name in TOKENIZER_FILES):
@@ -41,15 +44,20 @@ def load_tokenizer(hf_dir: Path) -> "PreTrainedTokenizerBase | None":
 @lru_cache(maxsize=8)
 def _load_tokenizer(hf_dir: Path, stamp: tuple[int, ...]) -> "PreTrainedTokenizerBase":
     """``stamp`` (times of change) makes an edited directory load again."""
-    from transformers import AutoTokenizer, Qwen3Config
+    import transformers
 
-    plain = Qwen3Config()
+    described = hf_dir / "config.json"
+    model_type = read_json(described).get("model_type") if described.is_file() else None
+    family = BY_TYPE.get(str(model_type), QWEN3)
+    plain = getattr(transformers, f"{family.transformers}Config")()
     for name in TOKENIZER_FILES:
         kind = foreign_kind(hf_dir / name) if (hf_dir / name).is_file() else None
         if kind is not None:
             raise InputError(f"{hf_dir / name} is {kind}")
     try:
-        return AutoTokenizer.from_pretrained(str(hf_dir), config=plain, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            str(hf_dir), config=plain, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises whatever its parsers raise on a broken file
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -61,7 +69,7 @@ def _load_tokenizer(hf_dir: Path, stamp: tuple[int, ...]) -> "PreTrainedTokenize
 def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
     """Id of the mask token: the tokenizer's (registered as such, or added under one of the usual
     texts), else ``override`` (``model.mask_token_id``), else the one that config.json records (our
-    imports and exports do), else Qwen3's 151669.
+    imports and exports do), else 151669, which Qwen's have free.
 
     Raises InputError when the vocabulary has no room for it, when the id is an ordinary token, and
     when two of these say different things.
@@ -89,7 +97,7 @@ def mask_token(hf_dir: Path | str, override: int | None = None) -> int:
             "remove the option"
         )
     candidates = [value for value in (own, override, recorded) if value is not None]
-    mask = candidates[0] if candidates else QWEN3_MASK_ID
+    mask = candidates[0] if candidates else QWEN_MASK_ID
     if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask < vocab_size:
         raise InputError(_no_room(hf_dir, mask, vocab_size, tokenizer, chosen=bool(candidates)))
     if own is None and tokenizer is not None:
@@ -136,9 +144,9 @@ def known_mask_token(hf_dir: Path | str, override: int | None = None) -> int | N
         override is not None
         or own_mask_id(tokenizer) is not None
         or read_json(hf_dir / "config.json").get("mask_token_id") is not None
-        or vocab_size > QWEN3_MASK_ID
+        or vocab_size > QWEN_MASK_ID
     )
-    if not named and _free_id(tokenizer, vocab_size) is not None:
+    if not named and free_id(tokenizer, vocab_size) is not None:
         return None
     return mask_token(hf_dir, override)
 
@@ -218,7 +226,7 @@ def _configured(hf_dir: Path, key: str) -> Any:
     return getattr(tokenizer, key) if tokenizer is not None else None
 
 
-def _free_id(tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int) -> int | None:
+def free_id(tokenizer: "PreTrainedTokenizerBase | None", vocab_size: int) -> int | None:
     """The lowest id that no token has, if the vocabulary has one."""
     used = set(tokenizer.get_vocab().values()) if tokenizer is not None else set()
     return next((i for i in range(vocab_size) if i not in used), None)
@@ -231,13 +239,14 @@ def _no_room(
     tokenizer: "PreTrainedTokenizerBase | None",
     chosen: bool,
 ) -> str:
-    free = _free_id(tokenizer, vocab_size) if tokenizer is not None else vocab_size - 1
+    free = free_id(tokenizer, vocab_size) if tokenizer is not None else vocab_size - 1
     remedy = (
         f"give an unused id, e.g. model.mask_token_id={free} (import_hf: --mask-token-id {free})"
         if free is not None
-        else "add a row to the embedding, since every id is a token"
+        else "every id is a token: import the model with --mask-token TEXT, a token that no text "
+        "uses, or with --add-mask-token, one more row"
     )
-    what = "mask_token_id" if chosen else "Qwen3's mask token"
+    what = "mask_token_id" if chosen else "the usual mask token"
     return f"{hf_dir}: no room for {what} {mask!r} in vocab_size={vocab_size}; {remedy}"
 
 
@@ -250,6 +259,6 @@ def _refuse_ordinary_token(
     token = {index: text for text, index in tokenizer.get_vocab().items()}.get(mask)
     if token is None or token in MASK_TEXTS:
         return
-    free = _free_id(tokenizer, vocab_size)
+    free = free_id(tokenizer, vocab_size)
     remedy = f"use an unused id such as {free}" if free is not None else "no id is unused"
     raise InputError(f"{hf_dir}: mask_token_id={mask} is the ordinary token {token!r}; {remedy}")

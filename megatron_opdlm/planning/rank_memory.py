@@ -46,18 +46,14 @@ class RankNumbers:
 def rank_numbers(shape: ModelShape, split: Split) -> RankNumbers:
     """Weights of the fullest pipeline stage on one of its tensor ranks."""
     embedding = padded_vocab(shape.vocab_size, split.tensor) * shape.hidden
-    attention = 2 * (shape.heads + shape.groups) * shape.head_dim * shape.hidden
-    layer, experts = attention + 2 * shape.hidden + 2 * shape.head_dim, 0
-    if shape.experts is None:
-        layer += 3 * shape.hidden * shape.ffn
-    else:
-        layer += shape.hidden * shape.experts.count
+    experts = 0
+    if shape.experts is not None:
         experts = 3 * shape.hidden * shape.experts.ffn * shape.experts.count
     layers = shape.layers // split.pipeline
     # The last stage of several has an output layer of its own even where it is tied to the first's.
     ends = embedding if split.pipeline > 1 or shape.tied else 2 * embedding
     return RankNumbers(
-        dense=(layers * layer + ends + shape.hidden) / split.tensor,
+        dense=(layers * shape.layer_parameters + ends + shape.hidden) / split.tensor,
         experts=layers * experts / split.tensor / split.expert,
     )
 

@@ -55,7 +55,7 @@ def open_tracker(
             "'tracking', or use logging.wandb=none"
         ) from error
     kept = run_dir / RUN_ID
-    known = kept.read_text().strip() if kept.is_file() else run_id
+    known = (kept.read_text().strip() if kept.is_file() else "") or run_id
     kept.parent.mkdir(parents=True, exist_ok=True)
     try:
         run = wandb.init(

@@ -2,7 +2,6 @@
 checked first.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.transformer.module import Float16Module
 
+from megatron_opdlm import launcher
 from megatron_opdlm.checkpoint import Checkpoints, dtype_name, load_model
 from megatron_opdlm.config import Config, to_yaml
 from megatron_opdlm.divergence import Divergence
@@ -52,7 +52,7 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
         teacher = open_model(config.teacher.path, "teacher.path", need_mask=False)
     require_same_tokens(student, teacher)
     kernels_of(config, select_hardware())
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    ranks = launcher.world_size() if world_size is None else world_size
     for source, key in ((student, "model.path"), (teacher, "teacher.path")):
         require_layout(config, source, key, ranks)
     return student, teacher
@@ -100,7 +100,7 @@ def build_plan(config: Config, student: ModelSource) -> StepPlan:
         prompts=prompts,
         order=order,
         recorded=_recorded(config, student, prompts, order),
-        total_steps=order.total_steps if steps < 0 else steps,
+        total_steps=order.total_steps if steps < 0 else min(steps, order.total_steps),
     ).validate()
 
 

@@ -117,10 +117,10 @@ def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str
         why = "launch/quickstart.sh makes it"
     elif name is not None:
         shape = public_shape(name)
-        vocabulary, why = public_vocabulary(shape, mask), f"the public shape of {name}"
+        vocabulary, why = public_vocabulary(name, mask), f"the public shape of {name}"
     else:
         raise InputError(
-            f"{key}={path} is not a directory: give a Hugging Face Qwen3 directory or a Megatron "
+            f"{key}={path} is not a directory: give a Hugging Face model directory or a Megatron "
             f"checkpoint, or for --dry-run a path named after one of {', '.join(public_names())}"
         )
     source = build.ModelSource(
@@ -165,6 +165,7 @@ def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> 
         return [
             f"prompts      {plan.prompts.summary}",
             f"steps        {plan.total_steps} of {each}",
+            *plan.notes,
         ]
     there = "there" if Path(config.data.path).exists() else "not there yet"
     steps = config.train.steps

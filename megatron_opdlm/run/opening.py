@@ -1,10 +1,9 @@
 """Opens a run: checks everything, then builds everything, and says what is about to happen."""
 
-import os
 import sys
 from pathlib import Path
 
-from megatron_opdlm import parallel
+from megatron_opdlm import launcher, parallel
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config, flatten
 from megatron_opdlm.hardware import Hardware
@@ -27,7 +26,7 @@ from megatron_opdlm.run.run_lock import hold_run_directory
 from megatron_opdlm.run.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.storage.run_state import RunIdentity
-from megatron_opdlm.supervision import watchdog
+from megatron_opdlm.supervision import preemption, watchdog
 from megatron_opdlm.teacher_fp8 import calibration_sequences, quantize_fp8
 
 
@@ -43,6 +42,7 @@ def open_session(config: Config) -> Session:
         model_layout(config), seed=config.train.seed, timeout_seconds=timeout_seconds
     )
     watchdog.start(timeout_seconds, parallel.broadcast_object)
+    preemption.stop_at_once()
     hold_run_directory(Path(config.train.out))
     checkpoints = build_checkpoints(config, source, hardware)
     checkpoints.identity = RunIdentity.of(plan.prompts.prompts, config.train.seed)
@@ -60,7 +60,7 @@ def open_session(config: Config) -> Session:
     hold_run_directory(Path(config.train.out), create=True)
     if parallel.is_writer():
         prepare_run_directory(config)
-        checkpoints.discard_leftovers()
+        checkpoints.places.discard_leftovers()
         _announce(config, hardware, plan, progress)
         tracker = _open_tracker(config, checkpoints)
     parallel.barrier()
@@ -96,7 +96,7 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
         Path(config.train.out),
         hardware=hardware.reason,
         devices=hardware.devices,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=launcher.world_size(),
     )
     layout = model_layout(config)
     lines = [

@@ -1,6 +1,5 @@
 """What a run was made with: code, packages, machine and command, for each of its starts."""
 
-import json
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from megatron_opdlm.model_files.writing import write_json
+from megatron_opdlm.run.record_files import read_record
 
 ENVIRONMENT = "environment.json"
 CODE = Path(__file__).resolve().parents[2]  # what runs
@@ -37,8 +37,7 @@ def record_start(run_dir: Path, *, hardware: str, devices: Sequence[str], world_
 
     ``hardware``: why this hardware was chosen; ``devices``: names of this node's accelerators.
     """
-    file = run_dir / ENVIRONMENT
-    starts = json.loads(file.read_text()) if file.is_file() else []
+    starts = read_starts(run_dir)
     starts.append(
         {
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,7 +54,14 @@ def record_start(run_dir: Path, *, hardware: str, devices: Sequence[str], world_
             "slurm_job": os.environ.get("SLURM_JOB_ID"),
         }
     )
-    write_json(file, starts)
+    write_json(run_dir / ENVIRONMENT, starts)
+
+
+def read_starts(run_dir: Path) -> list[dict[str, Any]]:
+    """The starts so far. InputError where the file is damaged."""
+    file = run_dir / ENVIRONMENT
+    remedy = "remove it (it only lists the run's earlier starts) and start the same command again"
+    return read_record(file, list, remedy) if file.is_file() else []
 
 
 def packages() -> dict[str, str]:

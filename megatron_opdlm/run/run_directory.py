@@ -4,44 +4,22 @@ configuration made.
 
 from pathlib import Path
 
-from megatron_opdlm.config import Config, differing_keys, load_config, to_yaml
+from megatron_opdlm.config import Config, differing_keys, load_config, may_change, to_yaml
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.fingerprint import fingerprint
 from megatron_opdlm.model_files.manifest import CONFIG
-from megatron_opdlm.model_files.shape import read_json
 from megatron_opdlm.model_files.writing import check_place, write_json, write_text
+from megatron_opdlm.run.provenance import read_starts
+from megatron_opdlm.run.record_files import read_record
 from megatron_opdlm.run.run_lock import LOCK
 
-DATA = "data.json"  # {path: SHA-256} of the files that the run reads
-
-# Keys that may change between two starts of one run: they decide where and how fast, never what is
-# computed.
-_FREE_SECTIONS = ("attention", "checkpoint", "distributed", "evaluation", "logging")
-_FREE_KEYS = {
-    "model.tensor_parallel",
-    "model.pipeline_parallel",
-    "model.context_parallel",
-    "model.expert_parallel",
-    "model.sequence_parallel",
-    "model.recompute",
-    "model.spec",
-    "teacher.offload_targets",
-    "teacher.offload_weights",
-    "optimizer.cpu_offload",
-    "lora.share_teacher",
-    "rollout.slots",
-    "rollout.kv_cache_tokens",
-    "rollout.prefill_tokens",
-    "rollout.attention",
-    "rollout.graphs",
-    "loss.chunk_rows",
-    "update.tokens_per_microbatch",
-}
+INPUTS = "inputs.json"  # {key: SHA-256} of what the run reads; of models, ``fingerprint``
 
 
 def check_run_directory(config: Config) -> None:
     """InputError where ``train.out`` holds something else, or a run of another configuration or
-    other data (naming the keys).
+    other data, prompts or models (naming the keys).
     """
     out = Path(config.train.out)
     check_place(out, f"train.out={out}")
@@ -57,47 +35,100 @@ def check_run_directory(config: Config) -> None:
                 "choose another directory or empty it"
             )
         return
-    differing = [
-        key
-        for key in differing_keys(load_config(out / CONFIG, []), config)
-        if key not in _FREE_KEYS
-        and key.partition(".")[0] not in _FREE_SECTIONS
-        and key != "train.out"
-    ]
+    stored = _stored_config(out)
+    differing = [key for key in differing_keys(stored, config) if not may_change(key)]
     if differing:
         raise InputError(
             f"train.out={out} was made by another configuration, which differs in "
             f"{', '.join(differing)}; "
             "use that configuration to resume, or another directory"
         )
-    if (out / DATA).is_file():
-        _check_data(config, read_json(out / DATA))
+    _check_horizon(stored, config)
+    if (out / INPUTS).is_file():
+        remedy = "remove it (the next start records its inputs as they are then)"
+        _check_inputs(config, read_record(out / INPUTS, dict, remedy))
+    read_starts(out)
 
 
-def _check_data(config: Config, recorded: dict[str, str]) -> None:
-    """InputError where a file of the run has changed; one that is not there is its reader's."""
-    for key, path in _data_files(config).items():
-        digest = content_hash(Path(path)) if Path(path).exists() else recorded.get(path)
-        if recorded.get(path) != digest:
+def _stored_config(out: Path) -> Config:
+    """What the run was made with. InputError, with the way out, where the file is damaged."""
+    file = out / CONFIG
+    try:
+        if not file.read_bytes().strip(b"\0 \n"):
+            raise InputError("it is empty")
+        return load_config(file, [])
+    except (InputError, ValueError) as error:
+        raise InputError(
+            f"{file} is damaged ({error}); copy {CONFIG} of the newest checkpoint over it, or use "
+            "another train.out"
+        ) from None
+
+
+def _check_horizon(stored: Config, config: Config) -> None:
+    """InputError where the run now ends elsewhere, its schedules with it, and nobody said so."""
+    before, now = _horizon(stored), _horizon(config)
+    if before == now or config.train.schedule_steps is not None or not _has_schedules(config):
+        return
+    raise InputError(
+        f"train.out={config.train.out} was planned over {before}, this command plans {now}, and "
+        "optimizer.lr and threshold_schedule run over the plan. To keep their values (the learning "
+        f"rate stays at optimizer.min_lr from its end) add train.schedule_steps={_number(before)}; "
+        f"to stretch them from here on add train.schedule_steps={_number(now)}; or use another "
+        "directory"
+    )
+
+
+def _horizon(config: Config) -> str:
+    """What the schedules run over, for comparison and for people."""
+    steps = config.train.schedule_steps or config.train.steps
+    return f"{steps} steps" if steps > 0 else f"data.epochs={config.data.epochs}"
+
+
+def _number(horizon: str) -> str:
+    """The steps of a horizon, where they are known before the prompts are read."""
+    return horizon.removesuffix(" steps") if horizon.endswith("steps") else f"<{horizon} in steps>"
+
+
+def _has_schedules(config: Config) -> bool:
+    """Whether anything runs over the plan as a whole."""
+    threshold = config.threshold_schedule
+    falls = config.optimizer.lr != config.optimizer.min_lr
+    return falls or (threshold.enabled and threshold.steps < 0)
+
+
+def _check_inputs(config: Config, recorded: dict[str, str]) -> None:
+    """InputError where an input of the run has changed; one that is not there is its reader's."""
+    for key, path in _inputs(config).items():
+        digest = _digest(key, path) if path.exists() else recorded.get(key)
+        if key in recorded and recorded[key] != digest:
             raise InputError(
                 f"{key}={path} has changed since train.out={config.train.out} was started (sha256 "
-                f"{digest}, then {recorded.get(path)}); restore the file, or use another directory"
+                f"{digest}, then {recorded[key]}); restore it, or use another directory"
             )
 
 
-def _data_files(config: Config) -> dict[str, str]:
-    """Key and path of the files that a run reads its rows from."""
-    paths = {"data.path": config.data.path, "mixing.path": config.mixing.path}
-    return {key: path for key, path in paths.items() if path}
+def _inputs(config: Config) -> dict[str, Path]:
+    """Key and path of what a run reads."""
+    paths = {
+        "model.path": config.model.path,
+        "teacher.path": config.teacher.path,
+        "data.path": config.data.path,
+        "mixing.path": config.mixing.path,
+    }
+    return {key: Path(path) for key, path in paths.items() if path}
+
+
+def _digest(key: str, path: Path) -> str:
+    return fingerprint(path) if key in ("model.path", "teacher.path") else content_hash(path)
 
 
 def prepare_run_directory(config: Config) -> None:
     """Create the directory and record the resolved configuration, and with the first start what
-    the data is (rank 0 only, after the check).
+    the inputs are (rank 0 only, after the check).
     """
     out = Path(config.train.out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / CONFIG, to_yaml(config))
-    if not (out / DATA).is_file():
-        hashes = {path: content_hash(Path(path)) for path in _data_files(config).values()}
-        write_json(out / DATA, hashes)
+    if not (out / INPUTS).is_file():
+        digests = {key: _digest(key, path) for key, path in _inputs(config).items()}
+        write_json(out / INPUTS, digests)

@@ -11,7 +11,6 @@ import torch
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
-from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import Stopped
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
@@ -28,7 +27,7 @@ from megatron_opdlm.planning import balance
 from megatron_opdlm.records import Trajectory
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.reporting.sample_texts import sample_rows
-from megatron_opdlm.rollout import Rollout, generate
+from megatron_opdlm.rollout import Rollout, generate_over_copies
 from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
 from megatron_opdlm.states import State
 from megatron_opdlm.step_plan import StepPlan
@@ -86,31 +85,18 @@ class Session:
         """Generate this step's responses, shared out over all copies of the model; all of them end
         up on every rank.
         """
-        requests = self.plan.requests(step)
-        decoding = self.plan.decoding(step)
-        shares = split_over_replicas(requests, parallel.generators(), decoding)
-        mine = [requests[i] for i in shares[parallel.generator_rank()]]
-        made = generate(
+        made = generate_over_copies(
             self.student.model,
-            mine,
-            decoding,
+            self.plan.requests(step),
+            self.plan.decoding(step),
             self.source.vocabulary,
             key=key,
-            slots=self.config.rollout.slots,
-            kv_cache_tokens=self.config.rollout.kv_cache_tokens,
-            prefill_tokens=self.config.rollout.prefill_tokens,
-            attention=self.config.rollout.attention,
-            graphs=self.config.rollout.graphs,
+            options=self.config.rollout,
             stop=preemption.requested,
         )
-        self._stop_if_asked()
-        trajectories = parallel.gather_objects_over_generators(made.trajectories)
-        flops = parallel.sum_over_generators(
-            torch.tensor(made.flops, dtype=torch.float64, device=self.hardware.device)
-        )
-        return Rollout(
-            trajectories=sorted(trajectories, key=lambda t: t.sample), flops=float(flops)
-        )
+        if not made.complete:
+            raise Stopped(preemption.reason())
+        return made
 
     def sequences(self, step: int, rollout: Rollout) -> list[Trajectory]:
         """All trajectories of a step by their number: generated and recorded ones."""

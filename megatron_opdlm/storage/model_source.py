@@ -42,12 +42,12 @@ def open_model(
     """
     if not path:
         raise InputError(
-            f"{key} is empty: give a Hugging Face Qwen3 directory or a Megatron checkpoint"
+            f"{key} is empty: give a Hugging Face model directory or a Megatron checkpoint"
         )
     directory = Path(path)
     if not directory.is_dir():
         raise InputError(
-            f"{key}={path} is not a directory: give a Hugging Face Qwen3 "
+            f"{key}={path} is not a directory: give a Hugging Face model "
             "directory or a Megatron checkpoint"
         )
     manifest = read_manifest(directory) if is_checkpoint(directory) else None

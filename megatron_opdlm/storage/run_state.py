@@ -64,6 +64,15 @@ def write_state(
     (directory / STATE).write_text(json.dumps(state, indent=2) + "\n")
 
 
+def is_of_run(checkpoint: Path, identity: RunIdentity | None) -> bool:
+    """Whether a directory holds the state of a run with this identity (None: of any)."""
+    try:
+        stored = read_json(checkpoint / STATE).get("identity")
+    except (InputError, OSError):
+        return False
+    return stored is None or identity is None or stored == asdict(identity)
+
+
 def read_state(checkpoint: Path, identity: RunIdentity | None) -> tuple[Progress, str | None]:
     """Counters and the tracker's run id. InputError where the checkpoint belongs to a run over
     other prompts: it would go on with an order of the data that it never had.

@@ -2,6 +2,9 @@
 out over the ranks, so that a checkpoint is read for its checksums once, not once a rank.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +67,13 @@ def load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
     _agree(_mismatch(wanted, directory))
     replicas: Any = parallel_state.get_data_parallel_group(with_context_parallel=True)
     try:
-        loaded = dist_checkpointing.load(
-            wanted,
-            str(directory),
-            FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas),
-            SafeCommon(),
-        )
+        with _without_deprecations():
+            loaded = dist_checkpointing.load(
+                wanted,
+                str(directory),
+                FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), replicas),
+                SafeCommon(),
+            )
     except (CheckpointingException, CheckpointException, EOFError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
@@ -77,6 +81,17 @@ def load(wanted: dict[str, Any], directory: Path) -> dict[str, Any]:
         ) from None
     assert isinstance(loaded, dict)
     return loaded
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Megatron loads through names of torch's that are to be replaced; users can do nothing about
+    that.
+    """
+    with warnings.catch_warnings():
+        for message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):
+            warnings.filterwarnings("ignore", message=message, category=FutureWarning)
+        yield
 
 
 def _mismatch(wanted: dict[str, Any], directory: Path) -> str | None:

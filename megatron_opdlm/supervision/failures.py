@@ -49,7 +49,7 @@ _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory"
 @contextmanager
 def failures_named() -> Iterator[None]:
     """A run: requests to stop are heard during it, and any failure gets its name and reaches all
-    ranks.
+    ranks, as a request does that ends one of them before the first step.
 
     Raises RunError for what can be named: another rank's failure, a collective that failed, memory
     that ran out. Bad input passes as it is; every rank finds it.
@@ -58,11 +58,18 @@ def failures_named() -> Iterator[None]:
     try:
         with preemption.listening():
             yield
-    except (InputError, Stopped):
+    except InputError:
+        raise
+    except Stopped:
+        if preemption.in_set_up():
+            watchdog.leave()
         raise
     except Exception as error:
         named = name(error)
-        watchdog.fail(str(named))
+        if isinstance(named, Stopped):
+            watchdog.leave()
+        else:
+            watchdog.fail(str(named))
         if named is error:
             raise
         raise named from error
@@ -70,9 +77,11 @@ def failures_named() -> Iterator[None]:
         watchdog.stop()
 
 
-def name(error: Exception) -> Exception:
-    """The error to report in place of ``error``, or itself."""
+def name(error: Exception) -> Exception | Stopped:
+    """What to report in place of ``error``, or itself."""
     doing = activity.current()
+    if preemption.in_set_up() and preemption.requested():  # the others have left, or not come
+        return preemption.stop_in_set_up()
     if is_out_of_memory(error):
         return RunError(out_of_memory(error, doing))
     if is_refused_write(error):
@@ -83,8 +92,8 @@ def name(error: Exception) -> Exception:
     if isinstance(error, (RunError, OSError)) and not isinstance(error, ConnectionError):
         return error
     elsewhere = watchdog.verdict(wait=True)  # a death makes the collectives of the others fail
-    if elsewhere:
-        return RunError(elsewhere)
+    if elsewhere.text:
+        return Stopped(elsewhere.text) if elsewhere.is_stop else RunError(elsewhere.text)
     if _is_collective(error):
         return RunError(
             f"a collective failed in {doing}, and no rank is known to have died: "

@@ -5,8 +5,8 @@ A collective cannot tell: it waits, or fails with an address. So each rank has a
 connection to rank 0 over which both say once a second what they are doing. A connection that ends
 is a death, one that stays silent a hung process or machine, and a rank whose own main thread gets
 nowhere, without waiting for others in a collective, accuses itself. Whatever rank 0 learns, it
-tells all. Requests to stop (``preemption.py``) travel the same way. Rank 0 listens only until the
-others are connected.
+tells all. Requests to stop (``preemption.py``) travel the same way, and so does the news that a
+rank has followed one before the first step. Rank 0 listens only until the others are connected.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_opdlm.errors import FAILURE, report_failure
+from megatron_opdlm.errors import FAILURE, STOPPED, report_failure, report_stop
 from megatron_opdlm.supervision import activity, preemption
 from megatron_opdlm.supervision.rank_connections import connect
 
@@ -40,6 +40,14 @@ _WAITING = (
 )
 _INNERMOST = 3  # frames looked at
 _PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ends this rank's run, found out elsewhere."""
+
+    text: str = ""  # empty: nothing is known
+    is_stop: bool = False  # a rank was asked to stop and has left, nothing is wrong
 
 
 @dataclass
@@ -63,7 +71,7 @@ class Watchdog:
         self._sending = threading.Lock()
         self._found = threading.Event()
         self._ended, self._ending = Pipe(duplex=False)
-        self._verdict, self._deadline = "", float("inf")
+        self._verdict, self._deadline = Verdict(), float("inf")
         self._stop_sent = False
         # Only an elastic launcher is a parent whose death means something.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -96,8 +104,13 @@ class Watchdog:
             text = f"rank {self.rank} failed in {activity.current()}: {message}"
             self._tell("failed", text=text)
 
-    def verdict(self, seconds: float = 0.0) -> str:
-        """What is known to have gone wrong elsewhere, waiting for it; empty: nothing."""
+    def leave(self) -> None:
+        """Tell the others that this rank was asked to stop and does, before the first step."""
+        if not self._found.is_set():
+            self._tell("left", text=str(preemption.stop_in_set_up(self.rank)))
+
+    def verdict(self, seconds: float = 0.0) -> Verdict:
+        """What is known to have ended the run elsewhere, waiting for it."""
         self._found.wait(min(seconds, self.grace))
         return self._verdict
 
@@ -111,8 +124,9 @@ class Watchdog:
             self._pass_requests_on()
             self._look_around()
             if time.monotonic() > self._deadline:
-                report_failure(self._verdict)
-                os._exit(FAILURE)
+                report = report_stop if self._verdict.is_stop else report_failure
+                report(self._verdict.text)
+                os._exit(STOPPED if self._verdict.is_stop else FAILURE)
 
     def _listen(self) -> bool:
         """Take the messages of one beat; False once the watch has ended."""
@@ -144,6 +158,8 @@ class Watchdog:
             preemption.request(message["text"])
         elif message["kind"] == "failed":
             self._condemn(message["text"])
+        elif message["kind"] == "left":
+            self._condemn(message["text"], is_stop=True)
         else:
             del self.peers[rank]
 
@@ -181,14 +197,14 @@ class Watchdog:
             self._stop_sent = True
             self._tell("stop", text=preemption.reason())
 
-    def _condemn(self, verdict: str) -> None:
+    def _condemn(self, text: str, *, is_stop: bool = False) -> None:
         """The run is over: all shall know, and the main thread may still end in good order."""
         if self._found.is_set():
             return
-        self._verdict = verdict
+        self._verdict = Verdict(text, is_stop)
         self._deadline = time.monotonic() + self.grace
         self._found.set()
-        self._tell("failed", text=verdict)
+        self._tell("left" if is_stop else "failed", text=text)
 
     def _tell(self, kind: str, **content: Any) -> None:
         """Send to all; who has been silent is not sent to, its buffers may be full."""
@@ -255,9 +271,15 @@ def fail(message: str) -> None:
         _current.fail(message)
 
 
-def verdict(*, wait: bool) -> str:
-    """What is known to have gone wrong on another rank, waiting a moment for it; else empty."""
-    return "" if _current is None else _current.verdict(_GRACE_SECONDS if wait else 0.0)
+def leave() -> None:
+    """Tell the other ranks that this one follows a request to stop before the first step."""
+    if _current is not None:
+        _current.leave()
+
+
+def verdict(*, wait: bool) -> Verdict:
+    """What is known to have ended the run on another rank, waiting a moment for it."""
+    return Verdict() if _current is None else _current.verdict(_GRACE_SECONDS if wait else 0.0)
 
 
 def _forget_in_child() -> None:

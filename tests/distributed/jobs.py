@@ -16,13 +16,13 @@ from torch import Tensor
 from megatron_opdlm import parallel, replay, rollout, train
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion import denoising, randomness, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
 from megatron_opdlm.engine import passes, slot_state
 from megatron_opdlm.engine.slot_state import Draws
-from megatron_opdlm.engine.slots import split_over_replicas
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
@@ -35,7 +35,7 @@ from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.records import Trajectory, Vocabulary
-from megatron_opdlm.rollout import Request, generate
+from megatron_opdlm.rollout import Request, generate, generate_over_copies
 from megatron_opdlm.run import build
 from megatron_opdlm.run.session import my_share, packing_of
 from megatron_opdlm.states import State, choose_states, make_state
@@ -124,29 +124,20 @@ def roll_out(
     vocabulary: Vocabulary,
     *,
     key: tuple[int, int] = (7, 3),
-    slots: int = 128,
-    attention: str = "auto",
     graphs: bool = False,
+    **options: Any,
 ) -> list[Trajectory]:
     """Trajectories of all requests by rising sample, shared out over the models' copies as training
     does. With ``graphs``, forwards of fixed size are recorded and repeated: by calling them again,
     where the hardware has no graphs.
     """
     model = load(layout, model_dir)
-    shares = split_over_replicas(requests, parallel.generators(), decoding)
-    mine = [requests[i] for i in shares[parallel.generator_rank()]]
+    engine = EngineOptions(graphs=graphs, **options)
     with fixed_size_forwards(graphs):
-        made = generate(
-            model,
-            mine,
-            decoding,
-            vocabulary,
-            key=key,
-            slots=slots,
-            attention=attention,
-            graphs=graphs,
+        made = generate_over_copies(
+            model, requests, decoding, vocabulary, key=key, options=engine
         ).trajectories
-    return sorted(parallel.gather_objects_over_generators(made), key=lambda t: t.sample)
+    return sorted(made, key=lambda t: t.sample)
 
 
 @contextmanager
@@ -223,7 +214,10 @@ def on_policy_gap(
     model = load(layout, model_dir)
     seen: dict[Place, Tensor] = {}
     with _listening_to_the_engine(seen, requests, (7, 3)):
-        made = generate(model, requests, decoding, vocabulary, key=(7, 3), slots=slots).trajectories
+        engine = EngineOptions(slots=slots)
+        made = generate(
+            model, requests, decoding, vocabulary, key=(7, 3), options=engine
+        ).trajectories
     states = choose_states(
         made,
         mode="all",
@@ -370,7 +364,7 @@ def _joined(name: str, parts: list[np.ndarray]) -> Tensor:
         return torch.cat([part for half in halves for part in half])
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return torch.cat(tensors, dim=1)
-    if tensors[0].ndim == 2:
+    if tensors[0].ndim == 2 or name.endswith("bias"):  # of queries, keys and values
         return torch.cat(tensors)
     assert all(torch.equal(tensors[0], other) for other in tensors), f"{name} differs over ranks"
     return tensors[0]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron_opdlm.model_files.huggingface_files import carry_over
 
 from megatron_opdlm import parallel, replay
 from megatron_opdlm.checkpoint import save_weights
 from megatron_opdlm.config import load_config
 from megatron_opdlm.model import lora
 from megatron_opdlm.model.gpt import LanguageModel
+from megatron_opdlm.model_files.huggingface_files import carry_over
 from megatron_opdlm.model_files.manifest import BlockContract, write_manifest
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout

@@ -23,7 +23,8 @@ from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS, overrides
 from tests.distributed.test_layout_invariance import assert_gradients, assert_losses
-from tests.distributed.workers import REPOSITORY, WorkerGroups
+from tests.distributed.workers import WorkerGroups
+from tests.forking import REPOSITORY
 from tests.recorded import PLAIN, Case, Recorded
 
 CASES = {

@@ -2,9 +2,6 @@
 has no final name. A rank that fails, and weights of any layout, are in test_conversion."""
 
 import filecmp
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +11,9 @@ from checkpoint_tools.streaming.team import Team, shares
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from tests.conftest import TinyModels
 from tests.distributed import conversion
-from tests.distributed.workers import _free_port
+from tests.forking import ForkServer
 
-SECONDS = 400
-
-
-def under_torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Two ranks convert."""
-    address = ["--master-addr", "127.0.0.1", "--master-port", str(_free_port())]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *address]
-    command = [*launcher, "-m", "tests.distributed.conversion", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+PROGRAM = "tests.distributed.conversion"
 
 
 def files(directory: Path) -> list[str]:
@@ -33,13 +21,17 @@ def files(directory: Path) -> list[str]:
 
 
 @pytest.mark.distributed
-def test_two_ranks_write_what_one_writes(models: TinyModels, tmp_path: Path) -> None:
+def test_two_ranks_write_what_one_writes(
+    fork_server: ForkServer, models: TinyModels, tmp_path: Path
+) -> None:
     """Byte for byte, every file of the checkpoint and of the export; and that is the model."""
     hf = models.hf("student", tied=False)
     alone = tmp_path / "checkpoint1", tmp_path / "exported1"
     conversion.convert(hf, *alone, Team())
-    done = under_torchrun(hf, tmp_path / "checkpoint2", tmp_path / "exported2")
-    assert done.returncode == 0, done.stderr
+    for rank in fork_server.launch(
+        2, PROGRAM, hf, tmp_path / "checkpoint2", tmp_path / "exported2"
+    ):
+        assert rank.returncode == 0, rank.stderr
     for one, two in zip(alone, (tmp_path / "checkpoint2", tmp_path / "exported2"), strict=True):
         assert files(one) == files(two)
         assert sum(n.endswith((".distcp", ".safetensors")) for n in files(one)) >= 5
@@ -51,11 +43,13 @@ def test_two_ranks_write_what_one_writes(models: TinyModels, tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
-def test_a_killed_rank_leaves_no_name(models: TinyModels, tmp_path: Path) -> None:
+def test_a_killed_rank_leaves_no_name(
+    fork_server: ForkServer, models: TinyModels, tmp_path: Path
+) -> None:
     hf = models.hf("student", tied=False)
-    done = under_torchrun(hf, tmp_path / "checkpoint", tmp_path / "exported", "kill")
-    assert done.returncode != 0
+    targets = tmp_path / "checkpoint", tmp_path / "exported"
+    first, second = fork_server.launch(2, PROGRAM, hf, *targets, "kill")
+    assert first.returncode != 0 and second.returncode == -9
     assert not (tmp_path / "checkpoint").exists()
     assert not (tmp_path / "exported").exists()
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed import misbehaviour
 from tests.distributed.workers import RanksFailed, WorkerGroups
+from tests.forking import ForkServer
 
 pytestmark = pytest.mark.distributed
 
@@ -18,9 +19,11 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture(scope="module")
 def light_ranks() -> Iterator[WorkerGroups]:
     """Groups that have not imported torch."""
-    groups = WorkerGroups(imports="tests.distributed.misbehaviour")
+    server = ForkServer(["tests.distributed.misbehaviour"])
+    groups = WorkerGroups(server)
     yield groups
     groups.close()
+    server.close()
 
 
 def test_results_come_by_rank_and_the_group_is_kept(light_ranks: WorkerGroups):

@@ -1,31 +1,26 @@
-"""Long-lived ranks for tests: one process a rank, started once, that run one function after
-another.
+"""Long-lived ranks for tests: one process a rank that run one function after another.
 
-A start costs seconds (PyTorch, Megatron, transformers), a job milliseconds, and
-``megatron_opdlm.parallel.init`` can be called again with another layout. So a group of two ranks
+``megatron_opdlm.parallel.init`` can be called again with another layout, so a group of two ranks
 serves TP2, PP2 and DP2 in turn. A rank that dies, an exception on any rank and a job that takes too
 long all end the job with ``RanksFailed``, and the group with it: after a failure nobody knows which
 collective the others are in.
 """
 
-import ctypes
 import gc
 import importlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[2]
-START_SECONDS = 180  # imports of several ranks on a busy machine
+from tests.forking import Fork, ForkServer, free_port, rank_environment
+
 GRACE_SECONDS = 2  # for the others' reports once one rank has failed
 LOG_TAIL = 3000  # characters of a rank's output shown after a failure
 
@@ -37,20 +32,23 @@ class RanksFailed(AssertionError):
 class WorkerGroup:
     """``ranks`` processes with torchrun's environment, on this machine, without accelerators."""
 
-    def __init__(self, ranks: int, imports: str = "tests.distributed.jobs") -> None:
-        """``imports`` names the module that every rank imports before it counts as started."""
+    def __init__(self, ranks: int, server: ForkServer) -> None:
         self.ranks = ranks
-        self._imports = imports
         self._logs = Path(tempfile.mkdtemp(prefix="ranks-"))
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Fork] = []
         self._connections: list[Connection] = []
-        port = _free_port()
+        port = free_port()
         for rank in range(ranks):
             ours, theirs = Pipe()
-            self._processes.append(self._start(rank, port, theirs))
+            process = server.fork(
+                serve,
+                output=self._log(rank),
+                environment=rank_environment(rank, ranks, port),
+                handles=[theirs.fileno()],
+            )
+            self._processes.append(process)
             self._connections.append(ours)
             theirs.close()  # so that a rank's death is the end of its connection
-        self._collect("start", START_SECONDS)
         self._signal(signal.SIGSTOP)
 
     @property
@@ -78,11 +76,24 @@ class WorkerGroup:
         self._signal(signal.SIGSTOP)
         return results
 
+    def run_each(
+        self,
+        function: Callable[..., Any],
+        cases: Sequence[Mapping[str, Any]],
+        *,
+        timeout: float = 60,
+        **arguments: Any,
+    ) -> list[list]:
+        """Call the function once for each case as one job; results by case, then by rank."""
+        names = function.__module__, function.__qualname__
+        each = self.run(_each, timeout=timeout, of=names, cases=list(cases), same=arguments)
+        return [list(results) for results in zip(*each, strict=True)]
+
     def close(self) -> None:
         """End every rank now, whatever it is doing."""
         self._signal(signal.SIGKILL)
         for process in self._processes:
-            process.wait()
+            process.wait(GRACE_SECONDS)
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
@@ -90,32 +101,7 @@ class WorkerGroup:
     def _signal(self, number: signal.Signals) -> None:
         """To every rank and what it has started."""
         for process in self._processes:
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-
-    def _start(self, rank: int, port: int, theirs: Connection) -> subprocess.Popen[bytes]:
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        arguments = [str(theirs.fileno()), self._imports]
-        with self._log(rank).open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "tests.distributed.workers", *arguments],
-                cwd=REPOSITORY,
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # close() ends the children that saving starts, too
-            )
+            process.signal(number)
 
     def _log(self, rank: int) -> Path:
         return self._logs / f"rank{rank}.log"
@@ -168,8 +154,8 @@ class WorkerGroup:
 class WorkerGroups:
     """Groups by size, started when first asked for, and anew after a failure."""
 
-    def __init__(self, **options: str) -> None:
-        self._options = options
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
         self._groups: dict[int, WorkerGroup] = {}
 
     def __call__(self, ranks: int) -> WorkerGroup:
@@ -177,7 +163,7 @@ class WorkerGroups:
         if group is None or not group.alive:
             if group is not None:
                 group.close()
-            group = self._groups[ranks] = WorkerGroup(ranks, **self._options)
+            group = self._groups[ranks] = WorkerGroup(ranks, self._server)
         return group
 
     def close(self) -> None:
@@ -187,24 +173,22 @@ class WorkerGroups:
         self._groups = {}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _each(
+    of: tuple[str, str], cases: list[Mapping[str, Any]], same: Mapping[str, Any]
+) -> list[Any]:
+    module, name = of
+    call = getattr(importlib.import_module(module), name)
+    return [call(**same, **case) for case in cases]
 
 
-def serve(connection: Connection, imports: str) -> None:
-    """A rank's life: report that everything is imported, then answer jobs until the other end
-    closes.
-    """
-    importlib.import_module(imports)
-    gc.freeze()  # modules stay: a collection need not look at them
-    connection.send((True, None))
+def serve(handles: list[int]) -> None:
+    """A rank's life: answer jobs until the other end closes."""
+    connection = Connection(handles[0])
     while True:
         try:
             module, name, arguments = connection.recv()
         except EOFError:
-            return
+            os._exit(0)  # without the process group's farewell, which waits for the others
         try:
             function = getattr(importlib.import_module(module), name)
             reply = (True, function(**arguments))
@@ -212,16 +196,7 @@ def serve(connection: Connection, imports: str) -> None:
             reply = (False, "raised\n" + traceback.format_exc())
         connection.send(reply)
         # Models and optimizers are cycles that hold gloo groups, and their threads, until then.
+        # What is left are modules that the job has imported: no later collection need look there.
         del reply, arguments
         gc.collect()
-
-
-def _die_with_parent() -> None:
-    """A rank that is stopped does not notice that nobody is left to wake it (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-if __name__ == "__main__":
-    _die_with_parent()
-    serve(Connection(int(sys.argv[1])), sys.argv[2])
-    os._exit(0)  # without the process group's farewell, which waits for the others
+        gc.freeze()

@@ -1,6 +1,6 @@
 """Evaluations that are killed at a chosen moment, and evaluations on the ranks of a worker group.
 
-    torchrun ... -m tests.end_to_end.evaluated LINES [flags of evaluation.run]
+    python -m tests.end_to_end.evaluated LINES [flags of evaluation.run]
 
 is ``evaluation.run`` whose first rank dies by SIGKILL when it has written LINES predictions and
 half of the next.

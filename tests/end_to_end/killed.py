@@ -138,7 +138,7 @@ def _arm(kill: Kill | KillWithin) -> None:
 
 
 def _write_half(file: Path, records: list[dict[str, Any]]) -> None:
-    """Stands in for ``metrics._append``: the kill comes in the middle of a line."""
+    """Stands in for ``append_jsonl``: the kill comes in the middle of a line."""
     text = json.dumps(records[0])
     with file.open("a") as stream:
         stream.write(text[: len(text) // 2])

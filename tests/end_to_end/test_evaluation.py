@@ -3,10 +3,6 @@ every task of the registry from its data file to its verdicts.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from megatron_opdlm.diffusion.decoding import Decoding
 from tests.conftest import MASK, TinyModels
 from tests.distributed.workers import WorkerGroups
 from tests.end_to_end import evaluated
+from tests.forking import ForkServer
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "evaluation"
@@ -90,31 +87,25 @@ def test_experts_are_shared_out(models: TinyModels, ranks: WorkerGroups, data: P
 
 
 def test_killed_on_two_ranks_and_resumed_on_one(
-    models: TinyModels, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fork_server: ForkServer,
+    models: TinyModels,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """Claim: killed by SIGKILL in the middle of a line under torchrun with two replicas, and
+    """Claim: killed by SIGKILL in the middle of a line with two replicas, and
     started again on one rank, an evaluation makes the files of one that was not killed, without
     repeating what was finished."""
     common = ["--model", str(models.hf("student", tied=True)), "--tasks", "exact_match"]
     common += ["--data", str(data), "--mask-token-id", str(MASK), "--samples", "2", *FLAGS]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     in_process(monkeypatch, *common, "--out", whole)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    start += ["--master-port", port, "-m", "tests.end_to_end.evaluated", "7"]
-    done = subprocess.run(
-        [*start, *common, "--out", str(killed)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
+    first, second = fork_server.launch(
+        2, "tests.end_to_end.evaluated", 7, *common, "--out", killed, timeout=PATIENCE
     )
-    assert done.returncode != 0
+    assert first.returncode == -9 and second.returncode != 0
     found = (killed / "predictions.jsonl").read_text()
-    assert len(found.splitlines()) == 8 and not found.endswith("\n"), done.stderr
+    assert len(found.splitlines()) == 8 and not found.endswith("\n"), first.stderr
     assert not (killed / "summary.json").exists()
     asked: list[int] = []
     generate = run.TaskRun._generate

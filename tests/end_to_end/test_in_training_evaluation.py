@@ -4,7 +4,6 @@ nothing, goes on after stops and kills, and keeps the best checkpoint.
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from tests.conftest import MASK, TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
-from tests.distributed.workers import WorkerGroup, WorkerGroups
+from tests.distributed.workers import WorkerGroups
 from tests.end_to_end import killed
 from tests.end_to_end.killed import Kill
 from tests.training_run import STEPS, metrics
@@ -161,16 +160,8 @@ def test_the_best_checkpoint_is_kept(evaluated: Path, plain: Path):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[WorkerGroup]:
-    """One process that forks runs."""
-    group = WorkerGroup(1, imports="tests.end_to_end.killed")
-    yield group
-    group.close()
-
-
 def test_killed_in_an_evaluation_and_in_keeping_the_best(
-    forks: WorkerGroup, evaluated: Path, model: Path, prompts: Path, data: Path, tmp_path: Path
+    forks: WorkerGroups, evaluated: Path, model: Path, prompts: Path, data: Path, tmp_path: Path
 ):
     """Claim: SIGKILL before step 1, while the line is written, while step 6 is evaluated and right
     after its checkpoint is named: the same command ends with the undisturbed run's results."""
@@ -178,15 +169,15 @@ def test_killed_in_an_evaluation_and_in_keeping_the_best(
     overrides = command(model, prompts, data, out)
     kills = [
         Kill(function="evaluation.in_training:evaluate", call=1, moment="after"),
-        Kill(function="megatron_opdlm.metrics:_append", call=1, moment="half way"),
+        Kill(function="megatron_opdlm.metrics:append_jsonl", call=1, moment="half way"),
         Kill(function="megatron_opdlm.metrics:_amend_last", call=2, moment="after"),
         Kill(function="evaluation.in_training:evaluate", call=2),
         Kill(function="megatron_opdlm.checkpoint:Checkpoints._point_to_best", call=2),
     ]
     for kill in kills:
-        (ended,) = forks.run(killed.run, overrides=overrides, kill=kill, timeout=240)
+        (ended,) = forks(1).run(killed.run, overrides=overrides, kill=kill, timeout=240)
         assert ended["code"] == -9, (kill, ended)
-    (ended,) = forks.run(killed.run, overrides=overrides, kill=None, timeout=240)
+    (ended,) = forks(1).run(killed.run, overrides=overrides, kill=None, timeout=240)
     assert ended["code"] == 0, ended
     assert evaluations(out) == evaluations(evaluated)
     assert metrics(out) == metrics(evaluated)
@@ -218,11 +209,12 @@ def test_a_request_to_stop_ends_an_evaluation(
 
     with monkeypatch.context() as patch:
         patch.setattr(in_training, "evaluate", asked_to_stop)
-        with pytest.raises(Stopped, match="step 3 is saved"):
+        with preemption.listening(), pytest.raises(Stopped, match="step 3 is saved"):
             train.run(load_config(None, overrides))
     assert [row["step"] for row in evaluations(out)] == [0]
     assert (out / "checkpoints" / "latest").read_text() == "step_0000003\n"
-    train.run(load_config(None, overrides))
+    with preemption.listening():  # the request is forgotten
+        train.run(load_config(None, overrides))
     assert evaluations(out) == evaluations(evaluated)
     assert metrics(out) == metrics(evaluated)
     assert left(out) == left(evaluated)

@@ -2,7 +2,6 @@
 layout, and its export is the student that was trained.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from tests.conftest import MASK, TinyModels
 from tests.distributed import jobs, lora_jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
-from tests.distributed.workers import WorkerGroup, WorkerGroups
+from tests.distributed.workers import WorkerGroups
 from tests.end_to_end import killed
 from tests.end_to_end.killed import Kill
 from tests.end_to_end.test_resume import assert_same_steps, cut_back
@@ -48,14 +47,6 @@ def undisturbed(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
     jobs.train_run(training_run.overrides(model, prompts, out, *LORA))
     training_run.assert_steps(metrics(out))
     return out
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[WorkerGroup]:
-    """One process that forks runs."""
-    group = WorkerGroup(1, imports="tests.end_to_end.killed")
-    yield group
-    group.close()
 
 
 def checkpoint(run: Path, step: int = STEPS) -> Path:
@@ -111,7 +102,7 @@ def test_the_export_is_the_student(
 
 
 def test_killed_and_started_again(
-    forks: WorkerGroup, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+    forks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
 ):
     """Claim: the same command goes on; all numbers and every bit of the factors are those of the
     run that was not killed."""
@@ -123,7 +114,7 @@ def test_killed_and_started_again(
         None,
     ]
     for kill in kills:
-        (ended,) = forks.run(killed.run, overrides=command, kill=kill, timeout=150)
+        (ended,) = forks(1).run(killed.run, overrides=command, kill=kill, timeout=150)
         assert ended["code"] == (0 if kill is None else -9), ended
     assert metrics(out) == metrics(undisturbed)
     expected, found = terms(undisturbed), terms(out)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from launch import pipeline
+from megatron_opdlm.errors import InputError
 from tests.conftest import MASK, TinyModels
 from tests.training_run import write_prompts
 
@@ -90,7 +92,7 @@ def undisturbed(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     return out
 
 
-def test_the_tiny_recipe_goes_through(inputs, undisturbed, tmp_path):
+def test_the_tiny_recipe_goes_through(inputs, undisturbed, tmp_path, monkeypatch):
     """Claim: every stage leaves its output, the tables hold a row a run, nothing is done twice, and
     another command does not continue in the same directory."""
     rows, losses, _ = figures(undisturbed)
@@ -104,29 +106,38 @@ def test_the_tiny_recipe_goes_through(inputs, undisturbed, tmp_path):
     after = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     lock = undisturbed / ".lock"
     assert {p for p in after if after[p] != before.get(p)} <= {lock}
-    text = finish(command(inputs, undisturbed, "train.seed=1"), tmp_path / "other", code=2)
-    assert "made by another configuration, which differs in train.seed" in text
+    in_process(monkeypatch, *command(inputs, undisturbed, "train.seed=1"))
+    with pytest.raises(InputError, match=r"configuration, which differs in train\.seed"):
+        pipeline.main()
 
 
-def test_the_dry_run_writes_nothing(inputs, tmp_path):
+def in_process(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
+    monkeypatch.setattr("sys.argv", list(argv))
+
+
+def test_the_dry_run_writes_nothing(inputs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    text = finish([*command(inputs, out), "--dry-run"], tmp_path / "log")
+    in_process(monkeypatch, *command(inputs, out), "--dry-run")
+    pipeline.main()
+    text = capsys.readouterr().out
     for part in ("memory of the fullest rank", "dynamic-0.9", "megatron_opdlm.train", "export_hf"):
         assert part in text
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_input_is_found_before_anything_runs(inputs, tmp_path, monkeypatch):
+    """Claim: and the script says it in one line, with exit code 2."""
+    out = tmp_path / "out"
+    for change, message in (
         (("--hf", "absent"), "--hf absent: no such directory"),
-        (("--evaluation", "absent.yaml"), "absent.yaml: no such file"),
-        (("train.stepz=1",), "did you mean 'train.steps'"),
-    ],
-)
-def test_bad_input_is_found_before_anything_runs(inputs, tmp_path, change, message):
-    text = finish([*command(inputs, tmp_path / "out"), *change], tmp_path / "log", code=2)
-    assert message in text and not (tmp_path / "out").exists()
+        (("--evaluation", "absent.yaml"), r"absent\.yaml: no such file"),
+    ):
+        in_process(monkeypatch, *command(inputs, out), *change)
+        with pytest.raises(InputError, match=message):
+            pipeline.main()
+    text = finish([*command(inputs, out), "train.stepz=1"], tmp_path / "log", code=2)
+    assert text.startswith("error: ") and text.count("\n") == 1
+    assert "did you mean 'train.steps'" in text and not out.exists()
 
 
 def kill_in(stage: str, argv: list[str], out: Path, log: Path) -> None:

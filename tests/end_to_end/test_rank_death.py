@@ -16,7 +16,7 @@ import pytest
 
 from tests import training_run
 from tests.conftest import TinyModels
-from tests.distributed.workers import REPOSITORY
+from tests.forking import REPOSITORY
 
 pytestmark = pytest.mark.distributed
 

@@ -3,7 +3,6 @@ weights as one that was never killed; at another layout, losses to 1e-5.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
-from tests.distributed.workers import WorkerGroup, WorkerGroups
+from tests.distributed.workers import WorkerGroups
 from tests.end_to_end import killed
 from tests.end_to_end.killed import Kill, KillWithin
 from tests.recorded import distance
@@ -44,34 +43,27 @@ def undisturbed(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[WorkerGroup]:
-    """One process that forks runs."""
-    group = WorkerGroup(1, imports="tests.end_to_end.killed")
-    yield group
-    group.close()
-
-
 def weights(run: Path, step: int = STEPS) -> jobs.Arrays:
     return jobs.model_weights(run / "checkpoints" / f"step_{step:07d}")
 
 
 # One run, killed eleven times. Each start gets as far as its kill; calls count from that start.
 CHECKPOINT = "megatron_opdlm.checkpoint"
+POINTER = "megatron_opdlm.storage.step_directories:write_text"
 KILLS: list[Kill | KillWithin] = [
     # before its configuration is recorded, and before there is any checkpoint
     Kill(function="os:replace", call=1),
     Kill(function="megatron_opdlm.run.session:generate", call=2),
-    # step 2: weights without manifest; complete but not yet named; gone and not yet written again
+    # step 2: weights without manifest; complete but not yet published; published but not yet named
     Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
-    Kill(function=f"{CHECKPOINT}:replace_text", call=1),
     Kill(function=f"{CHECKPOINT}:publish", call=1),
+    Kill(function=POINTER, call=1),
     # after step 2's checkpoint: in the middle of step 3's line, between step 3's updates
-    Kill(function="megatron_opdlm.metrics:_append", call=4, moment="half way"),
+    Kill(function="megatron_opdlm.metrics:append_jsonl", call=4, moment="half way"),
     Kill(function="megatron_opdlm.update:update", call=2),
     # step 4: line written, not saved; saved and named, the old one not yet removed
     Kill(function=f"{CHECKPOINT}:Checkpoints.save", call=1),
-    Kill(function=f"{CHECKPOINT}:replace_text", call=1, moment="after"),
+    Kill(function=POINTER, call=1, moment="after"),
     # step 6, somewhere in its save; steps 7 and 8, anywhere
     KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
     KillWithin(function="megatron_opdlm.run.session:generate", call=1, seconds=0.4, seed=2),
@@ -79,7 +71,7 @@ KILLS: list[Kill | KillWithin] = [
 
 
 def test_killed_again_and_again(
-    forks: WorkerGroup, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+    forks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
 ):
     """Claim: whatever a SIGKILL interrupts, the same command goes on; all numbers of all steps and
     every bit of the final weights are those of the undisturbed run, and nothing half-written is
@@ -90,7 +82,7 @@ def test_killed_again_and_again(
     command = training_run.overrides(model, prompts, out, *keys)
     steps_done = 0
     for kill in KILLS:
-        (ended,) = forks.run(killed.run, overrides=command, kill=kill, timeout=150)
+        (ended,) = forks(1).run(killed.run, overrides=command, kill=kill, timeout=150)
         quicker = isinstance(kill, KillWithin) and ended["code"] == 0  # than the kill
         assert ended["code"] == -9 or quicker, (kill, ended)
         latest = out / "checkpoints" / "latest"
@@ -99,7 +91,7 @@ def test_killed_again_and_again(
             assert manifest.step is not None and manifest.step >= steps_done
             steps_done = manifest.step
     assert steps_done > 0, "no kill came after a checkpoint"
-    (ended,) = forks.run(killed.run, overrides=command, kill=None, timeout=150)
+    (ended,) = forks(1).run(killed.run, overrides=command, kill=None, timeout=150)
     assert ended["code"] == 0, ended
     assert f"resuming after step {steps_done}" in ended["log"]
 
@@ -184,6 +176,64 @@ def test_another_configuration_is_refused(
     assert all(change.partition("=")[0] in message for change in changed)
     assert not any(change.partition("=")[0] in message for change in free)
     assert contents(out) == before
+
+
+def test_a_longer_run(model: Path, prompts: Path, tmp_path: Path):
+    """Claim: a finished run goes on for more steps, and each of its numbers is that of a run that
+    was planned so from its start: the schedules run over ``train.schedule_steps``."""
+    keys = ["train.schedule_steps=5", "checkpoint.every=9"]
+    planned, extended = tmp_path / "planned", tmp_path / "extended"
+    jobs.train_run(training_run.overrides(model, prompts, planned, *keys))
+    short = training_run.overrides(model, prompts, extended, "train.steps=5", *keys[1:])
+    jobs.train_run(short)
+    with pytest.raises(InputError, match=r"add train\.schedule_steps=5"):
+        jobs.train_run([*short, f"train.steps={STEPS}"])
+    jobs.train_run([*short, f"train.steps={STEPS}", keys[0]])
+    assert metrics(extended) == metrics(planned)
+    assert metrics(planned)[-1]["lr"] == 2e-4  # optimizer.min_lr, from the end of the plan on
+
+
+def test_other_weights_of_the_teacher_are_refused(
+    models: TinyModels, model: Path, prompts: Path, tmp_path: Path
+):
+    """Claim: a run does not go on with another teacher under the same path, nor with another model
+    that it began from; nothing is changed."""
+    teacher = shutil.copytree(models.hf("teacher", tied=True, layers=2), tmp_path / "teacher")
+    keys = [f"teacher.path={teacher}", "train.steps=1"]
+    command = training_run.overrides(model, prompts, tmp_path / "run", *keys)
+    jobs.train_run(command)
+    shutil.copyfile(model / "model.safetensors", teacher / "model.safetensors")
+    before = contents(tmp_path / "run")
+    with pytest.raises(InputError, match=r"teacher\.path=.* has changed since"):
+        jobs.train_run(command)
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("pointer", ["missing", "a directory"])
+def test_without_its_pointer(
+    undisturbed: Path,
+    model: Path,
+    prompts: Path,
+    tmp_path: Path,
+    pointer: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Claim: a run whose ``latest`` is lost goes on from its newest checkpoint and says so, to the
+    undisturbed run's numbers, and never begins again over what it has; where something else has
+    the name, it is refused and nothing is changed."""
+    out = cut_back(undisturbed, tmp_path / "run", 6)
+    (out / "checkpoints" / "latest").unlink()
+    command = training_run.overrides(model, prompts, out)
+    if pointer == "a directory":
+        (out / "checkpoints" / "latest").mkdir()
+        before = contents(out)
+        with pytest.raises(InputError, match=r"latest is no file"):
+            jobs.train_run(command)
+        assert contents(out) == before
+        return
+    jobs.train_run(command)
+    assert "latest is missing; going on from step_0000006" in capsys.readouterr().err
+    assert metrics(out) == metrics(undisturbed)
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,26 @@
 """A run directory says what made it, and its page in the tracker goes on over a resume."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from tests import training_run
 from tests.conftest import TinyModels
-from tests.distributed.workers import REPOSITORY
+from tests.forking import ForkServer
 
 
-def train(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megatron_opdlm.train", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_two_starts_of_one_run(models: TinyModels, tmp_path: Path):
+def test_two_starts_of_one_run(fork_server: ForkServer, models: TinyModels, tmp_path: Path):
     """Claim: the second start adds a record, keeps the tracker's id, and the id is in every
     checkpoint; W&B got every step and the nested metrics."""
     model, out = models.hf("student", tied=True, layers=2), tmp_path / "run"
     prompts = training_run.write_prompts(tmp_path / "prompts.jsonl")
     keys = ["logging.wandb=offline", "checkpoint.every=2"]
     arguments = training_run.overrides(model, prompts, out, "train.steps=2", *keys)
-    train(arguments)
+    done = fork_server.run("megatron_opdlm.train", *arguments)
+    assert done.returncode == 0, done.stderr
     run_id = (out / "wandb/run_id").read_text().strip()
-    train(arguments)  # nothing left to do, but a start all the same
+    # Nothing is left to do, but it is a start all the same.
+    done = fork_server.run("megatron_opdlm.train", *arguments)
+    assert done.returncode == 0, done.stderr
     assert (out / "wandb/run_id").read_text().strip() == run_id
     state = json.loads((out / "checkpoints/step_0000002/state.json").read_text())
     assert state["tracker_run_id"] == run_id

@@ -1,9 +1,5 @@
-"""What the fault suite shares: a pair of processes that fork ranks, and a run that nobody
-disturbed.
-"""
+"""What the fault suite shares: jobs that can be disturbed, and a run that nobody disturbed."""
 
-import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +12,7 @@ from tests.distributed.workers import WorkerGroups
 from tests.faults import disturbed
 from tests.faults.disturbed import Disturbance, Ended
 from tests.faults.refusals import Runner
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from tests.forking import free_port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +47,6 @@ class Job:
         assert all(one.code == 0 for one in ended), [one.log[-3000:] for one in ended]
         training_run.assert_steps(training_run.metrics(self.out))
         return training_run.metrics(self.out)
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[WorkerGroups]:
-    """Groups of processes that import everything once and fork the ranks of jobs."""
-    groups = WorkerGroups(imports="tests.faults.disturbed")
-    yield groups
-    groups.close()
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MASK, TinyModels
-from tests.distributed.workers import REPOSITORY
 from tests.faults.refusals import COMMANDS, Runner, assert_one_line
+from tests.forking import REPOSITORY
 
 SECONDS = 240  # for a command that only has to read its command line
 GOOD = '{"question": "1+1=", "answer": "2"}\n'
@@ -87,9 +87,9 @@ FLAGS: list[Case] = [
     ("sample", [*SAMPLE, "--threshold", "nan"], ("threshold", "nan")),
     ("sample", [*SAMPLE, "--remasking", "static"], ("remasking", "'?static", "low_confidence")),
     ("sample", [*SAMPLE, "--mode", "ddlm"], ("mode", "ddlm", "diffusion")),
-    ("sample", [*SAMPLE, "--tp", "0"], ("--tp 0", "use 1 or more")),
+    ("sample", [*SAMPLE, "--tp", "0"], ("--tp 0", "at least 1")),
     ("sample", [*SAMPLE, "--tp", "3"], ("--tp 3", "start a multiple of 3")),
-    ("sample", [*SAMPLE, "--mask-token-id", "-1"], ("--mask-token-id -1", "use")),
+    ("sample", [*SAMPLE, "--mask-token-id", "-1"], ("--mask-token-id -1", "at least 0")),
     ("sample", [*SAMPLE, "--out", "{}/file"], ("file", "exists", "choose")),
     ("sample", [*SAMPLE, "--out", "{}/file/x"], ("file is no directory", "choose")),
     ("sample", [*SAMPLE, "--out", "{}/thesis"], ("thesis", "exists", "choose")),

@@ -49,10 +49,10 @@ def model(pristine: Path, tmp_path: Path) -> Path:
 
 # What is done to a good directory -> what import_hf says.
 IMPORT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
-    "llama": (config(model_type="llama"), ("'llama' is no Qwen3", "use")),
-    "qwen2.5": (config(model_type="qwen2"), ("'qwen2' is no Qwen3", "use")),
-    "qwen3-vl": (config(model_type="qwen3_vl"), ("'qwen3_vl' is no Qwen3", "use")),
-    "qwen3-next": (config(model_type="qwen3_next"), ("'qwen3_next' is no Qwen3", "use")),
+    "gemma": (config(model_type="gemma3"), ("'gemma3' is no model that is built", "use")),
+    "qwen3-vl": (config(model_type="qwen3_vl"), ("'qwen3_vl' is no model that is built", "use")),
+    "qwen3-next": (config(model_type="qwen3_next"), ("'qwen3_next' is no model", "use")),
+    "weights of another family": (config(model_type="llama"), ("which a Llama of its", "use")),
     "no model type": (config(model_type=None), ("model_type=None",)),
     "awq": (config(quantization_config={"quant_method": "awq"}), ("quantised", "use")),
     "gptq": (config(quantization_config={"quant_method": "gptq"}), ("quantised",)),
@@ -136,7 +136,7 @@ IMPORT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "true for a number": (config(num_attention_heads=True), ("num_attention_heads=True",)),
     "no layers": (config(num_hidden_layers=0), ("num_hidden_layers=0", "correct")),
     "negative vocabulary": (config(vocab_size=-67), ("vocab_size=-67", "correct")),
-    "a trillion layers": (config(num_hidden_layers=10**12), ("beyond any Qwen3", "correct")),
+    "a trillion layers": (config(num_hidden_layers=10**12), ("beyond any model", "correct")),
     "missing size": (config(intermediate_size=None), ("has no intermediate_size",)),
     "layers of another config": (config(num_hidden_layers=2), ("lacks model.layers.1", "copy")),
     "width of another config": (config(hidden_size=128), ("has shape", r"\[67, 128\]", "use")),
@@ -152,7 +152,10 @@ IMPORT: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "rms_norm_eps NaN": (literal("rms_norm_eps", "NaN"), ("rms_norm_eps=nan", "correct")),
     "rms_norm_eps of 400 digits": (config(rms_norm_eps=10**400), ("rms_norm_eps=1000", "correct")),
     "integer of 5000 digits": (literal("vocab_size", "9" * 5000), ("not valid JSON",)),
-    "yarn": (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ("'yarn'", "remove")),
+    "longrope": (
+        config(rope_scaling={"rope_type": "longrope", "factor": 4}),
+        ("longrope", "remove"),
+    ),
     "layer types in words": (config(layer_types="full"), ("layer_types='full'", "correct")),
     "tie in words": (config(tie_word_embeddings="yes"), ("tie_word_embeddings='yes'", "correct")),
     "end token beyond": (generation(eos_token_id=67), ("eos_token_id=67", "vocab_size=67")),
@@ -188,7 +191,7 @@ def test_import(runner: Runner, model: Path, tmp_path: Path, case: str) -> None:
     runner.refuses(tmp_path, "import_hf", "--hf", model, "--out", out, patterns=patterns)
 
 
-SPOILT_FOR_ALL = ("llama", "lfs weights", "half a copy", "empty config", "rope_theta NaN")
+SPOILT_FOR_ALL = ("gemma", "lfs weights", "half a copy", "empty config", "rope_theta NaN")
 
 
 @pytest.mark.parametrize("case", SPOILT_FOR_ALL)

@@ -144,11 +144,11 @@ def test_a_directory_that_cannot_be_written(
 def test_a_file_where_checkpoints_should_be(
     one_rank: WorkerGroup, fault_model: Path, fault_prompts: Path, tmp_path: Path
 ):
-    """Claim: a directory that cannot be made is a clear error at the first save."""
+    """Claim: what is in the way of the first save is found before the first step."""
     out = tmp_path / "run"
     arguments = training_run.overrides(fault_model, fault_prompts, out, "train.steps=2")
     assert start(one_rank, [*arguments, "checkpoint.every=9"]) == (0, "")
     shutil.rmtree(out / "checkpoints")
     (out / "checkpoints").write_text("")
     code, line = start(one_rank, arguments)
-    assert code == 1 and "checkpoint of step 2 not written" in line, line
+    assert code == 2 and f"{out / 'checkpoints'} is no directory; move it away" in line, line

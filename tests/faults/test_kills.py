@@ -34,14 +34,14 @@ MOMENTS = {
     "rollout": ("megatron_opdlm.run.session:generate", 3, 0.2),
     "teacher": ("megatron_opdlm.run.session:score", 3, 0.05),
     "update": ("megatron_opdlm.update:update", 5, 0.1),
-    "metrics": ("megatron_opdlm.metrics:_append", 3, 0.01),
+    "metrics": ("megatron_opdlm.metrics:append_jsonl", 3, 0.01),
     "begin of a save": ("megatron_opdlm.checkpoint:Checkpoints.save", 3, 0.1),
     "writing tensors": ("megatron_opdlm.storage.sharded_save:_File.write", 4, 0.01),
     "index": ("megatron_opdlm.storage.sharded_save:ShardedSave.write_index", 3, 0.01),
     "manifest": ("megatron_opdlm.checkpoint:write_manifest", 3, 0.01),
     "publishing": ("megatron_opdlm.checkpoint:publish", 3, 0.01),
-    "latest": ("megatron_opdlm.checkpoint:replace_text", 3, 0.01),
-    "removal": ("megatron_opdlm.checkpoint:Checkpoints._remove", 2, 0.005),
+    "latest": ("megatron_opdlm.storage.step_directories:write_text", 3, 0.01),
+    "removal": ("megatron_opdlm.storage.step_directories:StepDirectories.remove", 2, 0.005),
 }
 
 

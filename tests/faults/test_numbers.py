@@ -70,12 +70,16 @@ def test_a_failed_update_is_kept(job: Jobs, fault_model: Path):
     ("function", "phase", "keys"),
     [
         pytest.param(
-            "session:generate",
+            "run.session:generate",
             "rollout",
             ("rollout.kv_cache_tokens", "rollout.slots"),
             marks=pytest.mark.slow,  # not certain: what malloc still holds may be enough
         ),
-        ("session:score", "teacher", ("update.tokens_per_microbatch", "teacher.offload_targets")),
+        (
+            "run.session:score",
+            "teacher",
+            ("update.tokens_per_microbatch", "teacher.offload_targets"),
+        ),
         ("update:update", "update", ("update.tokens_per_microbatch", "loss.chunk_rows")),
     ],
 )

@@ -20,6 +20,7 @@ from evaluation import jsonl
 from megatron_opdlm.config import Config, flatten, load_config, to_yaml
 from megatron_opdlm.data import rows
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files import writing
 from megatron_opdlm.model_files.manifest import read_manifest
 from megatron_opdlm.model_files.safetensors_dir import TensorEntry, read_header
 from tests.faults.readers import MANIFEST, READERS, TREES, Reader
@@ -156,7 +157,7 @@ def test_any_override(override: str) -> None:
 @bounded
 def test_rows_come_back_as_they_were_written(tmp_path: Path, items: list[dict[str, Any]]) -> None:
     path = tmp_path / "a.jsonl"
-    jsonl.write_jsonl(path, items)
+    writing.write_jsonl(path, items)
     assert jsonl.read_jsonl(path, "rows") == items
     assert [row.fields for row in rows.read_rows(path, "rows")] == items
 

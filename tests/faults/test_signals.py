@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 SESSION = "megatron_opdlm.run.session"
 NEVER = "checkpoint.every=1000"
+SECONDS_APART = 20  # the watchdog's grace is 5
 Jobs = Callable[..., Job]
 
 
@@ -81,16 +82,30 @@ def test_nothing_is_saved_twice(job: Jobs):
     assert (saved.stat().st_ino, (saved / "manifest.json").stat().st_mtime_ns) == before
 
 
-def test_a_signal_during_set_up(job: Jobs):
-    """Claim: before the first step the run leaves at once, with the same code."""
+@pytest.mark.parametrize(
+    ("function", "rank"),
+    [
+        ("build_plan", 1),  # before the ranks know of each other
+        ("build_student", 1),
+        ("build_student", 0),
+        ("build_student", None),
+        ("MetricsWriter", 0),  # the other rank may have begun its steps
+    ],
+)
+def test_a_signal_during_set_up(job: Jobs, function: str, rank: int | None):
+    """Claim: a signal to one rank or to all before the first step: all leave at once with the same
+    code, and one line says so, whoever was asked."""
     asked = job(2)
     disturbance = Disturbance(
-        function="megatron_opdlm.run.opening:build_student", call=1, action="terminate", rank=None
+        function=f"megatron_opdlm.run.opening:{function}", call=1, action="terminate", rank=rank
     )
     ended = asked(disturbance=disturbance)
-    assert [one.code for one in ended] == [STOPPED, STOPPED]
-    expected = "stopped: by SIGTERM during set-up; the same command starts again"
+    assert [one.code for one in ended] == [STOPPED, STOPPED], [one.log[-3000:] for one in ended]
+    who = " to rank 1" if rank == 1 else ""
+    expected = f"stopped: by SIGTERM{who} during set-up; the same command starts again"
     assert ended[0].errors == [expected]
+    assert ended[1].errors == []
+    assert max(one.when for one in ended) - min(one.when for one in ended) < SECONDS_APART
 
 
 @pytest.mark.slow

@@ -4,15 +4,17 @@
 FlexAttention runs uncompiled here, but for the one test marked slow.
 """
 
+import threading
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_opdlm.model import flex_attention
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
-from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed
+from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed, packed_pairs
 from megatron_opdlm.model.flex_attention import (
     TILE,
     attend_flex,
@@ -90,7 +92,7 @@ def causal(lengths: list[int], tail: int = 0) -> Packed:
 ROWS = {
     "one-token": causal([1]),
     "causal-ragged": causal([37, 5, 61, 1], tail=3),
-    "causal-several-tiles": causal([300, 90]),
+    "causal-several-tiles": causal([530, 90]),
     "two-stream-ragged": two_stream([(20, 9), (4, 4), (31, 24), (0, 3)], tail=2),
     "two-stream-several-tiles": two_stream([(270, 250), (10, 7)], tail=1),
 }
@@ -134,9 +136,31 @@ def test_backends_compute_the_definition(packed: Packed):
     assert all(bool(((one == 0) | (one < HIDDEN / 2)).all()) for one in as_mask)
     biases = iter(as_mask)
     te = attend_bucketed(
-        query, key, value, bucketed(row), lambda q, k, v, _: attend(q, k, v, next(biases))
+        query,
+        key,
+        value,
+        bucketed(row, chunked=False),
+        lambda q, k, v, _: attend(q, k, v, next(biases)),
     )
     torch.testing.assert_close(te[real], expected[real])
+
+
+@pytest.mark.parametrize("packed", [causal([5, 900, 520]), two_stream([(700, 650), (20, 9)], 3)])
+def test_long_sequences_in_chunks(packed: Packed):
+    """Claim: chunks of a long sequence's queries give the values and gradients of the whole square,
+    from at most 0.7 of its pairs, and the pairs that are counted as work are those computed."""
+    row, found = packed.row, []
+    weight = torch.randn(row.tokens, 6, 16, generator=torch.Generator().manual_seed(1))
+    weight[sum(row.lengths) :] = 0  # nobody reads the tail
+    for chunked in (True, False):
+        given = [x.requires_grad_() for x in inputs(row.tokens)]
+        made = bucketed(row, chunked=chunked)
+        out = attend_bucketed(*given, made, attend)
+        found.append([out[: sum(row.lengths)], *torch.autograd.grad((out * weight).sum(), given)])
+        computed = sum(bucket.mask.numel() for bucket in made.buckets)
+        assert packed_pairs(row, chunked=chunked) == computed
+    torch.testing.assert_close(*found)
+    assert packed_pairs(row) <= 0.7 * packed_pairs(row, chunked=False)
 
 
 @EVERY_ROW
@@ -176,13 +200,60 @@ def test_tiles_do_not_depend_on_how_many_are_computed_at_once(monkeypatch: pytes
 
 
 def test_row_sizes_are_few():
-    """Claim: any length fits, at most half of it is added beyond the first tile, and 20,000
-    lengths share a handful of sizes."""
+    """Claim: any length fits, none is more than doubled beyond the smallest size, and 20,000
+    lengths share six sizes."""
     sizes = [padded_size(tokens) for tokens in range(1, 20_001)]
-    assert all(size >= tokens for tokens, size in enumerate(sizes, 1))
-    assert all(2 * size <= 3 * (tokens + TILE) for tokens, size in enumerate(sizes, 1))
-    assert sorted({size // TILE for size in sizes})[:8] == [1, 2, 3, 4, 6, 8, 12, 16]
-    assert len(set(sizes)) < 17
+    assert all(tokens <= size < max(2 * tokens, 1025) for tokens, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [1024, 2048, 4096, 8192, 16384, 32768]
+
+
+class Counted:
+    """The kernel as a GPU would get it, but traced only, without code being made of it: counts how
+    often it is compiled."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch._dynamo.reset()
+        self.counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+        kernel = torch.compile(
+            flex_attention.flex_attention, dynamic=False, fullgraph=True, backend=self.counter
+        )
+        monkeypatch.setattr(flex_attention, "compiled_kernel", lambda: kernel)
+
+    @torch.no_grad()
+    def attend(self, packed: Packed) -> None:
+        mask = flex_mask(packed.row)
+        rows = [flex_attention._row(x[:, :2], mask.size) for x in inputs(packed.row.tokens)]
+        kernel = flex_attention._kernel(torch.device("meta"))  # any that is no CPU
+        kernel(*rows, block_mask=mask.block_mask, scale=0.25, enable_gqa=True)
+
+
+def test_rows_share_compilations(monkeypatch: pytest.MonkeyPatch):
+    """Claim: one compilation for each size and kind of mask, whatever the rows are."""
+    counted = Counted(monkeypatch)
+    for _ in range(2):
+        for length in (5, 300, 1001, 1025, 1400):
+            counted.attend(causal([length, 3]))
+            counted.attend(two_stream([(length, 9), (7, 4)], tail=2))
+    assert counted.counter.frame_count == 2 * 2
+
+
+def test_compilations_in_another_thread(monkeypatch: pytest.MonkeyPatch):
+    """Claim: more sizes than PyTorch's default limit of 8 are compiled in a thread that has never
+    been told of another limit, as autograd's are."""
+    monkeypatch.setattr(flex_attention, "padded_size", lambda tokens: TILE * (-(-tokens // TILE)))
+    counted, problems = Counted(monkeypatch), []
+
+    def attend() -> None:
+        try:
+            for size in range(10):
+                counted.attend(causal([TILE * size + 1]))
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=attend)
+    thread.start()
+    thread.join(timeout=120)
+    assert not problems and counted.counter.frame_count == 10, problems
 
 
 def test_transformer_engine_bounds():

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_opdlm.checkpoint import load_weights, save_weights
 from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.model import flex_attention
 from megatron_opdlm.model.attention_plan import causal_plan
 from megatron_opdlm.model.dense_attention import attend, attend_bucketed, bucketed
 from megatron_opdlm.model.flex_attention import attend_flex, compiled_kernel, flex_mask
@@ -106,6 +108,19 @@ def test_ragged_rows_share_a_compilation():
         attend_flex(x.requires_grad_(), x, x, flex_mask(row), 0.125).sum().backward()
         counted.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert counted[0] == counted[1] == counted[2] and compiled_kernel() is compiled_kernel()
+
+
+def test_a_backward_pass_compiles_as_many_sizes_as_it_meets(monkeypatch: pytest.MonkeyPatch):
+    """Claim: where a layer is computed anew in the backward pass, which autograd does in a thread
+    of its own, more than 8 sizes are compiled."""
+    monkeypatch.setattr(flex_attention, "padded_size", lambda tokens: 128 * (-(-tokens // 128)))
+    for size in range(10):
+        row = on_the_gpu(two_stream([(128 * size + 1, 0)]).row)
+        mask = flex_mask(row)
+        x = torch.randn(row.tokens, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        out = checkpoint(attend_flex, x, x, x, mask, 0.125, use_reentrant=True)
+        out.float().sum().backward()
+        assert x.grad is not None and x.grad.isfinite().all()
 
 
 def needs_transformer_engine() -> None:

@@ -215,7 +215,7 @@ def test_an_export_can_be_imported_again(exported: Exported, tmp_path: Path) -> 
     again = import_and_export(
         tmp_path, exported.a2d, read_manifest(exported.checkpoint).block_contract
     )
-    for name in ("config.json", "tokenizer.json", "modeling_a2d_qwen3.py", "chat_template.jinja"):
+    for name in ("config.json", "tokenizer.json", "modeling_a2d.py", "chat_template.jinja"):
         assert (again.a2d / name).read_bytes() == (exported.a2d / name).read_bytes(), name
 
 
@@ -262,7 +262,7 @@ def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
 ) -> None:
     manifest = read_manifest(exported.checkpoint)
     changed = Path(shutil.copytree(exported.a2d, tmp_path / "changed"))
-    with (changed / "modeling_a2d_qwen3.py").open("a") as file:
+    with (changed / "modeling_a2d.py").open("a") as file:
         file.write("raise SystemExit('foreign code ran')\n")
     lines = list(verify.compare(changed, exported.checkpoint, manifest))
     assert "was not run" in lines[2]

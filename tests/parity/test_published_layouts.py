@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from megatron_opdlm.model_files.huggingface_files import read_contract
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from checkpoint_tools import export_hf, import_hf
-from checkpoint_tools.export.formats import LAYOUTS
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.model_files.families import LAYOUTS
+from megatron_opdlm.model_files.huggingface_files import read_contract
 from megatron_opdlm.model_files.manifest import read_manifest
 from tests.tiny_models import edit_json, make_qwen3, make_tokenizer
 

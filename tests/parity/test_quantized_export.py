@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check, verify
 from checkpoint_tools.engines.demands import read_directory
-from checkpoint_tools.export.formats import LAYOUTS, Layout
+from checkpoint_tools.export.formats import code_of
 from evaluation import sample
 from megatron_opdlm.errors import InputError, RunError
-from tests.tiny_models import make_qwen3
+from megatron_opdlm.model_files.families import LAYOUTS, HFLayout
+from tests.tiny_models import make_model, make_qwen3
 
 MASK_ID, BLOCK, END_IDS = 64, 4, (48, 46)
 PROMPTS = [[(11 * i + 3 * length) % 46 for i in range(length)] for length in range(1, 13)]
@@ -196,10 +197,17 @@ def test_reported_kl_is_that_of_the_exported_code(made: Quantized) -> None:
     """Claim: the exported model, loaded by transformers, and Hugging Face's unquantised one differ
     by what quantization.json says, at the masked positions of the held-out rollouts.
     """
-    loaded: Any = AutoModelForCausalLM.from_pretrained(made.sdar, trust_remote_code=True)
-    plain: Any = Qwen3ForCausalLM.from_pretrained(made.source)
+    record = assert_reported_kl(made.source, made.sdar, made.rows)
+    assert 0.001 < record["kl_mean"] < 0.2  # FP8 of random weights, not another model
+    card = (made.sdar / "README.md").read_text()
+    assert f"| {record['kl_mean']:.4g} | {record['kl_max']:.4g} |" in card
+
+
+def assert_reported_kl(source: Path, export: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    plain: Any = AutoModelForCausalLM.from_pretrained(source)
     kl, changed = [], []
-    for row in made.rows[-HELD_OUT:]:
+    for row in rows[-HELD_OUT:]:
         for masked in states(row):
             at = counted(row, masked)
             p, q = (two_streams(m, row, masked)[at].double() for m in (plain, loaded))
@@ -207,7 +215,7 @@ def test_reported_kl_is_that_of_the_exported_code(made: Quantized) -> None:
             kl.append((p.exp() * (p - q)).sum(-1))
             changed.append(p[:, :49].argmax(-1) != q[:, :49].argmax(-1))  # ids of the tokenizer
     values, changes = torch.cat(kl), torch.cat(changed)
-    record = json.loads((made.sdar / "quantization.json").read_text())
+    record = json.loads((export / "quantization.json").read_text())
     assert record["calibration_samples"] == len(PROMPTS) - HELD_OUT
     assert (record["held_out_samples"], record["positions"]) == (HELD_OUT, len(values))
     assert len(values) > 20
@@ -215,9 +223,21 @@ def test_reported_kl_is_that_of_the_exported_code(made: Quantized) -> None:
     assert record["kl_mean"] == pytest.approx(float(values.mean()), rel=0.05)
     assert record["kl_max"] == pytest.approx(float(values.max()), rel=0.1)
     assert abs(record["argmax_changes"] - float(changes.double().mean())) <= 1.5 / len(values)
-    assert 0.001 < record["kl_mean"] < 0.2  # FP8 of random weights, not another model
-    card = (made.sdar / "README.md").read_text()
-    assert f"| {record['kl_mean']:.4g} | {record['kl_max']:.4g} |" in card
+    return record
+
+
+def test_biases_are_kept(made: Quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Claim: the same of a Qwen2, whose quantised linears have biases, bit-equal on disk."""
+    source = make_model(tmp_path / "source", "qwen2", tied=False, seed=21, layers=1)
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    paths = ("--hf", source, "--out", checkpoint, "--mask-token-id", MASK_ID)
+    run(monkeypatch, import_hf.main, *paths)
+    qwen2 = Quantized(source, checkpoint, made.rollouts, out)
+    run(monkeypatch, export_hf.main, *flags(qwen2, out, "a2d-qwen2"))
+    assert_reported_kl(source, out, made.rows)
+    before, after = (load_file(d / "model.safetensors") for d in (source, out))
+    biases = [name for name in before if name.endswith("bias")]
+    assert len(biases) == 3 and all(torch.equal(before[name], after[name]) for name in biases)
 
 
 def test_generate_and_engines_read_it(made: Quantized) -> None:
@@ -356,15 +376,15 @@ def test_rollouts_without_passes_and_with_messages(
 
 
 @pytest.mark.parametrize(
-    "layout", [one for one in LAYOUTS.values() if one.code], ids=lambda one: one.model_type
+    "layout", [one for one in LAYOUTS.values() if one.has_code], ids=lambda one: one.model_type
 )
-def test_modelling_files_name_every_file_beside_them(layout: Layout) -> None:
+def test_modelling_files_name_every_file_beside_them(layout: HFLayout) -> None:
     """Claim: transformers 4 finds the whole code of an export: of a local directory it copies what
     the modelling and the configuration file import, and nothing that those files import in turn.
     """
-    texts = [file.read_text() for file in layout.code[:2]]
+    texts = [file.read_text() for file in code_of(layout)[:2]]
     named = {name for text in texts for name in re.findall(r"^from \.(\w+) import", text, re.M)}
-    assert named >= {file.stem for file in layout.code[2:]}
+    assert named >= {file.stem for file in code_of(layout)[2:]}
 
 
 def test_experts_and_ranks_are_refused(

@@ -1,4 +1,4 @@
-"""Claims: exported sdar and a2d-qwen3 directories load where there is only torch and transformers,
+"""Claims: exported sdar and a2d directories load where there is only torch and transformers,
 and generate exactly the tokens of ``evaluation.sample`` at every residue of the prompt length,
 static and dynamic, at the end of the model's positions, and in bf16; the MoE form likewise."""
 
@@ -25,7 +25,7 @@ from evaluation import sample
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.manifest import read_manifest
 from megatron_opdlm.model_files.shape import read_shape
-from tests.tiny_models import edit_json, make_qwen3, make_tokenizer
+from tests.tiny_models import edit_json, make_model, make_qwen3, make_tokenizer
 
 MASK_ID = 64
 # (flags of evaluation.sample, arguments of generate)
@@ -140,8 +140,15 @@ def test_clean_environment_generates_what_evaluation_samples(
 ) -> None:
     expected = [sampled(monkeypatch, exported.sdar, tmp_path, flags) for flags, _ in DECODINGS]
     assert expected[0] != expected[2]  # the rules differ, or the test says nothing
+    others = [other_family(monkeypatch, tmp_path, name) for name in ("qwen2", "llama")]
+    expected_of = [expected, expected]
+    for other in others:
+        folder = tmp_path / f"sampled-{other.name}"
+        folder.mkdir()
+        made = [sampled(monkeypatch, other, folder, flags) for flags, _ in DECODINGS]
+        expected_of.append(made)
     task = {
-        "directories": [str(exported.sdar), str(exported.a2d)],
+        "directories": [str(path) for path in (exported.sdar, exported.a2d, *others)],
         "prompts": PROMPTS,
         "decodings": [rules for _, rules in DECODINGS],
     }
@@ -158,7 +165,16 @@ def test_clean_environment_generates_what_evaluation_samples(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")]
-    assert [json.loads(line.removeprefix("TOKENS ")) for line in lines] == [expected, expected]
+    assert [json.loads(line.removeprefix("TOKENS ")) for line in lines] == expected_of
+
+
+def other_family(monkeypatch: pytest.MonkeyPatch, root: Path, model_type: str) -> Path:
+    """A block-diffusion export of another family."""
+    source = make_model(root / f"{model_type}-source", model_type, tied=True, seed=21, layers=1)
+    checkpoint = root / f"{model_type}-checkpoint"
+    given = ("--hf", source, "--out", checkpoint, "--mask-token-id", MASK_ID)
+    run(monkeypatch, import_hf.main, *given)
+    return export(monkeypatch, checkpoint, root / f"a2d-{model_type}-export", f"a2d-{model_type}")
 
 
 def generated(model: Any, limit: int = 9, **rules: object) -> list[list[int]]:

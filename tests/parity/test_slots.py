@@ -5,6 +5,7 @@ from collections import deque
 
 import pytest
 
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
@@ -84,8 +85,10 @@ def test_what_joins_together_changes_no_token(models: TinyModels):
     model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
     asked = [request(i, 3 + i, limit=3 + i % 5) for i in range(9)]
     decoding = Decoding(block_size=4, denoising_steps=4, temperature=1.0)
-    together = generate(model, asked, decoding, IDS, key=(1, 1), slots=4)
-    alone = generate(model, asked, decoding, IDS, key=(1, 1), slots=4, prefill_tokens=1)
+    options = EngineOptions(slots=4)
+    together = generate(model, asked, decoding, IDS, key=(1, 1), options=options)
+    options = EngineOptions(slots=4, prefill_tokens=1)
+    alone = generate(model, asked, decoding, IDS, key=(1, 1), options=options)
     assert alone.trajectories == together.trajectories
 
 
@@ -97,7 +100,8 @@ def test_operations_of_padded_forwards_are_counted(models: TinyModels):
     model = jobs.load(Layout(), model_dir)
     rules = Decoding(block_size=4, denoising_steps=1)
     with jobs.fixed_size_forwards(True):
-        made = generate(model, [request(0, 4, limit=4)], rules, IDS, key=(1, 1), attention="rows")
+        options = EngineOptions(attention="rows")
+        made = generate(model, [request(0, 4, limit=4)], rules, IDS, key=(1, 1), options=options)
     expected = sum(
         forward_flops(model.shape, tokens=8, attended_pairs=pairs, projected_rows=4, read_rows=8)
         for pairs in (4 * (4 + 8), 2 * 4 * 4)

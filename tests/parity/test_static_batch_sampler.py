@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks.static_batch_sampler import sample_static
+from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion import denoising
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.parallel import Layout
@@ -29,7 +30,7 @@ def test_baseline_makes_the_engines_tokens(models: TinyModels, remasking: str, t
     )
     model = jobs.load(Layout(), models.hf("student", tied=False, layers=2))
     asked = [request(i, 1 + i % 9, limit=3 + i % 7) for i in range(14)]
-    made = generate(model, asked, decoding, IDS, key=KEY, slots=5)
+    made = generate(model, asked, decoding, IDS, key=KEY, options=EngineOptions(slots=5))
     expected = [t.response_ids for t in made.trajectories]
     found = sample_static(model, asked, decoding, IDS, key=KEY, batch_size=6)
     assert found.responses == expected

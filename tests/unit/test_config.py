@@ -153,7 +153,7 @@ BAD_OVERRIDES = [
     ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
     ("lora.alpha=0", "lora.alpha=0.0 must be greater than 0"),
     ("lora.dropout=0.1", "'lora.dropout' does not exist"),
-    ("lora.targets=[linear_qkw]", "lora.targets holds 'linear_qkw'; use some of linear_qkv"),
+    ("lora.targets=[linear_qkw]", 'lora.targets[0]="linear_qkw" must be one of linear_qkv'),
 ]
 
 

@@ -4,15 +4,17 @@ import hashlib
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from evaluation import download
+from evaluation.tasks import get_task
 from megatron_opdlm import prepare_data
-from megatron_opdlm.config import load_config
 from megatron_opdlm.data.checks import EvaluationProblems, Identity, duplicates, words
-from megatron_opdlm.data.content_hash import content_hash
+from megatron_opdlm.data.dapo import dapo_rows
 from megatron_opdlm.data.sources import TRAINING_SETS, ask, fetch
 from megatron_opdlm.errors import InputError, RunError
-from megatron_opdlm.run import run_directory
 from tests.conftest import TinyModels
 
 LONG = "a b c d e f g h i j k l m n o"
@@ -43,8 +45,9 @@ def prepared(models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_questions_are_asked_as_their_domain_is():
     math = "Q{x}\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert ask("Q{x}", "math", "by_domain") == ask("Q{x}", None, "math") == math
+    assert ask("Q{x}", None, "by_domain") == math  # as the reference asks a row without a domain
     assert ask("Q", "science", "by_domain").endswith('e.g., "answer": "C".')
-    for domain in ("code", "chat", "poetry", None):
+    for domain in ("code", "chat", "poetry"):
         assert ask("Q", domain, "by_domain") == "Q"
 
 
@@ -82,7 +85,7 @@ def test_a_faulty_row_is_named_by_its_line(prepared):
 
 
 def test_a_key_of_the_wrong_type_is_a_faulty_row(prepared):
-    rows: list[object] = [{"question": "a"}, {"question": "b", "domain": ["math"]}]
+    rows: list[object] = [{"prompt": "a"}, {"question": "b", "domain": ["math"]}]
     with pytest.raises(InputError, match=r"1 of 2 .*line 2: domain must be text, not list"):
         prepared(rows, "--template", "by_domain")
     kept, manifest = prepared(rows, "--template", "by_domain", "--drop-invalid")
@@ -167,7 +170,9 @@ def test_the_training_sets_that_evaluation_knows_are_known():
 
     probes = [kind for kind in vars(training_probes).values() if isinstance(kind, type)]
     files = {kind.file for kind in probes if kind.__module__ == training_probes.__name__}
-    assert {Path(file).stem for file in files} == TRAINING_SETS - {"math_train"}
+    assert {Path(file).stem for file in files} == TRAINING_SETS - {
+        *("math_train", "dapo", "dapo-math-17k"),  # their names elsewhere
+    }
 
 
 def test_a_local_file_of_a_published_set_is_asked_as_that_set_is(prepared, capsys):
@@ -200,23 +205,52 @@ def test_an_unknown_set_and_no_network(tmp_path, monkeypatch):
         fetch("opdlm_train", cache=tmp_path)
 
 
-@pytest.mark.parametrize("key", ["data.path", "mixing.path"])
-def test_a_run_records_its_data_and_refuses_other(tmp_path, key):
-    """Claim: the contents' hashes are in the run directory; a changed file does not continue it,
-    which is found before any model is read, and named by its key."""
-    paths = {name: tmp_path / f"{name}.jsonl" for name in ("data.path", "mixing.path")}
-    for path in paths.values():
-        write(path, [{"prompt": path.name}])
-    keys = [f"{name}={path}" for name, path in paths.items()]
-    config = load_config(None, [*keys, "mixing.fraction=0.5", f"train.out={tmp_path / 'run'}"])
-    run_directory.check_run_directory(config)
-    run_directory.prepare_run_directory(config)
-    record = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert record == {str(path): content_hash(path) for path in paths.values()}
-    run_directory.check_run_directory(config)
-    run_directory.prepare_run_directory(config)
-    write(paths[key], [{"prompt": "b"}])
-    with pytest.raises(InputError, match=rf"^{key}={paths[key]} has changed since"):
-        run_directory.check_run_directory(config)
-    paths[key].unlink()
-    run_directory.check_run_directory(config)  # whoever reads the file says that it is not there
+def dapo_file(path: Path, contents: list[str]) -> Path:
+    """A Parquet file in the form of DAPO-Math-17k."""
+    rows = [
+        {
+            "data_source": "math_dapo",
+            "prompt": [{"content": content, "role": "user"}],
+            "ability": "MATH",
+            "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"},
+            "extra_info": {"index": str(number)},
+        }
+        for number, content in enumerate(contents)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+DAPO = (
+    "Solve the following math problem step by step. The last line of your response should be of "
+    "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+    '{}\n\nRemember to put your answer on its own line after "Answer:".'
+)
+
+
+def test_dapo_is_asked_once_and_as_mathematics_is(models, tmp_path, monkeypatch):
+    """Claim: the published file's repeats and instructions go, the paragraphs of a problem stay;
+    training and evaluation read the same questions."""
+    problems = ["Find x.", "Given:\n\ny = 2\n\nFind y."]
+    texts = [DAPO.format(problems[i]) for i in (0, 1, 0, 0, 1)]
+    source = dapo_file(tmp_path / "dapo-math-17k.parquet", texts)
+    out, model = tmp_path / "out.jsonl", models.hf("student", tied=True)
+    argv = ["--source", str(source), "--tokenizer", str(model), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["prepare_data", *argv])
+    prepare_data.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["question"] for row in rows] == [ask(p, None, "math") for p in problems]
+    assert {row["ground_truth_answer"] for row in rows} == {"34"}
+    download.convert(get_task("DAPO_Math_17k"), source, tmp_path)
+    asked = [row["question"] for row in get_task("DAPO_Math_17k").load(tmp_path)]
+    assert asked == problems
+    other = dapo_file(tmp_path / "other.parquet", ["Find x. The answer is a number."])
+    with pytest.raises(InputError, match=r"row 1: 'prompt' is not a problem between"):
+        dapo_rows(other, "--source")
+    with pytest.raises(RunError, match=r"data/dapo-math-17k\.parquet of BytedTsinghua-SIA"):
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", _refuse)
+        fetch("dapo")
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise OSError("no route")

@@ -37,6 +37,7 @@ def plan_of(models: TinyModels, tmp_path: Path):
             "curriculum.kind=linear",
             "curriculum.steps=10",
             "train.steps=10",
+            "data.epochs=4",
         ]
         config = load_config(None, [*keys, *overrides])
         return build.build_plan(config, build.open_pair(config)[0])
@@ -67,7 +68,7 @@ def test_a_plan_without_a_cache_s_size_asks_for_none(plan_of):
 
 def test_a_ramp_of_thresholds_needs_steps(plan_of):
     """Claim: also where the data decides how many steps there are: three prompts, one a step."""
-    keys = ["train.steps=-1", "threshold_schedule.enabled=true"]
+    keys = ["train.steps=-1", "data.epochs=1", "threshold_schedule.enabled=true"]
     with pytest.raises(InputError, match=r"hold_steps=3 leaves no step of the run's 3 for the"):
         plan_of(*keys, "threshold_schedule.hold_steps=3")
     assert plan_of(*keys, "threshold_schedule.hold_steps=2").total_steps == 3
@@ -78,3 +79,14 @@ def test_a_capped_curriculum_is_said(plan_of):
     assert capped.budget(10) == 20
     assert capped.notes == ["note: rollout.max_new_tokens=20 caps curriculum.end=24"]
     assert plan_of("curriculum.end=24", "curriculum.kind=constant").notes == []
+
+
+def test_a_run_ends_with_its_data_and_says_so(plan_of):
+    """Claim: more steps than the epochs hold are no second helping: the run, its schedules with
+    it, ends with the data, and a note says both numbers; as many as there are need none."""
+    short = plan_of("train.steps=10", "data.epochs=2")
+    assert short.total_steps == short.schedule_steps == 6
+    [note] = short.notes
+    assert "train.steps=10" in note and "3 prompts are used up after 6 steps" in note
+    for keys in (["train.steps=6", "data.epochs=2"], ["train.steps=-1"]):
+        assert plan_of(*keys).notes == []

@@ -18,7 +18,7 @@ from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.manifest import read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import read_shape
-from megatron_opdlm.model_files.vocabulary import QWEN3_MASK_ID, known_mask_token
+from megatron_opdlm.model_files.vocabulary import QWEN_MASK_ID, known_mask_token
 from tests.tiny_models import edit_json, make_qwen3
 
 ALL = ("SGLang", "LMDeploy", "transformers")
@@ -34,7 +34,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         root / "source", tied=True, seed=3, vocab=151936, dtype=torch.bfloat16, **sizes
     )
     mask = known_mask_token(source)
-    assert mask == QWEN3_MASK_ID
+    assert mask == QWEN_MASK_ID
     with open_weights(source) as weights:
         contract = import_hf.read_contract({"block_size": 4}, mask)
         import_hf.convert(weights, root / "checkpoint", contract, "bf16")

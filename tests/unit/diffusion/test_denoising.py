@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_opdlm.diffusion import decoding, denoising, randomness
+from megatron_opdlm.diffusion import denoising, randomness
 from tests import oracle
 
 
@@ -20,11 +20,6 @@ def rules(block_size: int, steps: int, remasking: str, **options: Any) -> oracle
     return oracle.Rules(
         block_size=block_size, steps=steps, remasking=remasking, mask_id=0, end_ids=(), **options
     )
-
-
-def test_remasking_names_are_the_same_everywhere():
-    """Claim: the settings that need no torch name the rules that exist."""
-    assert decoding.REMASKING == denoising.REMASKING
 
 
 @pytest.mark.parametrize("steps", range(1, 8))

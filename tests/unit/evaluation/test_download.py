@@ -153,3 +153,94 @@ def test_codeforces_keeps_what_a_judge_can_grade_and_writes_the_statement(tmp_pa
     assert row["test_time_limit"] == 6
     (tmp_path / "Codeforces.json").write_text(json.dumps([row]))
     assert get_task("Codeforces").load(tmp_path) == [row]
+
+
+def test_codeforces_rows_may_hold_nulls():
+    """Claim: texts that are null count as empty; a problem without any is left out."""
+    nulls = dict.fromkeys(("title", "description", "input_format", "output_format", "note"))
+    bare = PROBLEM | nulls | {"examples": None}
+    half = PROBLEM | {"description": None, "examples": [None, {"input": None, "output": "3"}]}
+    half |= {"official_tests": [{"input": None, "output": "3"}], "time_limit": None, "tags": None}
+    [row] = prepare([bare, half])
+    assert row["question"].startswith("Sum\n\nInput\nTwo numbers.")
+    assert "Examples\n\nInput\n\nOutput\n3" in row["question"]
+    assert (row["test_input"], row["test_output"], row["tags"]) == ([""], ["3"], [])
+    assert get_task("Codeforces").problem_of(row) is None
+
+
+ASKED = {"question": "Q", "ground_truth_answer": "1,234"}
+CHOICES = ["red", "green", "blue", "grey"]
+OPTIONS = "Q\n(A) red\n(B) green\n(C) blue\n(D) grey"
+INSTRUCTED = {"key": 3, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+CHECKED = {"entry_point": "f", "test": "def check(f): pass"}
+# task, a row of its public file, the same in the paper's form
+PUBLIC_ROWS = [
+    ("GSM8K", {"question": "Q", "answer": "2 * 617 = 1,234\n#### 1,234"}, ASKED),
+    ("MATH-500", {"problem": "Q", "solution": "so \\boxed{1,234}."}, ASKED),
+    ("MATH-500", {"problem": "Q", "solution": "so", "answer": "1,234"}, ASKED),
+    (
+        "HumanEval",
+        {"task_id": "HumanEval/0", "prompt": "def f():", **CHECKED},
+        {"task_id": "HumanEval/0", "question": "def f():", **CHECKED},
+    ),
+    (
+        "MBPP",
+        {"task_id": 2, "prompt": "Do.", "code": "", "test_list": ["assert f(1) == 1", "b"]},
+        {
+            "task_id": "Mbpp/2",
+            "question": '"""\nDo.\nassert f(1) == 1\n"""\n',
+            "test_list": ["assert f(1) == 1", "b"],
+        },
+    ),
+    ("IFEval", {"prompt": "Q", **INSTRUCTED}, {"question": "Q", **INSTRUCTED}),
+    (
+        "MMLU",
+        {"question": "Q", "subject": "optics", "choices": CHOICES, "answer": 2},
+        {"question": OPTIONS, "ground_truth_answer": "C", "subdivision": "optics"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "public", "expected"), PUBLIC_ROWS)
+def test_a_public_file_is_refused_and_converted(tmp_path, monkeypatch, name, public, expected):
+    """Claim: under the published file's name it is refused with the command that converts it; that
+    command makes the paper's form of it, once, and the tasks take it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    raw, new, task = tmp_path / "raw", tmp_path / "new", get_task(name)
+    raw.mkdir()
+    new.mkdir()
+    file = raw / task.file
+    file.write_text(json.dumps([public]))
+    with pytest.raises(InputError, match=f"evaluation.download --data NEW_DIR --tasks {name} "):
+        task.load(raw)
+    download.convert(task, file, new)
+    assert task.load(new) == [expected]
+    with pytest.raises(InputError, match="exists already"):
+        download.convert(task, file, new)
+    with pytest.raises(InputError, match=r"row 0 is not as in the public file"):
+        download.convert(task, new / task.file, tmp_path)
+
+
+def test_public_files_come_packed_and_as_tables(tmp_path):
+    """Claim: gzip and Hendrycks' CSV files, whose names have the subject, give the same rows."""
+    (tmp_path / "new").mkdir()
+    packed = tmp_path / "g.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps(PUBLIC_ROWS[0][1]).encode()))
+    download.convert(get_task("GSM8K"), packed, tmp_path / "new")
+    assert get_task("GSM8K").load(tmp_path / "new") == [ASKED]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "optics_test.csv").write_text("Q,red,green,blue,grey,C\n")
+    download.convert(get_task("MMLU"), tmp_path / "test", tmp_path / "new")
+    assert get_task("MMLU").load(tmp_path / "new") == [PUBLIC_ROWS[-1][2]]
+    with pytest.raises(InputError, match="--from goes with GSM8K, MATH-500, HumanEval"):
+        download.convert(get_task("AIME-24"), packed, tmp_path / "new")
+
+
+def test_evalplus_problems_choose_and_word_the_converted_rows(tmp_path, release):
+    """Claim: where its file is in the data, its problems alone are kept, asked as it asks them."""
+    (tmp_path / "MbppPlus.jsonl").write_text('{"task_id": "Mbpp/2", "prompt": "Do it."}')
+    raw = tmp_path / "raw.json"
+    raw.write_text(json.dumps([PUBLIC_ROWS[4][1], PUBLIC_ROWS[4][1] | {"task_id": 3}]))
+    said = download.convert(get_task("MBPP"), raw, tmp_path)
+    assert "1 rows of 2: those of EvalPlus' 1 problems" in said
+    assert [row["question"] for row in get_task("MBPP").load(tmp_path)] == ["Do it."]

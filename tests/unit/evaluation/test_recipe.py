@@ -95,7 +95,7 @@ def test_thresholds_become_runs_of_dynamic_decoding(tmp_path):
         (one(temperature="hot"), "run a: temperature='hot' must be like 0.0"),
         (one(samples=0), "samples=0: use 1 or more"),
         (one(samples=True), "samples=True must be like 1"),
-        (one(remasking="x"), "run a: remasking=x: not a known name"),
+        (one(remasking="x"), "run a: remasking=x must be one of low_confidence_static"),
         (one(thresholds=[2]), "threshold=2.0"),
         (one(name="a/b"), "the name is a directory's"),
         ({"runs": one()["runs"] * 2}, "two runs are called a"),  # type: ignore[operator]

@@ -1,6 +1,7 @@
 """Tables, pictures and sweeps over summaries."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from evaluation import report, sweep
 from evaluation.reporting import figures
-from evaluation.reporting.published import sweeps, tables
+from evaluation.reporting.published import sweeps
 from evaluation.reporting.results import Result, read_results
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
@@ -45,23 +46,6 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
-def test_published_figures_are_whole():
-    """Every row names only models of its table; accuracies are percentages; sixteen benchmarks in
-    Table 1. Spot checks against the paper's abstract figures."""
-    by_number = {table.number: table for table in tables()}
-    assert list(by_number) == ["1", "2", "3", "5", "6"]
-    assert len(by_number["1"].rows) == 16 and len(by_number["3"].rows) == 4
-    for table in tables():
-        for row in table.rows.values():
-            assert set(row) == set(table.columns)
-            assert all(value is None or 0 <= value <= 100 for value in row.values())
-    assert by_number["2"].rows["AIME-24"]["OPDLM-8B think@eval"] == 18.6
-    assert by_number["5"].rows["AIME-24"]["OPDLM-MATH-8B-Thinking"] == 50.0
-    threshold, _ = sweeps()
-    static = next(point for point in threshold.points if point.parallelism == 1)
-    assert 100 * static.accuracy == by_number["1"].rows["MATH-500"]["OPDLM-4B"]
-
-
 def test_measured_beside_published(tmp_path: Path):
     """A model of a published name: both figures and their difference. Of two decodings the one with
     a token a pass stands in the table. Other names get a column, thinking ones their own."""
@@ -81,6 +65,22 @@ def test_measured_beside_published(tmp_path: Path):
     assert header.endswith("| mine |") or "| mine |" in header
     assert "| mine | x | 30 | 100.0 ± 1.0 |" in text
     assert "7.6e+07" in first and "2.4e+18" in first
+
+
+def test_decodings_and_seeds_have_their_columns(tmp_path: Path):
+    """Claim: a dynamic result stands in Table 11's dynamic column and not in Table 1; the table
+    over seeds shows the deviation over them; a paper's model stands in its own tables only."""
+    dynamic = {"remasking": "low_confidence_dynamic", "speed": 2.0}
+    seeds = summary_row("GPQA-Diamond", 0.25) | {"k": 8, "std_over_samples": 0.021}
+    rows = summary_row("GSM8K", 0.5), summary_row("GSM8K", 0.4, **dynamic), seeds
+    file = write(tmp_path / "summary.json", *rows)
+    report.write_report([f"OPDLM-4B={file}", f"SFT-4B={file}"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    tables = dict(re.findall(r"## Table (\d+): (.*?)\n(?=## )", text, re.DOTALL))
+    assert "| GSM8K | 87.6 / **50.0 ± 1.0** (-37.6) | 86.0 / **40.0 ± 1.0** (-46.0)" in tables["11"]
+    assert "40.0" not in tables["1"] and "SFT-4B" not in tables["1"]
+    assert "29.1 ± 2.7 / **25.0 ± 2.1** (-4.1)" in tables["9"]
+    assert "29.1 / **25.0 ± 1.0** (-4.1)" in tables["1"]
 
 
 def test_a_skipped_task_is_listed_with_its_reason(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
+from evaluation.generation import mailbox
 from evaluation.generation.progress import Progress
 from evaluation.prompting import prompt_from
 from evaluation.run import evaluate, load_tasks, prompts_of
@@ -18,7 +20,7 @@ from evaluation.sample import read_prompts, sample
 from evaluation.tasks import get_task
 from launch.quickstart.teacher import build_tokenizer
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import InputError
+from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.records import Prompt, Trajectory
 from tests.tiny_models import make_tokenizer
 
@@ -150,6 +152,19 @@ def test_thinking_is_asked_of_tasks_that_may_think():
     assert not get_task("HumanEval").may_think and not get_task("MBPP").may_think
 
 
+def test_letters_between_ranks_hold_data_only():
+    """Claim: what one rank writes into the store the writer reads back; anything else is refused
+    without being run."""
+    ids = build_tokenizer().encode("1+2=")
+    prompt = Prompt(index=3, ids=ids, domain="maths", extra={"level": 2})
+    [letter] = AnsweringGenerator().generate([prompt], Decoding(), [7])
+    assert mailbox.read(mailbox.written(letter).encode()) == letter
+    assert mailbox.read(mailbox.written(None).encode()) is None
+    for forged in (pickle.dumps(letter), b"{}", b"[1]", b"true", b'{"prompt": {"index": 1}}'):
+        with pytest.raises(RunError, match="none of them wrote"):
+            mailbox.read(forged)
+
+
 def test_a_line_now_and_then(monkeypatch, capsys):
     """Claim: without a terminal there is a line after half a minute, with rate and time left of
     this process."""
@@ -262,7 +277,7 @@ def test_flags_become_settings():
     [
         ("1", ("--tp", "2"), "--tp 2 --pp 1: .*does not divide the 1 started"),
         ("4", ("--tp", "3"), "does not divide the 4 started"),
-        ("4", ("--pp", "0"), "use 1 or more"),
+        ("4", ("--pp", "0"), "--pp 0 must be at least 1"),
         ("4", ("--tp", "2", "--ep", "4"), "--ep 4 does not divide the 2 ranks"),
     ],
 )
@@ -277,7 +292,11 @@ def test_layouts_that_do_not_fit_the_started_processes(monkeypatch, world, argv,
     ("module", "argv", "message"),
     [
         ("run", ("--tasks", "adition"), "task 'adition': not known"),
-        ("run", ("--tasks", "addition", "--remasking", "x"), "remasking=x: not a known name"),
+        (
+            "run",
+            ("--tasks", "addition", "--remasking", "x"),
+            "--remasking x must be one of low_confidence_static",
+        ),
         ("run", ("--tasks", "addition", "addition"), "names a task twice"),
         ("run", ("--tasks", "addition", "--limit", "0"), "--limit 0"),
         ("run", ("--tasks", "exact_match"), r"exact_match\.jsonl, which is missing"),

@@ -59,13 +59,16 @@ def test_accuracy_is_the_mean_over_problems_and_its_error_over_problems():
     assert row.tokens_per_denoising_step == 2.0
     assert row.tokens_per_forward == 1.5
     assert row.mean_response_tokens == 10.0
-    assert list(row.as_dict()) == SUMMARY_KEYS
+    # each response alone gives 2/3 and 1/3: their standard deviation is 1 / (3 sqrt(2))
+    assert row.more["std_over_samples"] == pytest.approx(1 / (3 * math.sqrt(2)), abs=1e-12)
+    assert [key for key in row.as_dict() if key != "std_over_samples"] == SUMMARY_KEYS
 
 
 def test_what_was_not_counted_is_none_not_zero():
     """One problem has no standard error; without counts, or without passes, there is no rate."""
     row = summarize("t", [[RIGHT]], None, seconds=0.0, settings={})
     assert (row.stderr, row.tokens_per_denoising_step, row.mean_response_tokens) == (None,) * 3
+    assert "std_over_samples" not in row.more
     ar = Counts(responses=1, response_tokens=9, passes=0, forwards=9)
     row = summarize("t", [[RIGHT]], ar, seconds=0.0, settings={})
     assert (row.tokens_per_denoising_step, row.tokens_per_forward) == (None, 1.0)

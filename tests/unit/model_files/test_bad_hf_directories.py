@@ -109,7 +109,7 @@ BAD_WEIGHTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken json": (lambda d: (d / "config.json").write_text('{"model_type":'), "not valid JSON"),
     "json list": (lambda d: (d / "config.json").write_text("[]"), "holds a list"),
     "no config": (lambda d: (d / "config.json").unlink(), "has no config.json"),
-    "no Qwen3": (lambda d: edit_json(d / "config.json", model_type="llama"), "is no Qwen3"),
+    "no family": (lambda d: edit_json(d / "config.json", model_type="gpt2"), "is no model that is"),
 }
 
 
@@ -215,7 +215,7 @@ def test_of_several_usual_texts_the_recorded_one_is_the_mask(sharded: Path) -> N
 @pytest.mark.parametrize(
     ("override", "reason"),
     [
-        (None, r"no room for Qwen3's mask token 151669 in vocab_size=67; .*mask_token_id=49"),
+        (None, r"no room for the usual mask token 151669 in vocab_size=67; .*mask_token_id=49"),
         (67, "no room for mask_token_id 67 in vocab_size=67"),
         (-1, "no room for mask_token_id -1"),
         (5, "mask_token_id=5 is the ordinary token '4'; use an unused id such as 49"),

@@ -9,6 +9,7 @@ import torch
 
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files import names as names
+from megatron_opdlm.model_files.families import QWEN3_MOE
 
 SHAPE = names.ModelShape(
     layers=2,
@@ -28,6 +29,7 @@ MOE = names.ModelShape(
     **{
         **SHAPE.__dict__,
         "experts": names.Experts(count=6, per_token=2, ffn=18, renormalize=True),
+        "family": QWEN3_MOE,
     }
 )
 
@@ -204,6 +206,7 @@ def test_parameters_of_the_published_mixtures(
         rms_eps=1e-6,
         max_positions=40960,
         experts=names.Experts(count=128, per_token=8, ffn=ffn, renormalize=True),
+        family=QWEN3_MOE,
     )
     assert (shape.parameters, shape.active_parameters) == (parameters, active)
 
@@ -303,15 +306,20 @@ def test_mixtures_we_would_compute_wrongly(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "llama"}, "model_type='llama' is no Qwen3"),
-        ({"model_type": "absent"}, "model_type=None is no Qwen3"),
+        ({"model_type": "gpt2"}, "model_type='gpt2' is no model that is built; .* or 'llama'"),
+        ({"model_type": "absent"}, "model_type=None is no model that is built"),
         ({"hidden_size": "absent"}, "has no hidden_size"),
         ({"hidden_size": 10.5}, "hidden_size=10.5 is not a positive integer"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide num_attention_heads=6"),
         ({"head_dim": 3}, "head_dim=3 is odd"),
         ({"rope_theta": "absent"}, "has no rope_theta"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type='yarn'"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope_type='longrope'; built"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None is not a positive number"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor=None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5; only 1"),
+        ({"attention_bias": True}, "attention_bias=true; of biases only"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"model_type": "mistral"}, "sliding-window .* set sliding_window to null"),
         ({"use_sliding_window": True, "sliding_window": 8}, "sliding-window"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"tie_word_embeddings": "yes"}, "neither true nor false"),

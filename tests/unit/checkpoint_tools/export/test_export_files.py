@@ -15,12 +15,12 @@ from checkpoint_tools.export.engine_settings import (
     read_sglang,
     write_engine_settings,
 )
-from checkpoint_tools.export.formats import FORMATS
 from checkpoint_tools.export.mask_registration import register_mask
 from checkpoint_tools.export.model_card import model_card, read_evaluation
 from checkpoint_tools.export.training_record import TrainingRecord, read_training_record
 from checkpoint_tools.streaming.shared_loading import SharedLoading
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.families import QWEN3
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer, mask_token
@@ -91,7 +91,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def card(record: TrainingRecord, name: str = "sdar", **options: object) -> str:
     settings = engine_settings(4, record)
-    chosen = {"model_format": FORMATS[name], "dtype": "bf16", **options}
+    chosen = {"layout": QWEN3.formats[name], "dtype": "bf16", **options}
     return model_card(SHAPE, CONTRACT, record, settings, **chosen)  # type: ignore[arg-type]
 
 

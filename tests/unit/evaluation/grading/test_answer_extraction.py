@@ -62,6 +62,12 @@ LETTERS = [
     ("The answer is d/dx", FOUR, "D", None),
     ("The answer is c = 3 m/s", FOUR, "C", None),
     ("Answer: b-cells", FOUR, "B", None),
+    ("D. Because A and B are wrong, as is C", FOUR, "C", "D"),  # an option's mark at the start
+    ("**D.** Because A is wrong", FOUR, "A", "D"),
+    ("(B) Because A is wrong", FOUR, "A", "B"),
+    ("D. Rain.\nThe answer is A.", FOUR, "A", "A"),  # stated later
+    ("A. Rain\nB. Snow\nSo it is C", FOUR, "C", "C"),  # the options repeated choose nothing
+    ("D is wrong, so C", FOUR, "C", "C"),
     ("no letter at all", FOUR, None, None),
     ("", FOUR, None, None),
 ]
@@ -95,6 +101,11 @@ ANSWERS = [
     (r"\boxed{43}", "42", "43", False, False),
     (r"\boxed{unfinished 12", "12", "12", True, False),  # truncated inside the box
     (r"we get 12, then \boxed{", "13", "12", False, False),
+    (r"so \fbox{42}, not 43", "42", "43", False, True),
+    ("6 a day, so she earns **18** dollars", "18", "18**", False, True),
+    ("**Step 1:** 3 * 6 = 18. She earns **\\$18 a day**, not 19", "18", "19", False, True),
+    ("**Step 18:** so it is 3", "18", "3", False, False),  # bold, but no number alone
+    (r"**18** is not it, but \boxed{19}", "18", "19", False, False),  # a box goes before bold type
     ("no number", "1", None, False, False),
     ("", "1", None, False, False),
     (r"\boxed{}", "0", None, False, False),

@@ -431,6 +431,9 @@ def test_without_evalplus_its_tasks_are_missing(tmp_path, monkeypatch):
     (tmp_path / "MbppPlus.jsonl").write_text(json.dumps({**PROBLEM, "task_id": "Mbpp/2"}))
     task = MBPP()
     assert "run launch/setup.sh" in (task.missing(task.load(tmp_path)) or "")
+    monkeypatch.undo()
+    monkeypatch.setattr(code_evalplus, "unseen_modules", lambda names: names[1:2])
+    assert "do not see tree_sitter (installed as links?)" in (HumanEval().missing([row]) or "")
 
 
 def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
@@ -454,7 +457,7 @@ def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
 
 def test_tests_use_the_benchmarks_helpers_not_the_programs():
     row = {
-        "prompt": "def poly(x): return x * 2\ndef f(x):\n",
+        "question": "def poly(x): return x * 2\ndef f(x):\n",
         "canonical_solution": "    return x\n",
         "test": "def check(candidate):\n    assert poly(candidate(1)) == 2\n",
     }

@@ -47,6 +47,7 @@ ROWS = {
     },
     "IFEval": {
         "question": "Q",
+        "key": 1,
         "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
         "kwargs": [{}, {"keywords": ["sun"]}],
     },
@@ -92,6 +93,7 @@ def test_instructions_whose_patterns_are_not_linear_have_a_limit(monkeypatch):
     task = get_task("IFEval")
     row = {
         "question": "Q",
+        "key": 1,
         "instruction_id_list": ["detectable_content:number_placeholders"],
         "kwargs": [{"num_placeholders": 1}],
     }

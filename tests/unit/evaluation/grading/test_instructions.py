@@ -1,6 +1,7 @@
 """IFEval: lm-eval's checkers on clean text, without a network, the same on every run."""
 
 import json
+import random
 import socket
 
 import pytest
@@ -11,6 +12,7 @@ from evaluation.tasks import get_task
 from megatron_opdlm.errors import InputError
 
 TWO = {"num_sentences": 2, "relation": "at least"}
+TEXT = "eeee tttt aaaa"  # four times three letters
 CAPITALS = {"capital_frequency": 2, "capital_relation": "at least"}
 
 # instruction, its arguments, response, strict, loose
@@ -56,7 +58,7 @@ def no_network(monkeypatch):
 
 @pytest.mark.parametrize(("name", "arguments", "response", "strict", "loose"), CASES)
 def test_one_instruction(name, arguments, response, strict, loose):
-    verdict = check_instructions("Write.", [name], [arguments], response)
+    verdict = check_instructions("Write.", [name], [arguments], response, key=1)
     assert verdict.strict == [bool(strict)]
     assert verdict.loose == [bool(loose)]
 
@@ -113,8 +115,10 @@ def test_the_instruction_level_figure_is_over_all_instructions(tmp_path):
 
 def test_a_stand_in_for_the_sentence_splitter_is_flagged(tmp_path):
     """Without NLTK's Punkt data, and only where sentences are counted."""
-    verdict = check_instructions("p", ["length_constraints:number_sentences"], [TWO], "A b. C d.")
-    other = check_instructions("p", ["punctuation:no_comma"], [{}], "A b.")
+    verdict = check_instructions(
+        "p", ["length_constraints:number_sentences"], [TWO], "A b. C d.", key=1
+    )
+    other = check_instructions("p", ["punctuation:no_comma"], [{}], "A b.", key=1)
     assert not other.approximate
     import nltk
 
@@ -124,3 +128,20 @@ def test_a_stand_in_for_the_sentence_splitter_is_flagged(tmp_path):
         assert verdict.approximate
     else:
         assert not verdict.approximate
+
+
+def test_a_drawn_letter_is_the_same_every_time():
+    """Claim: where the data asks for signs the harness draws a letter: by the row's key, whatever
+    Python's random state is, for both readings, and leaving that state as it was."""
+    arguments = {"let_relation": "at least", "letter": "#", "let_frequency": 4}
+
+    def verdict(key: int, state: int) -> tuple[bool, bool]:
+        random.seed(state)
+        before = random.getstate()
+        found = check_instructions("p", ["keywords:letter_frequency"], [arguments], TEXT, key=key)
+        assert random.getstate() == before
+        return found.strict[0], found.loose[0]
+
+    by_key = [{verdict(key, state) for state in range(3)} for key in range(20)]
+    assert all(len(found) == 1 for found in by_key)
+    assert {strict for found in by_key for strict, _ in found} == {True, False}

@@ -15,7 +15,9 @@ import pytest
 
 from evaluation.jail import sandbox as sandbox_module
 from evaluation.jail import seccomp as sandbox_seccomp
-from evaluation.jail.sandbox import Jail, JailLost, Limits, Outcome, Sandbox, package_directories
+from evaluation.jail.new_root import work_directory
+from evaluation.jail.packages import package_directories
+from evaluation.jail.sandbox import Jail, JailLost, Limits, Outcome, Sandbox
 from evaluation.jail.values import Opaque, decode, encode
 from megatron_opdlm.errors import RunError
 
@@ -28,8 +30,16 @@ def sandbox() -> Sandbox:
     return Sandbox(limits=SMALL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def jail(sandbox):
+    """One for all attacks: whatever a program does, the next one finds the jail as it was."""
+    with sandbox.open() as opened:
+        yield opened
+
+
+@pytest.fixture
+def fresh(sandbox):
+    """One that may hold tests: it runs nothing after them."""
     with sandbox.open() as opened:
         yield opened
 
@@ -74,6 +84,46 @@ def test_packages_are_those_of_the_environment_and_of_the_system_below_it(monkey
     monkeypatch.setattr(site, "getsitepackages", lambda: [str(tmp_path), str(tmp_path / "none")])
     assert package_directories()[-1] == str(tmp_path)
     assert any((Path(place) / "numpy").is_dir() for place in package_directories()[:-1])
+
+
+@pytest.fixture
+def scattered(tmp_path, monkeypatch):
+    """A directory of packages below /tmp as pip, a link and uv's link mode make them."""
+    here, elsewhere = tmp_path / "site-packages", tmp_path / "cache"
+    for package in (here / "plain", elsewhere / "linked", elsewhere / "files/files/inner"):
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(f"name = {package.name!r}")
+    (elsewhere / "files/files/__init__.py").write_text("from files.inner import name")
+    (elsewhere / "single.py").write_text("name = 'single'")
+    (here / "linked").symlink_to(elsewhere / "linked")
+    (here / "single.py").symlink_to(elsewhere / "single.py")
+    for file in ("__init__.py", "inner/__init__.py"):
+        (here / "files" / file).parent.mkdir(exist_ok=True)
+        (here / "files" / file).symlink_to(elsewhere / "files/files" / file)
+    directories = [*package_directories(), str(here)]
+    monkeypatch.setattr(sandbox_module, "package_directories", lambda: directories)
+    return here
+
+
+@pytest.mark.parametrize("refused", [set(), {"mount_namespace"}, {"landlock"}])
+def test_packages_are_seen_wherever_they_lie_and_point(sandbox, scattered, refused):
+    """And what is below /tmp leaves programs a /tmp to write to."""
+    source = (
+        "import plain, linked, files, single\nopen('/tmp/x', 'w').write('x')\n"
+        "print(plain.name, linked.name, files.name, single.name)"
+    )
+    if "mount_namespace" not in sandbox.layers - refused:
+        source = source.replace("/tmp/x", "x")
+    below_tmp = Sandbox(limits=SMALL, layers=sandbox.layers - refused)
+    with below_tmp.open() as jail:
+        outcome = run(jail, source)
+    assert outcome.stdout == "plain linked inner single\n", outcome.stderr
+    (scattered / "broken").symlink_to("/proc/nowhere")
+    assert below_tmp.unseen(("plain", "broken", "numpy")) == ["broken"]
+
+
+def test_the_working_directory_hides_no_package():
+    assert work_directory(["/usr", "/sandbox/env", "/sandbox-/env"]) == "/sandbox--"
 
 
 def test_a_program_is_main_and_leaves_as_python_does(jail):
@@ -196,6 +246,35 @@ def test_files_and_disk_are_bounded(jail):
     assert "File too large" in run(jail, f"import signal\n{big}").stderr
     many = "for i in range(99): open(str(i), 'wb').write(b'x' * (1 << 19))"
     assert "No space left" in run(jail, many).stderr
+
+
+def test_many_empty_files_are_bounded_like_full_ones(jail, sandbox):
+    if "mount_namespace" not in sandbox.layers:
+        pytest.skip("needs a file system of its own")
+    empty = f"for i in range({SMALL.work_space // 4096 + 1}): open(str(i), 'w').close()"
+    assert "No space left" in run(jail, empty).stderr
+
+
+NESTED = """
+import os
+open('file', 'w').close()
+for depth in range(3000):
+    os.mkdir('d' * 20)
+    os.symlink('/', 'link')
+    os.chdir('d' * 20)
+for _ in range(30):
+    os.chdir('..')
+    os.chmod('d' * 20, 0)
+print('nested')
+"""
+
+
+def test_whatever_a_program_leaves_behind_is_removed(sandbox):
+    """Without a file system of its own the jail's directory is one of the machine's."""
+    with Sandbox(limits=SMALL, layers=sandbox.layers - {"mount_namespace"}).open() as jail:
+        assert run(jail, NESTED).stdout == "nested\n"
+        assert Path(jail.work, "file").exists()
+    assert not Path(jail.work).exists()
 
 
 def test_files_of_the_machine_cannot_be_deleted_or_written(jail, tmp_path):
@@ -414,8 +493,8 @@ def judge(jail: Jail, source: str, tests: str, *snippets: str, collect: bool = F
         ),
     ],
 )
-def test_right_programs_pass_their_tests(jail, source, tests, snippets):
-    outcome = judge(jail, source, tests, *snippets)
+def test_right_programs_pass_their_tests(fresh, source, tests, snippets):
+    outcome = judge(fresh, source, tests, *snippets)
     assert (outcome.status, outcome.failure, outcome.passed) == ("ok", None, len(snippets))
 
 
@@ -458,27 +537,27 @@ def f():
         "def f(:",
     ],
 )
-def test_cheats_do_not_pass_their_tests(jail, source):
+def test_cheats_do_not_pass_their_tests(fresh, source):
     snippets = ["assert abs(f() - 2) < 1e-6", "assert math.isclose(f(), 2)", "assert f() == 2"]
-    outcome = judge(jail, source, "", *snippets)
+    outcome = judge(fresh, source, "", *snippets)
     assert not (outcome.ok and outcome.failure is None)
 
 
-def test_a_jail_that_has_held_tests_runs_no_further_program(jail):
+def test_a_jail_that_has_held_tests_runs_no_further_program(fresh):
     """Its trusted process may still hold their text, and a forked program would get a copy."""
-    assert judge(jail, "def f(): return 1", "", "assert f() == 1").passed == 1
+    assert judge(fresh, "def f(): return 1", "", "assert f() == 1").passed == 1
     for again in (
-        lambda: jail.stdio("", cpu=CPU),
-        lambda: jail.start(cpu=CPU),
-        lambda: judge(jail, SPY, "", "assert f() == 1"),
+        lambda: fresh.stdio("", cpu=CPU),
+        lambda: fresh.start(cpu=CPU),
+        lambda: judge(fresh, SPY, "", "assert f() == 1"),
     ):
         with pytest.raises(JailLost, match="has held tests"):
             again()
 
 
-def test_a_program_that_hangs_its_tests_is_ended(jail):
-    jail.load("def f():\n    while True: pass")
-    outcome = jail.judge(setup=[], functions=["f"], snippets=["f()"], cpu=0.5)
+def test_a_program_that_hangs_its_tests_is_ended(fresh):
+    fresh.load("def f():\n    while True: pass")
+    outcome = fresh.judge(setup=[], functions=["f"], snippets=["f()"], cpu=0.5)
     assert outcome.status == "cpu_time"
 
 
@@ -506,8 +585,8 @@ def test_pytest_and_unittest_tests_are_collected(sandbox):
     assert wrong.failure is not None
 
 
-def test_no_tests_is_no_pass(jail):
-    assert judge(jail, "def f(): return 1", "").failure == "no tests"
+def test_no_tests_is_no_pass(fresh):
+    assert judge(fresh, "def f(): return 1", "").failure == "no tests"
 
 
 # The machinery.

@@ -1,0 +1,1 @@
+"""``opdlm doctor``: is this machine, with this configuration, ready for a run?"""

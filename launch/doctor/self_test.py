@@ -1,0 +1,51 @@
+"""A training run of a minute: two steps of a tiny random model on the ranks of this machine."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.doctor.finding import Finding
+from launch.stages import ask, torchrun
+
+SECONDS = 600  # generous: compiling kernels takes minutes on a cold GPU
+KEYS = (
+    *("train.steps=2", "rollout.prompts_per_step=16", "optimizer.batch_size=8", "data.epochs=9"),
+    *("model.dtype=auto", "teacher.dtype=auto", "logging.tensorboard=false"),
+)
+
+
+def self_test(ranks: int) -> Iterator[Finding]:
+    """Make a model and prompts, train two steps, look at the loss. RunError where that fails."""
+    from transformers.utils import logging
+
+    from launch.quickstart import task
+    from launch.quickstart.teacher import MASK_ROW, build_model, build_tokenizer, save
+
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(temporary)
+        save(build_model(0), build_tokenizer(), place / "model")
+        task.write_data(place / "data")
+        start = time.monotonic()
+        argv = torchrun(
+            ranks,
+            "megatron_opdlm.train",
+            *("--config", "configs/tiny_cpu.yaml", *KEYS),
+            f"model.path={place / 'model'}",
+            f"model.mask_token_id={MASK_ROW}",
+            f"data.path={place / 'data' / task.FILES['train']}",
+            f"train.out={place / 'run'}",
+        )
+        ask(argv, SECONDS)
+        seconds = time.monotonic() - start
+        lines = (place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+    text = f"2 training steps on {ranks} ranks in {seconds:.0f} s, losses " + ", ".join(
+        f"{loss:.3f}" for loss in losses
+    )
+    is_sound = len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+    remedy = "" if is_sound else "two finite losses are expected: run tests/run.sh"
+    yield Finding(name="self-test", text=text, remedy=remedy, breaks=not is_sound)

@@ -1,0 +1,42 @@
+"""What the rollout engine may use of its machine. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_opdlm.keys import key
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """None of them changes what is generated."""
+
+    slots: int = key(
+        128,
+        "decoded at once on a data-parallel rank; others wait",
+        unit="sequences",
+        at_least=1,
+        may_change=True,
+    )
+    kv_cache_tokens: int | None = key(
+        None,
+        "cached positions of all slots; null: half of the free memory",
+        unit="tokens",
+        at_least=1,
+        may_change=True,
+    )
+    prefill_tokens: int = key(
+        8192,
+        "of prompts that join one forward; a longer prompt joins alone",
+        unit="tokens",
+        at_least=1,
+        may_change=True,
+    )
+    attention: Literal["auto", "buckets", "rows"] = key(
+        "auto",
+        "form of a pass (engine/decode_plans.py); auto: rows on GPUs that have flash-attn, "
+        "else buckets",
+        may_change=True,
+    )
+    graphs: bool = key(
+        True, "capture the forwards of rows in graphs and replay them, on GPUs", may_change=True
+    )

@@ -1,0 +1,41 @@
+"""What the choice of hardware sets, in a process of its own where it has to be pretended."""
+
+import os
+import subprocess
+import sys
+
+from tests.distributed.workers import REPOSITORY
+
+# A GPU as far as the choice of hardware asks for one; Transformer Engine and Apex are not here.
+PROGRAM = """
+import torch
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_capability = lambda *device: (9, 0)
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_name = lambda device: "pretended"
+torch.cuda.set_device = lambda device: None
+before = torch.get_float32_matmul_precision()
+import megatron_opdlm.hardware
+from megatron.core import optimizer as o
+from megatron.core.optimizer import distrib_optimizer as d
+print(before, torch.get_float32_matmul_precision())
+print(o.Adam.__name__, d.Adam.__name__, o.USING_PYTORCH_OPTIMIZER, d.HAVE_APEX_OR_TE)
+"""
+
+
+def test_a_gpu_without_fused_kernels_in_an_image_that_asks_for_tf32():
+    """Claim: products of float32 are in float32, though NGC's images ask PyTorch for TF32. Where
+    Megatron finds neither Transformer Engine nor Apex, it gets the Adam that CPUs get: with torch's
+    own a run trains and saves but cannot be resumed, since ``DistributedOptimizer.state_dict``
+    (megatron/core/optimizer/distrib_optimizer.py), which loading calls before there is any state,
+    asserts ``len(steps) == 1`` where ``not HAVE_APEX_OR_TE``."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        cwd=REPOSITORY,
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["high highest", "GroupAdam GroupAdam False True"]
