@@ -33,10 +33,11 @@ from megatron_opdlm.engine import slot_state
 from megatron_opdlm.engine.cache_budget import room_for
 from megatron_opdlm.engine.decoder import Decoder, Group
 from megatron_opdlm.engine.pages import Pages
-from megatron_opdlm.engine.passes import Capture, FixedPasses, Flight
+from megatron_opdlm.engine.passes import FixedPasses, Flight
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
 from megatron_opdlm.records import Trajectory, Vocabulary
@@ -123,12 +124,15 @@ def generate(
         return Rollout(trajectories=[], flops=0.0)
     rules = decoding if decoding.mode == "diffusion" else decoding.autoregressive()
     _check_prompts(requests, rules)
+    way = choose_decode_attention(
+        options.attention, model.config.params_dtype, model.shape.head_dim, select_hardware()
+    )
     # How many tokens an expert gets is known on the way only, so nothing is captured.
-    graphs = options.graphs and model.shape.experts is None
-    kind, capture = _way_to_decode(options.attention, graphs)
+    graphs = options.graphs and way.kernel is not None and model.shape.experts is None
+    captures = select_hardware().captures if graphs else None
     room = room_for(
         model,
-        kind,
+        paged=way.kernel is not None,
         slots=min(options.slots, len(requests)),
         positions=max((r.positions(rules.block_size) for r in requests), default=rules.block_size),
         kv_cache_tokens=options.kv_cache_tokens,
@@ -138,17 +142,11 @@ def generate(
     model.eval()
     try:
         with without_sequence_parallel(model):
-            decoder = Decoder(model, rules, vocabulary, room, kind, capture)
+            capture = captures() if captures else None
+            decoder = Decoder(model, rules, vocabulary, room, way.kernel, capture)
             return _Engine(decoder, queue, stop, finished).run()
     finally:
         model.train(was_training)
-
-
-def _way_to_decode(attention: str, graphs: bool) -> tuple[str, Capture | None]:
-    """Which form of forward runs here, and what captures the passes of rows."""
-    hardware = select_hardware()
-    kind = hardware.decode_attention if attention == "auto" else attention
-    return kind, hardware.capture if graphs and kind == "rows" else None
 
 
 def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
@@ -287,7 +285,7 @@ class _Engine:
             flight, fetched = group.reports.popleft()
             numbers = fetched().numpy()
             header, report = numbers[:header_size].tolist(), numbers[header_size:]
-            report = report.reshape(state.slots, -1)
+            report = report.reshape(-1, slot_state.TOKENS + 2 * state.rules.block_size)
             self._check(group, header[slot_state.FAULTY])
             self.stopped = self.stopped or bool(header[slot_state.STOP])
             pairs = flight.pairs

@@ -29,14 +29,14 @@ class Room:
 
 def room_for(
     model: LanguageModel,
-    attention: str,
     *,
+    paged: bool,
     slots: int,
     positions: int,
     kv_cache_tokens: int | None,
 ) -> Room:
     """Slots and pages for sequences of at most ``positions`` within ``kv_cache_tokens`` (None: half
-    of the free memory), at least for one. Buckets keep a whole sequence in a page of its own.
+    of the free memory), at least for one. Without ``paged`` a whole sequence has a page of its own.
 
     Raises RunError for a budget that does not hold the longest sequence.
     """
@@ -48,7 +48,7 @@ def room_for(
             f"rollout.kv_cache_tokens={kv_cache_tokens} is less than the {positions} positions of "
             "the longest prompt and response; raise it, or lower that max_new_tokens"
         )
-    if attention == "buckets":
+    if not paged:
         slots = min(slots, max(1, kv_cache_tokens // positions))
         return Room(slots=slots, positions=positions, page_tokens=positions, pages=slots)
     most = slots * -(-positions // PAGE_TOKENS)

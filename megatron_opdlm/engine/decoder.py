@@ -11,10 +11,10 @@ from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine.cache_budget import Room, open_cache
 from megatron_opdlm.engine.decode_plans import BucketPlans, RowPlans
-from megatron_opdlm.engine.passes import Capture, ExactPasses, FixedPasses
+from megatron_opdlm.engine.passes import ExactPasses, FixedPasses
 from megatron_opdlm.engine.slot_state import SlotState
-from megatron_opdlm.hardware import select_hardware
-from megatron_opdlm.model import decode_attention
+from megatron_opdlm.hardware import Capture, select_hardware
+from megatron_opdlm.model.decode_attention import RowKernel
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.records import Vocabulary
 
@@ -38,12 +38,12 @@ class Decoder:
         rules: Decoding,
         vocabulary: Vocabulary,
         room: Room,
-        attention: str,
+        kernel: RowKernel | None,
         capture: Capture | None,
     ) -> None:
-        """``attention``: "buckets" or "rows"; ``capture``: None runs passes kernel by kernel."""
+        """``kernel``: of block rows, None for buckets; ``capture``: None captures nothing."""
         self.model, self.rules, self.vocabulary, self.room = model, rules, vocabulary, room
-        self.attention, self.capture = attention, capture
+        self.kernel, self.capture = kernel, capture
         self.device = select_hardware().device
         shares = _shares(room)
         self.cache = open_cache(model, room, scratch=len(shares))
@@ -61,10 +61,10 @@ class Decoder:
             dtype=torch.int32,
             device=self.device,
         )
-        if self.attention == "buckets":
+        if self.kernel is None:
             plans = BucketPlans(self.cache, table, state, pages)
         else:
-            plans = RowPlans(self.cache, table, self.rules.block_size, decode_attention.gathered)
+            plans = RowPlans(self.cache, table, self.rules.block_size, self.kernel)
         passes = (
             ExactPasses(self.model, state, plans)
             if self.capture is None

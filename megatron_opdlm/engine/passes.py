@@ -6,7 +6,7 @@ sizes; what each size runs is captured once and replayed. Nobody waits for the d
 whoever does not fit takes part in the next pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,12 +25,11 @@ from megatron_opdlm.engine.slot_state import (
     Draws,
     SlotState,
 )
+from megatron_opdlm.hardware import Capture, Run
 from megatron_opdlm.model.flops import attended_pairs
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import project
 
-Run = Callable[[], Tensor]
-Capture = Callable[[Run], Run]
 LEAST = 8  # smaller passes cost as much
 
 

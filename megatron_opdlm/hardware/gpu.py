@@ -1,7 +1,6 @@
 """What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
-import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,9 @@ import torch
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
 PROJECTION_ROWS = 1024
+
+# Our kernel, which comes with every CUDA build of torch, before FlashAttention's. Neither measured.
+DECODE_ATTENTION = ("triton", "flash", "rows")
 
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": False,
@@ -39,13 +41,6 @@ def transformer_engine() -> str | None:
 def peak_memory_bytes() -> int:
     """Largest amount of GPU memory that tensors have occupied on this rank."""
     return torch.cuda.max_memory_allocated()
-
-
-def decode_attention() -> str:
-    """Block rows where FlashAttention can read a slot's keys in place; without it they would be
-    copied for every row, and buckets copy less.
-    """
-    return "rows" if importlib.util.find_spec("flash_attn") else "buckets"
 
 
 def free_memory_bytes() -> int:
@@ -101,28 +96,31 @@ def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
-@functools.cache
-def _graph_memory() -> Any:
-    """One pool for all graphs: they are replayed one after the other."""
-    return torch.cuda.graph_pool_handle()
-
-
-def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them on
-    whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+class Graphs:
+    """CUDA graphs that share one memory pool, since they are replayed one after the other, and one
+    side stream. The pool dies with its graphs: one that outlived them could not be captured into
+    again.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries choose algorithms and take memory the first times
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_graph_memory()):
-        output = run()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.side = torch.cuda.Stream()
 
-    return replay
+    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them
+        on whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+        """
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):  # libraries choose algorithms, take memory, compile
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(self.side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+            output = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay

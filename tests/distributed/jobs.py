@@ -152,8 +152,8 @@ def fixed_size_forwards(on: bool) -> Iterator[None]:
         return lambda: output.copy_(run())
 
     hardware = select_hardware()
-    if on and hardware.capture is None:
-        rollout.select_hardware = lambda: replace(hardware, capture=capture)
+    if on and hardware.captures is None:
+        rollout.select_hardware = lambda: replace(hardware, captures=lambda: capture)
     try:
         yield
     finally:

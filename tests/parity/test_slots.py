@@ -7,6 +7,7 @@ import pytest
 
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine import cache_budget
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
@@ -90,6 +91,35 @@ def test_what_joins_together_changes_no_token(models: TinyModels):
     options = EngineOptions(slots=4, prefill_tokens=1)
     alone = generate(model, asked, decoding, IDS, key=(1, 1), options=options)
     assert alone.trajectories == together.trajectories
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "fixed-size"])
+def test_sequences_that_outgrow_the_pages(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch, graphs: bool
+):
+    """Claim: pages hold what sequences use: more sequences are at work than the budget has room for
+    at their full lengths; where pages run out the youngest leave and go on later from their last
+    finished block. Tokens and passes are those of a cache with room for everybody."""
+    monkeypatch.setattr(cache_budget, "PAGE_TOKENS", 8)
+    left: list[int] = []
+    leave = SlotBooks._leave
+    monkeypatch.setattr(
+        SlotBooks, "_leave", lambda books, slot: (left.append(slot), leave(books, slot))
+    )
+    model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
+    asked = [request(i, 3 + i, limit=30) for i in range(6)]
+    for shift in (False, True):
+        rules = Decoding(block_size=4, denoising_steps=3, temperature=1.0, logit_shift=shift)
+        vocabulary = jobs.without_end(IDS)
+        expected = generate(model, asked, rules, vocabulary, key=(1, 1)).trajectories
+        options = EngineOptions(attention="rows", kv_cache_tokens=96, slots=5)
+        with jobs.fixed_size_forwards(graphs):
+            made = generate(model, asked, rules, vocabulary, key=(1, 1), options=options)
+        assert made.trajectories == expected
+        # 96 positions hold two of them, of 36 to 40 positions, at full length
+        assert made.slot_utilisation * made.slots > 2.2
+        assert left
+        left.clear()
 
 
 def test_operations_of_padded_forwards_are_counted(models: TinyModels):
