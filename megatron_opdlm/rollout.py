@@ -40,21 +40,10 @@ from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
-from megatron_opdlm.records import Trajectory, Vocabulary
+from megatron_opdlm.records import Rollout, Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
-__all__ = ["Request", "Rollout", "generate", "generate_over_copies"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """What generating requests made and what it cost."""
-
-    trajectories: list[Trajectory]
-    flops: float  # of all ranks of the copies of the model that generated
-    slots: int = 0  # sequences that fit at once
-    slot_utilisation: float = 0.0  # share of slots that worked, averaged over forwards
-    complete: bool = True  # False: it was told to stop, and has not all trajectories
+__all__ = ["Request", "generate", "generate_over_copies"]
 
 
 def generate_over_copies(

@@ -12,7 +12,7 @@ class EngineOptions:
 
     slots: int = key(
         128,
-        "decoded at once on a data-parallel rank; others wait",
+        "sequences decoded at once on a data-parallel rank; others wait",
         unit="sequences",
         at_least=1,
         may_change=True,
@@ -26,7 +26,7 @@ class EngineOptions:
     )
     prefill_tokens: int = key(
         8192,
-        "of prompts that join one forward; a longer prompt joins alone",
+        "length of the prompts that join one forward; a longer one joins alone",
         unit="tokens",
         at_least=1,
         may_change=True,

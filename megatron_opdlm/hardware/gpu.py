@@ -1,10 +1,13 @@
 """What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_opdlm.errors import InputError
 
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
@@ -72,9 +75,18 @@ def libraries() -> str:
 
 
 def set_device(local_rank: int) -> torch.device:
-    """Bind this process to its GPU."""
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    """Bind this process to its GPU: the one that it sees where it sees one (Slurm's
+    ``--gpus-per-task=1``), else that of its number on the machine.
+    """
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise InputError(
+            f"LOCAL_RANK={local_rank}, but this process sees {visible} GPUs; start at most "
+            f"{visible} ranks on this machine, or show it more (CUDA_VISIBLE_DEVICES)"
+        )
+    number = local_rank if visible > 1 else 0
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def upload(x: torch.Tensor) -> torch.Tensor:
@@ -96,27 +108,32 @@ def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for all captures: CUDA hands out few, and the allocator keeps memory for each."""
+    return torch.cuda.Stream()
+
+
 class Graphs:
-    """CUDA graphs that share one memory pool, since they are replayed one after the other, and one
-    side stream. The pool dies with its graphs: one that outlived them could not be captured into
-    again.
+    """CUDA graphs that share one memory pool, since they are replayed one after the other. The pool
+    dies with its graphs: one that outlived them could not be captured into again.
     """
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self.side = torch.cuda.Stream()
 
     def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them
         on whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
         """
-        self.side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.side):  # libraries choose algorithms, take memory, compile
+        side = _side_stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose algorithms, take memory, compile
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(self.side)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.side):
+        with torch.cuda.graph(graph, pool=self.pool):
             output = run()
 
         def replay() -> torch.Tensor:

@@ -28,6 +28,7 @@ from megatron_opdlm.run.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.storage.run_state import RunIdentity
 from megatron_opdlm.supervision import preemption, watchdog
+from megatron_opdlm.supervision.blame import calls_made
 from megatron_opdlm.teacher_fp8 import calibration_sequences, quantize_fp8
 
 
@@ -42,7 +43,9 @@ def open_session(config: Config) -> Session:
     hardware = parallel.init(
         model_layout(config), seed=config.train.seed, timeout_seconds=timeout_seconds
     )
-    watchdog.start(timeout_seconds, parallel.broadcast_object)
+    on_cpu = hardware.device.type == "cpu"  # where gloo's calls are waited for in Python
+    calls = None if on_cpu else calls_made
+    watchdog.start(timeout_seconds, parallel.broadcast_object, calls)
     preemption.stop_at_once()
     hold_run_directory(Path(config.train.out))
     checkpoints = build_checkpoints(config, source, hardware)

@@ -34,14 +34,14 @@ from megatron_opdlm.model_files.manifest import huggingface_dir
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
-from megatron_opdlm.records import Trajectory, Vocabulary
+from megatron_opdlm.records import State, Trajectory, UpdateReport, Vocabulary
 from megatron_opdlm.rollout import Request, generate, generate_over_copies
 from megatron_opdlm.run import build
 from megatron_opdlm.run.session import my_share, packing_of
-from megatron_opdlm.states import State, choose_states, make_state
+from megatron_opdlm.states import choose_states, make_state
 from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.teacher_fp8 import quantize_fp8
-from megatron_opdlm.update import Student, UpdateReport, update
+from megatron_opdlm.update import Student, update
 
 # isort: split
 from megatron.core import parallel_state

@@ -10,6 +10,7 @@ import torch
 
 from megatron_opdlm.config import load_config
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.diffusion.wide_product import wide_product
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model import decode_attention
@@ -36,6 +37,17 @@ def test_hardware_is_the_gpu():
     assert hardware.process_group_backend == "nccl"
     assert hardware.dtype is torch.bfloat16
     assert hardware.free_memory_bytes() > 0
+
+
+def test_logits_are_not_rounded():
+    """Claim: products of bfloat16 matrices come out as their float32 sums: a thousand times nearer
+    to the exact ones than bfloat16 could be."""
+    generator = torch.Generator("cuda").manual_seed(3)
+    a, b = (torch.randn(s, generator=generator, device="cuda") for s in ((64, 512), (300, 512)))
+    a, b = a.bfloat16(), b.bfloat16().t()
+    exact = a.double() @ b.double()
+    error = (wide_product(a, b).double() - exact).norm() / exact.norm()
+    assert float(error) < 1e-5
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence_static", "low_confidence_dynamic"])

@@ -437,7 +437,7 @@ def test_without_evalplus_its_tasks_are_missing(tmp_path, monkeypatch):
 
 
 def test_without_a_sandbox_tasks_that_run_programs_are_missing(monkeypatch):
-    def refuse():
+    def refuse(best_effort):
         raise RunError("programs cannot be run safely here; run as an ordinary user")
 
     monkeypatch.setattr(evaluation.jail.sandbox, "_default", None)
