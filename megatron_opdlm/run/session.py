@@ -192,6 +192,7 @@ class Session:
             "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
         }
         self.metrics.write(step, row)
+        watchdog.enter("profile", step)
         self.profiler.end(step)
         every = self.config.logging.samples_every
         if every and (step % every == 0 or step == 1):
