@@ -1,7 +1,7 @@
 """What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,6 +14,9 @@ from megatron_opdlm.errors import InputError
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
 PROJECTION_ROWS = 1024
+
+# Our kernel, which comes with every CUDA build of torch, before FlashAttention's. Neither measured.
+DECODE_ATTENTION = ("triton", "flash", "rows")
 
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": False,
@@ -43,13 +46,6 @@ def transformer_engine() -> str | None:
 def peak_memory_bytes() -> int:
     """Largest amount of GPU memory that tensors have occupied on this rank."""
     return torch.cuda.max_memory_allocated()
-
-
-def decode_attention() -> str:
-    """Block rows where FlashAttention can read a slot's keys in place; without it they would be
-    copied for every row, and buckets copy less.
-    """
-    return "rows" if importlib.util.find_spec("flash_attn") else "buckets"
 
 
 def free_memory_bytes() -> int:
@@ -123,10 +119,23 @@ def set_device(local_rank: int) -> torch.device:
     return torch.device("cuda", number)
 
 
-@functools.cache
-def _graph_memory() -> Any:
-    """One pool for all graphs: they are replayed one after the other."""
-    return torch.cuda.graph_pool_handle()
+def upload(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the GPU, which nobody waits for."""
+    return x.pin_memory().to("cuda", non_blocking=True)
+
+
+def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying to the host; the function that comes back waits and gives the copy."""
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
 
 
 @functools.cache
@@ -135,22 +144,30 @@ def _side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them on
-    whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+class Graphs:
+    """CUDA graphs that share one memory pool, since they are replayed one after the other. The pool
+    dies with its graphs: one that outlived them could not be captured into again.
     """
-    side = _side_stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries choose algorithms and take memory the first times
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_graph_memory()):
-        output = run()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them
+        on whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+        """
+        side = _side_stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose algorithms, take memory, compile
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay

@@ -18,6 +18,7 @@ from megatron_opdlm.run.build import (
     build_plan,
     build_student,
     choose_teacher,
+    describe_decoding,
     describe_kernels,
     open_pair,
 )
@@ -66,7 +67,8 @@ def open_session(config: Config) -> Session:
     if parallel.is_writer():
         prepare_run_directory(config)
         checkpoints.places.discard_leftovers()
-        _announce(config, hardware, plan, progress)
+        decoding = describe_decoding(config, source.shape, hardware)
+        _announce(config, hardware, decoding, plan, progress)
         tracker = _open_tracker(config, checkpoints)
     parallel.barrier()
     session = Session(
@@ -96,7 +98,9 @@ def open_session(config: Config) -> Session:
     return session
 
 
-def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Progress) -> None:
+def _announce(
+    config: Config, hardware: Hardware, decoding: str, plan: StepPlan, progress: Progress
+) -> None:
     """What is about to happen: on stderr beside the progress bar, and into the run's record."""
     record_start(
         Path(config.train.out),
@@ -108,6 +112,7 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
     lines = [
         f"hardware: {hardware.reason}",
         describe_kernels(config, hardware),
+        decoding,
         f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
         f"{layout.context} x data {parallel.data_parallel_size()}"
         + (f", experts over {layout.expert}" if layout.expert > 1 else "")
