@@ -185,7 +185,7 @@ _PREDICATES = {
     for name in dir(kind)
     if name.startswith("is") or name in ("startswith", "endswith")
 }
-_LONGEST = 100_000  # items of an object that is searched
+_LONGEST = 1_000  # items of an object that is searched
 
 
 def _state(proxy: Proxy) -> Any:
