@@ -20,8 +20,8 @@ from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.records import Prompt, Vocabulary
-from megatron_opdlm.rollout import Rollout, generate
+from megatron_opdlm.records import Prompt, Rollout, Vocabulary
+from megatron_opdlm.rollout import generate
 
 SHAPES = {  # the published configurations
     "qwen3-0.6b": ModelShape(28, 1024, 16, 8, 128, 3072, 151936, True, 1e6, 1e-6, 40960),

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.states import State
+from megatron_opdlm.records import State
 
 
 @dataclass(frozen=True, kw_only=True)

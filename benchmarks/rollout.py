@@ -28,8 +28,8 @@ from megatron_opdlm.engine.slots import Request
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.weights import fill
 from megatron_opdlm.model_files.shape import ModelShape, hf_names
-from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
-from megatron_opdlm.rollout import Rollout, generate
+from megatron_opdlm.records import Prompt, Rollout, Trajectory, Vocabulary
+from megatron_opdlm.rollout import generate
 
 SHAPES = {
     "tiny": ModelShape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),

@@ -19,16 +19,18 @@ from megatron_opdlm.keys import key
 class Loading:
     """How a model is loaded. Data parallelism takes what tp and pp leave of the world size."""
 
-    tp: int = key(1, "that share every layer", unit="ranks", at_least=1)
-    pp: int = key(1, "that share out the layers", unit="ranks", at_least=1)
+    tp: int = key(1, "tensor-parallel ranks: they share every layer", at_least=1)
+    pp: int = key(1, "pipeline-parallel ranks: they share out the layers", at_least=1)
     ep: int = key(
         1,
-        "that share out the experts of a mixture, among those that tp and pp leave",
-        unit="ranks",
+        "expert-parallel ranks: they share out the experts of a mixture, among those that tp and "
+        "pp leave",
         at_least=1,
     )
     mask_token_id: int | None = key(
-        None, "without it the tokenizer's mask token, else 151669 where it fits", at_least=0
+        None,
+        "id of the mask token; without it the tokenizer's, else 151669 where it fits",
+        at_least=0,
     )
 
 

@@ -3,19 +3,19 @@
     torchrun ... -m evaluation.recipe FILE --model DIR --data DIR --out DIR [--limit N] [--dry-run]
 
 A recipe (configs/evaluation/) has ``common`` settings and a list of ``runs``, each with a ``name``,
-its ``tasks`` and the settings in which it differs (docs/recipes.md). Every run has the files of
-evaluation.run in OUT/NAME; a run whose summary.json is there is not run again, so the same command
-goes on after a kill. Every run is checked before the first is started: one that was made with other
-settings, other data or another model (also one trained further in the same directory) ends the
-command with what differs. OUT/summary.json, written last, holds all rows.
+its ``tasks`` and the settings in which it differs; ``base`` names a file that it extends
+(docs/recipes.md). Every run has the files of evaluation.run in OUT/NAME; a run whose summary.json
+is there is not run again, so the same command goes on after a kill. Every run is checked before the
+first is started: one that was made with other settings, other data or another model (also one
+trained further in the same directory) ends the command with what differs.
+OUT/summary.json, written last, holds all rows.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from evaluation.decoding_flags import Loading, add_loading_flags, check_model, loading_from
 from evaluation.generation.identity import recorded_settings
@@ -25,13 +25,28 @@ from evaluation.run import evaluate, finished, load_tasks, tell_skipped
 from evaluation.sample import open_generator
 from evaluation.tasks import get_task
 from megatron_opdlm import launcher
-from megatron_opdlm.configuration import yaml_text
-from megatron_opdlm.diffusion.decoding import ASKED, Decoding
+from megatron_opdlm.configuration.tree import build_section
+from megatron_opdlm.configuration.values import read_with_bases
+from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
+from megatron_opdlm.keys import key, keys_of
 from megatron_opdlm.model_files.writing import check_place, write_json
 
-_OWN = ("name", "tasks", "samples", "enable_thinking", "thresholds")
-_DEFAULTS = Decoding()
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry(Decoding):
+    """What a file says of a run: how to decode, and what is asked."""
+
+    name: str = key("", "of its directory")
+    tasks: list[str] = key([], "names of tasks")
+    samples: int = key(1, "responses to each problem", at_least=1)
+    enable_thinking: bool = key(False, "thinking flag of the chat template")
+    thresholds: list[float] | None = key(
+        None, "a run for each, decoded dynamically", at_least=0, at_most=1
+    )
+
+
+_KEYS = [name for name in keys_of(_Entry) if name != "logit_shift"]  # the model's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +63,19 @@ class RecipeRun:
 def read_recipe(path: Path) -> list[RecipeRun]:
     """The runs of a recipe file, ``thresholds`` spread out. InputError names file, run and key."""
     where = f"evaluation recipe {path}"
-    if not path.is_file():
-        raise InputError(f"{where}: no such file; configs/evaluation/ holds ready ones")
-    try:
-        text = path.read_text(encoding="utf-8")
-        yaml_text.check(text)
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: "2001-99-99" and the like
-        raise InputError(f"{where}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict) or set(tree) - {"common", "runs"}:
-        raise InputError(f"{where}: needs the keys common and runs, and no others")
-    common, entries = tree.get("common") or {}, tree.get("runs")
-    if not isinstance(common, dict) or not isinstance(entries, list) or not entries:
-        raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
+    common: dict[str, Any] = {}
+    entries: list[Any] = []
+    for tree in read_with_bases(path, "evaluation recipe"):
+        if set(tree) - {"common", "runs"}:
+            raise InputError(f"{where}: needs the keys common and runs, and no others but base")
+        own, runs = tree.get("common") or {}, tree.get("runs") or []
+        if not isinstance(own, dict) or not isinstance(runs, list):
+            raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
+        common |= own
+        replaced = [_name(run) for run in runs]
+        entries = [run for run in entries if _name(run) not in replaced] + runs
+    if not entries:
+        raise InputError(f"{where}: runs is a list of at least one run")
     runs = [run for entry in entries for run in _runs(where, common, entry)]
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -69,67 +84,38 @@ def read_recipe(path: Path) -> list[RecipeRun]:
     return runs
 
 
+def _name(entry: Any) -> object:
+    """By which a run takes the place of one of the base."""
+    return entry.get("name") if isinstance(entry, dict) else None
+
+
 def _runs(where: str, common: dict[str, Any], entry: Any) -> list[RecipeRun]:
+    """An entry over the common settings; a run for each of its ``thresholds``, if it has any."""
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise InputError(f"{where}: every run is a mapping with a name")
-    name = entry["name"]
-    where = f"{where}: run {name}"
-    if not name or "/" in name or name.startswith("."):
+    where, values = f"{where}: run {entry['name']}", {**common, **entry}
+    for name in values:
+        if name not in _KEYS:
+            raise InputError(f"{where}: no key {name!r}{nearest(str(name), _KEYS)}")
+    found = build_section(_Entry, values, f"{where}: ")
+    if not found.name or "/" in found.name or found.name.startswith("."):
         raise InputError(f"{where}: the name is a directory's; use a plain one")
-    values = {**common, **entry}
-    for key in values:
-        if key not in (*ASKED, *_OWN):
-            raise InputError(f"{where}: no key {key!r}{nearest(str(key), (*ASKED, *_OWN))}")
-    tasks = values.get("tasks")
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(t, str) for t in tasks):
+    if not found.tasks:
         raise InputError(f"{where}: tasks must be a list of at least one name")
-    thinking = _typed(where, values, "enable_thinking", False)
-    samples = _typed(where, values, "samples", 1)
-    if samples < 1:
-        raise InputError(f"{where}: samples={samples}: use 1 or more")
-    decoding = _decoding(where, values)
     run = RecipeRun(
-        name=name,
-        tasks=tuple(tasks),
-        decoding=decoding,
-        samples=samples,
-        enable_thinking=thinking,
+        name=found.name,
+        tasks=tuple(found.tasks),
+        decoding=Decoding.of(found),
+        samples=found.samples,
+        enable_thinking=found.enable_thinking,
     )
-    return _spread(where, run, values.get("thresholds"))
-
-
-def _decoding(where: str, values: Mapping[str, Any]) -> Decoding:
-    given = {
-        key: _typed(where, values, key, getattr(_DEFAULTS, key)) for key in ASKED if key in values
-    }
-    try:
-        return replace(_DEFAULTS, **given).validate()
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def _typed(where: str, values: Mapping[str, Any], key: str, default: Any) -> Any:
-    """A value of the default's type; an integer may stand for a float."""
-    value = values.get(key, default)
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise InputError(f"{where}: {key}={value!r} must be like {default!r}; correct it")
-    return value
-
-
-def _spread(where: str, run: RecipeRun, thresholds: Any) -> list[RecipeRun]:
-    """A run for each of ``thresholds``, decoded dynamically; without them the run itself."""
-    if thresholds is None:
+    if found.thresholds is None:
         return [run]
-    if not isinstance(thresholds, list) or not all(type(t) in (int, float) for t in thresholds):
-        raise InputError(f"{where}: thresholds must be a list of probabilities")
-    runs = []
-    for threshold in thresholds:
-        how = {"remasking": "low_confidence_dynamic", "threshold": float(threshold)}
-        decoding = _decoding(where, {**asdict(run.decoding), **how})
-        runs.append(replace(run, name=f"{run.name}-{threshold:g}", decoding=decoding))
-    return runs
+    dynamic = replace(run.decoding, remasking="low_confidence_dynamic")
+    return [
+        replace(run, name=f"{run.name}-{t:g}", decoding=replace(dynamic, threshold=t))
+        for t in found.thresholds
+    ]
 
 
 def run_recipe(
@@ -183,9 +169,10 @@ def describe(runs: Sequence[RecipeRun]) -> str:
         how = f"{d.remasking} {d.threshold:g}" if "dynamic" in d.remasking else d.remasking
         how = "autoregressive" if d.mode == "ar" else f"{how}, {d.denoising_steps} passes"
         thinking = ", thinking" if run.enable_thinking else ""
+        drawn = f"temperature {d.temperature:g}" + (f", top-k {d.top_k}" if d.top_k else "")
         lines.append(
-            f"{run.name}: {', '.join(run.tasks)}; {d.max_new_tokens} tokens, temperature "
-            f"{d.temperature:g}, {how}, {run.samples} responses{thinking}"
+            f"{run.name}: {', '.join(run.tasks)}; {d.max_new_tokens} tokens, {drawn}, {how}, "
+            f"{run.samples} responses{thinking}"
         )
     return "\n".join(lines)
 
@@ -204,11 +191,17 @@ def _parser() -> Arguments:
 
 
 def _chosen(runs: list[RecipeRun], only: list[str] | None) -> list[RecipeRun]:
-    names = [run.name for run in runs]
-    for name in only or []:
-        if name not in names:
+    if only is None:
+        return runs
+    chosen: dict[str, RecipeRun] = {}
+    for name in only:  # of a run with thresholds: one of them, or all by the name in the file
+        own = re.compile(rf"{re.escape(name)}(-[\d.]+)?")
+        found = {run.name: run for run in runs if own.fullmatch(run.name)}
+        if not found:
+            names = [run.name for run in runs]
             raise InputError(f"--only {name}: no such run{nearest(name, names)}")
-    return [run for run in runs if only is None or run.name in only]
+        chosen |= found
+    return [run for run in runs if run.name in chosen]
 
 
 def main() -> None:

@@ -6,13 +6,14 @@ before anything slow is loaded. What each key is stands at the key, in ``configu
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+import yaml
 
-from megatron_opdlm.configuration import rules
+from megatron_opdlm.configuration import document, rules
 from megatron_opdlm.configuration.learning import (
     CheckpointConfig,
     DistributedConfig,
@@ -38,7 +39,7 @@ from megatron_opdlm.configuration.sequences import (
     ThresholdScheduleConfig,
 )
 from megatron_opdlm.configuration.tree import build, flatten
-from megatron_opdlm.configuration.values import first_line, read_file, read_override
+from megatron_opdlm.configuration.values import merged, read_file, read_override, resolved
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.keys import keys_of, section, types_of
 
@@ -66,23 +67,14 @@ class Config:
 
 
 def load_config(file: Path | None, overrides: list[str]) -> Config:
-    """Defaults, then ``file``, then ``overrides`` (``section.key=VALUE``, VALUE in YAML); checked.
+    """Defaults, then ``file`` (over its ``base``), then ``overrides`` (``section.key=VALUE``);
+    checked.
 
     A value may refer to another key: ``${model.path}``.
     """
-    trees = [read_file(file)] if file is not None else []
-    trees += [read_override(text) for text in overrides]
-    defaults = dataclasses.asdict(Config())
-    try:
-        merged = OmegaConf.to_container(OmegaConf.merge(defaults, *trees), resolve=True)
-    except TypeError as error:  # of OmegaConf's: the types that it cannot merge
-        raise InputError(
-            "configuration: a list stands where a section is needed; write section: {key: value}"
-        ) from error
-    except OmegaConfBaseException as error:
-        raise InputError(f"configuration: {first_line(error)}") from error
-    assert isinstance(merged, dict)
-    config = build(Config, merged)
+    trees = [dataclasses.asdict(Config()), *([read_file(file)] if file is not None else [])]
+    trees += [read_override(Config, text) for text in overrides]
+    config = build(Config, resolved(merged(trees)))
     rules.check(flatten(config))
     return config
 
@@ -99,7 +91,17 @@ def require(config: Config, *keys: str) -> None:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration; ``load_config`` reads it back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    tree = _without_references(dataclasses.asdict(config))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _without_references(value: Any) -> Any:
+    """Text that looks like a reference to another key, so written that it is none."""
+    if isinstance(value, dict):
+        return {key: _without_references(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_references(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def differing_keys(a: Config, b: Config) -> list[str]:
@@ -115,3 +117,7 @@ def may_change(key: str) -> bool:
     place, _, name = key.partition(".")
     whole = next(item for item in dataclasses.fields(Config) if item.name == place)
     return whole.metadata["may_change"] or keys_of(types_of(Config)[place])[name].may_change
+
+
+if __name__ == "__main__":
+    print(document.markdown(Config), end="")

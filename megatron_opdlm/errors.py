@@ -9,9 +9,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from megatron_opdlm import launcher
+from megatron_opdlm import launcher, written_values
 from megatron_opdlm.launcher import rank, world_size
 
 BAD_INPUT = 2
@@ -36,6 +37,27 @@ class Stopped(BaseException):
     """
 
 
+# How the types of flags are read; None: of those that name no type.
+_READERS: dict[type | None, Callable[[str], Any]] = {
+    int: written_values.integer,
+    float: written_values.number,
+    Path: lambda text: Path(written_values.path(text)),
+    None: written_values.plain_text,
+}
+
+
+def _argument(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse, which says the message of its own error only."""
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} {error}") from error
+
+    return convert
+
+
 class Arguments(argparse.ArgumentParser):
     """An argument parser whose errors are InputErrors: one ``error:`` line and exit code 2.
 
@@ -51,6 +73,8 @@ class Arguments(argparse.ArgumentParser):
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        for kind, read in _READERS.items():
+            self.register("type", kind, _argument(read))
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

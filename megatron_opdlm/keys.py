@@ -7,15 +7,20 @@ made by ``key``. Checks, ``--help`` and docs/configuration.md read what stands t
 
 import copy
 import dataclasses
+import json
 import math
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
+from megatron_opdlm import written_values
 from megatron_opdlm.errors import InputError, nearest
+
+_LONGEST = 80  # characters of a value that a message repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,34 +95,93 @@ def types_of(owner: type) -> Mapping[str, Any]:
     return typing.get_type_hints(owner)
 
 
-def check(owner: type, name: str, value: Any, shown: str) -> None:
-    """InputError where ``value`` is no choice of the field, or outside its range. ``shown``: what
-    users call it.
+def read(owner: type, name: str, value: Any, shown: str) -> Any:
+    """``value``, text or what YAML made of it, as the field ``name`` holds it. InputError where it
+    has another type, is no choice or lies outside the range. ``shown``: what users call it.
     """
+    found = _typed(shown, value, types_of(owner)[name], keys_of(owner)[name])
+    check(owner, name, found, shown)
+    return found
+
+
+def _typed(shown: str, value: Any, hint: Any, knowledge: Key) -> Any:
+    arguments, plain = typing.get_args(hint), plain_type(hint)
+    if may_be_none(hint):
+        nothing = value is None or (isinstance(value, str) and written_values.is_nothing(value))
+        return None if nothing else _typed(shown, value, arguments[0], knowledge)
+    if plain is list and isinstance(value, list):
+        return [_typed(f"{shown}[{i}]", v, arguments[0], knowledge) for i, v in enumerate(value)]
+    if plain is dict and isinstance(value, dict):
+        return {
+            _typed(f"a name in {shown}", inner, str, knowledge): _typed(
+                f"{shown}.{inner}", item, arguments[1], knowledge
+            )
+            for inner, item in value.items()
+        }
+    if plain is str and value is None:  # `path:` in a file
+        return ""
+    if isinstance(value, str) and plain in _READERS:
+        reader = written_values.path if knowledge.is_path else _READERS[plain]
+        try:
+            return reader(value)
+        except ValueError as error:
+            raise InputError(f"{_given(shown, value)} {error}") from error
+    if plain is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if type(value) is plain and plain in _READERS:
+        return value
+    raise InputError(f"{_given(shown, value)} must be {_TYPE_NAMES[plain]}")
+
+
+_READERS: Mapping[type, Callable[[str], Any]] = {
+    bool: written_values.truth,
+    int: written_values.integer,
+    float: written_values.number,
+    str: written_values.plain_text,
+}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "text",
+    list: "a list, such as [a, b]",
+    dict: "a mapping, such as {name: 1}",
+}
+
+
+def _given(shown: str, value: Any) -> str:
+    """A value as users wrote it."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
+    return f"{shown} {text}" if shown.startswith("--") else f"{shown}={text}"
+
+
+def check(owner: type, name: str, value: Any, shown: str) -> None:
+    """InputError where ``value`` is no choice of the field, or outside its range."""
     hint, knowledge = types_of(owner)[name], keys_of(owner)[name]
     allowed = choices(hint)
-    if isinstance(value, list | tuple):
-        for item in value:
-            _check(shown, item, allowed, knowledge)
+    if isinstance(value, list):
+        items = [(f"{shown}[{i}]", item) for i, item in enumerate(value)]
     elif isinstance(value, dict):
-        for inner, item in value.items():
-            _check(f"{shown}.{inner}", item, allowed, knowledge)
-    elif value is not None:
-        _check(shown, value, allowed, knowledge)
+        items = [(f"{shown}.{inner}", item) for inner, item in value.items()]
+    else:
+        items = [(shown, value)]
+    for place, item in items:
+        if item is not None:
+            _check(place, item, allowed, knowledge)
 
 
 def _check(shown: str, value: Any, allowed: tuple[str, ...], knowledge: Key) -> None:
-    given = f"{shown} {value}" if shown.startswith("--") else f"{shown}={value}"
     if allowed and value not in allowed:
         hint = nearest(value, allowed) if isinstance(value, str) else ""
-        raise InputError(f"{given} must be one of {', '.join(allowed)}{hint}")
+        raise InputError(f"{_given(shown, value)} must be one of {', '.join(allowed)}{hint}")
     if isinstance(value, bool | str):
         return
     if not math.isfinite(value):
-        raise InputError(f"{given} must be a finite number")
+        raise InputError(f"{_given(shown, value)} must be a finite number")
     if not knowledge.allows(value):
         verb = "lie" if knowledge.range.startswith("in ") else "be"
-        raise InputError(f"{given} must {verb} {knowledge.range}")
+        raise InputError(f"{_given(shown, value)} must {verb} {knowledge.range}")
 
 
 def described(owner: type, name: str) -> str:
@@ -132,6 +196,11 @@ def choices(hint: Any) -> tuple[str, ...]:
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
     return next((found for inner in typing.get_args(hint) if (found := choices(inner))), ())
+
+
+def may_be_none(hint: Any) -> bool:
+    """Whether ``null`` is a value of this type."""
+    return types.NoneType in typing.get_args(hint)
 
 
 def plain_type(hint: Any) -> type:

@@ -21,7 +21,7 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
 from megatron_opdlm.model.row_split import RowSplit, split_row
 from megatron_opdlm.planning.balance import fill_bins
-from megatron_opdlm.states import State
+from megatron_opdlm.records import State
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,26 @@
-"""What passes between the stages of a step. One frozen record per hop.
+"""What passes between the acts of a step, from ``train.py``: one frozen record per hop.
+
+    Prompt -> rollout -> Rollout of Trajectories -> states -> States -> update -> UpdateReport
+
+Packing and teacher stand between states and update. What they hand on is tensors on a device with
+the attention that belongs to them, so their records stand beside them, where the model's imports
+do: ``StepBatches`` of ``PackedBatch`` and ``FinishedBatch`` in packing.py, ``Targets`` in
+teacher.py. A ``Request`` to the engine and its slots' ``Windows`` are engine/slots.py's.
 
 Shape legend, used in names and comments everywhere:
 
-    N  tokens of a packed row        S  slots (sequences being decoded)   W  window: new tokens of a
-    slot in one forward P  prompt tokens                 R  response tokens (whole blocks)     B
-    tokens per block M  masked positions that count   V  vocabulary                         H
-    hidden size
+    B  tokens per block
+    H  hidden size
+    K  targets that the teacher keeps of a row
+    M  masked positions that count
+    N  tokens of a packed row
+    P  prompt tokens
+    R  response tokens (whole blocks)
+    S  slots (sequences being decoded)
+    U  targets that a rank computes of a row
+    V  vocabulary
+    W  window: new tokens of a slot in one forward
+    n  tokens of a packed row that a context rank has
 
 ``Trajectory`` keeps whole blocks; what a user sees is its first ``response_tokens`` tokens.
 """
@@ -45,6 +60,42 @@ class Trajectory:
     def user_ids(self) -> list[int]:
         """The response as users get it."""
         return self.response_ids[: self.response_tokens]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What generating requests made and what it cost."""
+
+    trajectories: list[Trajectory]
+    flops: float  # of all ranks of the copies of the model that generated
+    slots: int = 0  # sequences that fit at once
+    slot_utilisation: float = 0.0  # share of slots that worked, averaged over forwards
+    complete: bool = True  # False: it was told to stop, and has not all trajectories
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """One sequence with the noisy input that the student is trained on."""
+
+    sample: int
+    prompt_ids: list[int]
+    response_ids: list[int]  # [R]
+    masked: list[bool]  # [R] True where the noisy copy holds the mask token
+    counted: list[bool]  # [R] masked and under loss (DESIGN 4b, Loss)
+    trained_tokens: int  # response tokens through the first end token, masked or not
+    off_policy: bool = False  # the response was recorded, not generated
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """One update, the same on every rank of a replica, its context ranks included; sums are over
+    its sequences only.
+    """
+
+    sequence_loss: list[float]  # in the order of the microbatches' states
+    share_sum: dict[float, float]  # masked share of the block -> sum of the positions' values, nats
+    share_count: dict[float, int]
+    grad_norm: float  # L2 norm over all parameters before clipping
 
 
 @dataclass(frozen=True, kw_only=True)

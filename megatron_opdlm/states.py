@@ -12,20 +12,7 @@ import torch
 
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.blocks import block_lengths, block_shift
-from megatron_opdlm.records import Trajectory, Vocabulary
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """One sequence with the noisy input that the student is trained on."""
-
-    sample: int
-    prompt_ids: list[int]
-    response_ids: list[int]  # [R]
-    masked: list[bool]  # [R] True where the noisy copy holds the mask token
-    counted: list[bool]  # [R] masked and under loss (DESIGN 4b, Loss)
-    trained_tokens: int  # response tokens through the first end token, masked or not
-    off_policy: bool = False  # the response was recorded, not generated
+from megatron_opdlm.records import State, Trajectory, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,7 @@ import torch
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.quantization import calibrate_fp8, compress_fp8
 from megatron_opdlm.packing import FinishedBatch, Packing, pack_step
-from megatron_opdlm.records import Prompt
-from megatron_opdlm.states import State
+from megatron_opdlm.records import Prompt, State
 from megatron_opdlm.teacher import score
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_opdlm import launcher
 from megatron_opdlm.config import Config, load_config, require
+from megatron_opdlm.configuration import document
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.supervision import preemption
 
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="dotted.key=value", help="override a key of the recipe"
     )
+    parser.epilog = document.help_text(Config)
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     require(config, "model.path", "data.path", "train.out")

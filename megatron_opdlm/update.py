@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.records import State, UpdateReport
 from megatron_opdlm.supervision import activity
 
 # isort: split
@@ -32,7 +33,6 @@ from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import select_positions
 from megatron_opdlm.packing import PackedBatch
-from megatron_opdlm.states import State
 from megatron_opdlm.teacher import Targets, rows_of
 from megatron_opdlm.top_k_targets import TopK, keep_top_k, top_k_loss
 
@@ -75,18 +75,6 @@ class Objective:
         return keep_top_k(
             hidden, weight, self.divergence, **_own_columns(self.teacher), chunk_rows=rows
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateReport:
-    """One update, the same on every rank of a replica, its context ranks included; sums are over
-    its sequences only.
-    """
-
-    sequence_loss: list[float]  # in the order of the microbatches' states
-    share_sum: dict[float, float]  # masked share of the block -> sum of the positions' values, nats
-    share_count: dict[float, int]
-    grad_norm: float  # L2 norm over all parameters before clipping
 
 
 def update(

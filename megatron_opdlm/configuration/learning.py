@@ -12,13 +12,13 @@ class LossConfig:
     """Divergence of the student from the teacher at the masked positions (docs/losses.md)."""
 
     kind: Literal["forward_kl", "reverse_kl", "mixed", "jsd", "nll"] = key(
-        "forward_kl", "nll asks no teacher"
+        "forward_kl", "kind of divergence; nll: of recorded responses, asks no teacher"
     )
-    reverse_weight: float = key(0.0, "of the reverse KL in `mixed`", at_least=0, at_most=1)
-    jsd_alpha: float = key(0.5, "of `jsd`", at_least=0, at_most=1)
+    reverse_weight: float = key(0.0, "weight of the reverse KL in `mixed`", at_least=0, at_most=1)
+    jsd_alpha: float = key(0.5, "weight of the teacher in `jsd`", at_least=0, at_most=1)
     top_k: int = key(
         0,
-        "the loss sums over the teacher's largest entries; 0: the full vocabulary",
+        "number of the teacher's largest entries that the loss sums over; 0: the full vocabulary",
         unit="entries",
         at_least=0,
     )
@@ -31,8 +31,8 @@ class LossConfig:
     logit_shift: bool = key(False, "read the token at position i from logits i-1")
     chunk_rows: int = key(
         0,
-        "projected at once; 0: what suits the hardware",
-        unit="masked positions",
+        "masked positions projected at once; 0: what suits the hardware",
+        unit="positions",
         at_least=0,
         may_change=True,
     )
@@ -43,7 +43,11 @@ class UpdateConfig:
     """Packing of an update."""
 
     tokens_per_microbatch: int = key(
-        4096, "of packed rows: prompt + clean + noisy", unit="tokens", at_least=1, may_change=True
+        4096,
+        "length of packed rows: prompt + clean + noisy",
+        unit="tokens",
+        at_least=1,
+        may_change=True,
     )
 
 
@@ -55,16 +59,18 @@ class OptimizerConfig:
 
     lr: float = key(1e-5, "highest learning rate", above=0)
     min_lr: float = key(1e-6, "last learning rate", at_least=0)
-    warmup_steps: int = key(5, "of a linear ramp from 0", unit="steps", at_least=0)
-    batch_size: int = key(8, "of an update", unit="sequences", at_least=1)
-    clip_grad: float = key(1.0, "of the gradient; 0: no clipping", unit="L2 norm", at_least=0)
+    warmup_steps: int = key(5, "length of the linear ramp from 0", unit="steps", at_least=0)
+    batch_size: int = key(8, "sequences of an update", unit="sequences", at_least=1)
+    clip_grad: float = key(
+        1.0, "largest norm of the gradient; 0: no clipping", unit="L2 norm", at_least=0
+    )
     beta1: float = key(0.9, "decay of the first moment", at_least=0, below=1)
     beta2: float = key(0.999, "decay of the second moment", at_least=0, below=1)
     eps: float = key(1e-8, "added to the root of the second moment", above=0)
-    weight_decay: float = key(0.0, "decoupled", at_least=0)
-    main_params_dtype: Literal["fp32", "fp16"] = key("fp32", "of the master weights")
-    exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = key("fp32", "of the first moment")
-    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16"] = key("fp32", "of the second moment")
+    weight_decay: float = key(0.0, "decoupled weight decay", at_least=0)
+    main_params_dtype: Literal["fp32", "fp16"] = key("fp32", "type of the master weights")
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16"] = key("fp32", "type of the first moment")
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16"] = key("fp32", "type of the second moment")
     cpu_offload: bool = key(
         False, "the state waits in host memory until the update", may_change=True
     )
@@ -76,7 +82,7 @@ class TrainConfig:
 
     steps: int = key(
         -1,
-        "of the run",
+        "length of the run",
         unit="steps",
         at_least=1,
         or_else=(-1, "all epochs of the data"),
@@ -84,14 +90,16 @@ class TrainConfig:
     )
     schedule_steps: int | None = key(
         None,
-        "over which learning rate and threshold_schedule run; null: train.steps; a run that is "
-        "extended says here whether they keep their curves (docs/checkpoints.md)",
+        "steps over which learning rate and threshold_schedule run; null: train.steps; a run that "
+        "is extended says here whether they keep their curves (docs/checkpoints.md)",
         unit="steps",
         at_least=1,
         may_change=True,
     )
-    inner_epochs: int = key(1, "over the sequences of one rollout", unit="passes", at_least=1)
-    seed: int = key(10086, "of every random draw", at_least=0)
+    inner_epochs: int = key(
+        1, "passes over the sequences of one rollout", unit="passes", at_least=1
+    )
+    seed: int = key(10086, "seed of every random draw", at_least=0)
     out: str = key("", "run directory; the same command resumes it", is_path=True, may_change=True)
 
 
@@ -99,8 +107,8 @@ class TrainConfig:
 class CheckpointConfig:
     """Checkpoints of the run (docs/checkpoints.md)."""
 
-    every: int = key(10, "between two checkpoints", unit="steps", at_least=1)
-    keep: int = key(2, "newest ones kept", unit="checkpoints", at_least=1)
+    every: int = key(10, "steps between two checkpoints", unit="steps", at_least=1)
+    keep: int = key(2, "newest checkpoints that are kept", unit="checkpoints", at_least=1)
     async_save: bool = key(True, "write from copies in host memory while the run goes on")
 
 
@@ -111,19 +119,30 @@ class EvaluationConfig(Sampling):
     """
 
     every: int = key(
-        0, "0: never; else also before step 1 and after the last", unit="steps", at_least=0
+        0,
+        "steps between two evaluations, also before step 1 and after the last; 0: never",
+        unit="steps",
+        at_least=0,
     )
     tasks: list[str] = key([], "names of tasks")
     data: str = key("", "directory of the tasks' data files", is_path=True)
-    limit: int | None = key(None, "first ones of each task; null: all", unit="problems", at_least=1)
-    responses_per_prompt: int = key(1, "to each problem", unit="responses", at_least=1)
+    limit: int | None = key(
+        None, "first problems of each task; null: all", unit="problems", at_least=1
+    )
+    responses_per_prompt: int = key(1, "responses to each problem", unit="responses", at_least=1)
     max_new_tokens: int = key_of(Sampling, "max_new_tokens", 2000)
     denoising_steps: int | None = key_of(
-        Decoding, "denoising_steps", None, help="per block; null: rollout.denoising_steps"
+        Decoding, "denoising_steps", None, help="passes of a block; null: rollout.denoising_steps"
     )
     seed: int = key_of(Decoding, "seed", 0)
     keep_best: bool = key(True, "the best evaluated step has a checkpoint that is never removed")
     best_by: str = key("", "task whose accuracy decides; empty: the mean over the tasks")
+    sandbox: Literal["required", "best-effort"] = key(
+        "required",
+        "where the kernel cannot confine generated programs: run none, or with what it grants "
+        "(docs/sandbox.md)",
+        may_change=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +151,7 @@ class DistributedConfig:
 
     timeout_seconds: int = key(
         600,
-        "without a sign of life, or without progress, until all ranks end",
+        "time without a sign of life, or without progress, until all ranks end",
         unit="seconds",
         at_least=1,
     )
@@ -142,8 +161,8 @@ class DistributedConfig:
 class LoggingConfig:
     """What a run tells (docs/metrics.md)."""
 
-    samples_every: int = key(10, "between sample texts", unit="steps", at_least=1)
-    samples: int = key(2, "each time", unit="texts", at_least=0)
+    samples_every: int = key(10, "steps between sample texts", unit="steps", at_least=1)
+    samples: int = key(2, "sample texts each time", unit="texts", at_least=0)
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Literal["none", "offline", "online"] = key("none", "Weights & Biases")
     wandb_project: str = key("megatron-opdlm", "project of the run's page")

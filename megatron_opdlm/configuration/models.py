@@ -16,26 +16,34 @@ class ModelConfig:
 
     path: str = key("", "Hugging Face directory or Megatron checkpoint to start from", is_path=True)
     mask_token_id: int | None = key(
-        None, "null: the tokenizer's mask token, else 151669 where it fits", at_least=0
+        None, "id of the mask token; null: the tokenizer's, else 151669 where it fits", at_least=0
     )
     tensor_parallel: int = key(
-        1, "that share every layer", unit="ranks", at_least=1, may_change=True
+        1,
+        "tensor-parallel ranks: they share every layer",
+        unit="ranks",
+        at_least=1,
+        may_change=True,
     )
     pipeline_parallel: int = key(
-        1, "that share out the layers", unit="ranks", at_least=1, may_change=True
+        1,
+        "pipeline-parallel ranks: they share out the layers",
+        unit="ranks",
+        at_least=1,
+        may_change=True,
     )
     context_parallel: int = key(
         1,
-        "that share every packed row: its tokens, and during attention its heads, so it divides "
-        "the heads of a tensor rank; for rows too long for one rank's memory",
+        "context-parallel ranks: they share every packed row, its tokens and during attention its "
+        "heads, so it divides the heads of a tensor rank; for rows too long for one rank's memory",
         unit="ranks",
         at_least=1,
         may_change=True,
     )
     expert_parallel: int = key(
         1,
-        "that share out the experts of a mixture, among those of data and context parallelism; "
-        "divides their number and that of the experts",
+        "expert-parallel ranks: they share out the experts of a mixture, among those of data and "
+        "context parallelism; divides their number and that of the experts",
         unit="ranks",
         at_least=1,
         may_change=True,
@@ -43,9 +51,12 @@ class ModelConfig:
     sequence_parallel: bool = key(
         False, "tensor ranks share out the tokens between the linears, too", may_change=True
     )
-    dtype: Precision = key("auto", "of weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Precision = key("auto", "type of the weights; auto: bf16 on a GPU, fp32 on a CPU")
     max_positions: int | None = key(
-        None, "of a prompt and its response; null: the model's limit", unit="tokens", at_least=1
+        None,
+        "of a prompt and its response together; null: the model's limit",
+        unit="tokens",
+        at_least=1,
     )
     spec: Literal["auto", "local", "te"] = key(
         "auto",
@@ -54,7 +65,7 @@ class ModelConfig:
         may_change=True,
     )
     recompute: bool = key(
-        False, "activations in the backward pass: less memory, more time", may_change=True
+        False, "recompute activations in the backward pass: less memory, more time", may_change=True
     )
 
 
@@ -65,12 +76,15 @@ class TeacherConfig:
     path: str = key(
         "", "as model.path; empty: the same weights as the student's start", is_path=True
     )
-    dtype: Precision = key("auto", "of weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Precision = key("auto", "type of the weights; auto: bf16 on a GPU, fp32 on a CPU")
     quantization: Literal["none", "fp8"] = key(
         "none", "fp8: the layers' linears get E4M3 weights and activations"
     )
     calibration_prompts: int = key(
-        64, "of data.path that fp8's scales are taken on", unit="prompts", at_least=1
+        64,
+        "first prompts of data.path, on which fp8's scales are taken",
+        unit="prompts",
+        at_least=1,
     )
     temperature: float = key(1.0, "divides its logits; above 1 a flatter target", above=0)
     top_p: float = key(
@@ -97,8 +111,10 @@ class TeacherConfig:
 class LoraConfig:
     """Low-rank terms (alpha / rank) B A beside frozen weights (docs/lora.md)."""
 
-    rank: int = key(0, "between A and B; 0: all weights are trained", unit="features", at_least=0)
-    alpha: float = key(16.0, "scale of the terms", above=0)
+    rank: int = key(
+        0, "features between A and B; 0: all weights are trained", unit="features", at_least=0
+    )
+    alpha: float = key(16.0, "scale of the terms, over the rank", above=0)
     targets: list[LoraTarget] = key(list(LORA_TARGETS), "Megatron's linears that get terms")
     share_teacher: bool = key(
         True, "the frozen base is the teacher where teacher.path is model.path", may_change=True

@@ -16,7 +16,7 @@ class DataConfig:
     """Training prompts (docs/data.md)."""
 
     path: str = key("", "JSON list, JSONL, Parquet, or a `datasets` directory", is_path=True)
-    epochs: int = key(1, "over the prompts", unit="epochs", at_least=1, may_change=True)
+    epochs: int = key(1, "passes over the prompts", unit="epochs", at_least=1, may_change=True)
     enable_thinking: bool = key(False, "thinking flag of the chat template")
     shuffle: bool = key(True, "every epoch in an order of its own; false: the file's")
     max_prompt_tokens: int | None = key(
@@ -42,10 +42,12 @@ class RolloutConfig(EngineOptions, Sampling):
         help="length limit of a response; the curriculum never exceeds it",
     )
     max_new_tokens_by_domain: dict[str, int] = key(
-        {}, "limits by a row's domain", unit="tokens", at_least=1
+        {}, "length limits by a row's domain", unit="tokens", at_least=1
     )
-    prompts_per_step: int = key(128, "of a step", unit="prompts", at_least=1)
-    responses_per_prompt: int = key(1, "of a step", unit="responses", at_least=1)
+    prompts_per_step: int = key(128, "prompts of a step", unit="prompts", at_least=1)
+    responses_per_prompt: int = key(
+        1, "responses to each prompt of a step", unit="responses", at_least=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +55,22 @@ class CurriculumConfig:
     """Response length over the first steps; `constant` is rollout.max_new_tokens from the start."""
 
     kind: CurveOrConstant = key("cos", "form of the ramp")
-    start: int = key(100, "at the first step", unit="tokens", at_least=1)
-    end: int = key(4000, "after the ramp", unit="tokens", at_least=1)
-    steps: int = key(100, "of the ramp", unit="steps", at_least=1)
+    start: int = key(100, "length where the ramp begins", unit="tokens", at_least=1)
+    end: int = key(4000, "length after the ramp", unit="tokens", at_least=1)
+    steps: int = key(100, "length of the ramp", unit="steps", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdScheduleConfig:
     """rollout.threshold over the run."""
 
-    enabled: bool = key(False, "in place of rollout.threshold")
+    enabled: bool = key(False, "the schedule decides in place of rollout.threshold")
     kind: Curve = key("cos", "form of the ramp")
-    start: float = key(0.9, "before the ramp", unit="probability", at_least=0, at_most=1)
-    end: float = key(0.7, "after the ramp", unit="probability", at_least=0, at_most=1)
-    hold_steps: int = key(150, "before the ramp", unit="steps", at_least=0)
+    start: float = key(0.9, "threshold before the ramp", unit="probability", at_least=0, at_most=1)
+    end: float = key(0.7, "threshold after the ramp", unit="probability", at_least=0, at_most=1)
+    hold_steps: int = key(150, "steps before the ramp", unit="steps", at_least=0)
     steps: int = key(
-        -1, "of the ramp", unit="steps", at_least=1, or_else=(-1, "to the end of the run")
+        -1, "length of the ramp", unit="steps", at_least=1, or_else=(-1, "to the end of the run")
     )
 
 
@@ -92,10 +94,10 @@ class MixingConfig:
     loss.kind nll is supervised fine-tuning on the data's own responses (docs/losses.md).
     """
 
-    fraction: float = key(0.0, "of a step's sequences", at_least=0, at_most=1)
+    fraction: float = key(0.0, "share of a step's sequences", at_least=0, at_most=1)
     kind: CurveOrConstant = key("constant", "form of the ramp; constant stays at fraction")
-    end_fraction: float = key(0.0, "after the ramp", at_least=0, at_most=1)
-    steps: int = key(100, "of the ramp", unit="steps", at_least=1)
+    end_fraction: float = key(0.0, "share after the ramp", at_least=0, at_most=1)
+    steps: int = key(100, "length of the ramp", unit="steps", at_least=1)
     path: str = key(
         "", "file of prompts and their `response`; empty: those of data.path", is_path=True
     )

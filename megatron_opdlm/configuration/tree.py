@@ -5,7 +5,6 @@ from difflib import SequenceMatcher
 from typing import Any, TypeVar
 
 from megatron_opdlm import keys
-from megatron_opdlm.configuration.values import show, typed
 from megatron_opdlm.errors import InputError
 
 Tree = TypeVar("Tree")
@@ -24,32 +23,30 @@ def build(kind: type[Tree], tree: dict[Any, Any]) -> Tree:
     """Plain tree -> typed tree of ``kind``, a dataclass of sections that are dataclasses: every
     section and key exists, every value has its type and lies in its range; else InputError.
     """
-    sections = keys.types_of(kind)
-    built = {}
+    sections, built = keys.types_of(kind), {}
     for name, values in tree.items():
         if name not in sections:
             first_key = next(iter(values), "") if isinstance(values, dict) else ""
-            raise _unknown_key(kind, f"{name}.{first_key}" if first_key else str(name))
+            raise unknown_key(kind, f"{name}.{first_key}" if first_key else str(name))
         if values is None:  # `model:` with every line under it commented out
             continue
         if not isinstance(values, dict):
-            raise InputError(f"{name}={show(values)} is a section; write {name}.KEY=value")
-        built[name] = _build_section(kind, name, values)
+            raise InputError(f"{name}={values} is a section; write {name}.KEY=value")
+        for key in values:
+            if key not in keys.types_of(sections[name]):
+                raise unknown_key(kind, f"{name}.{key}")
+        built[name] = build_section(sections[name], values, f"{name}.")
     return kind(**built)
 
 
-def _build_section(kind: type, section: str, values: dict[Any, Any]) -> Any:
-    section_type = keys.types_of(kind)[section]
-    hints, built = keys.types_of(section_type), {}
-    for name, value in values.items():
-        if name not in hints:
-            raise _unknown_key(kind, f"{section}.{name}")
-        built[name] = typed(f"{section}.{name}", value, hints[name])
-        keys.check(section_type, name, built[name], f"{section}.{name}")
-    return section_type(**built)
+def build_section(kind: type[Tree], values: dict[Any, Any], before: str = "") -> Tree:
+    """Plain values -> the dataclass that holds them; ``before`` a key's name in messages."""
+    return kind(
+        **{name: keys.read(kind, name, value, f"{before}{name}") for name, value in values.items()}
+    )
 
 
-def _unknown_key(kind: type, key: str) -> InputError:
+def unknown_key(kind: type, key: str) -> InputError:
     """Names the nearest valid key: first among those of the same name in another section."""
     valid = list(flatten(kind()))
     same_name = [known for known in valid if known.partition(".")[2] == key.rpartition(".")[2]]

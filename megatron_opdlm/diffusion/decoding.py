@@ -31,7 +31,7 @@ class Sampling:
     entropy_bound: float = key(
         0.35, "entropy_bounded commits up to it, summed over a pass", unit="nats", at_least=0
     )
-    temperature: float = key(0.0, "of the drawn distribution; 0: arg-max", at_least=0)
+    temperature: float = key(0.0, "of the distribution that is drawn from; 0: arg-max", at_least=0)
     top_p: float = key(
         1.0,
         "mass of the likeliest tokens that is kept; 1: all",
@@ -39,8 +39,10 @@ class Sampling:
         above=0,
         at_most=1,
     )
-    top_k: int = key(0, "the likeliest that are kept; 0: all", unit="tokens", at_least=0)
-    max_new_tokens: int = key(2048, "limit of a response", unit="tokens", at_least=1)
+    top_k: int = key(
+        0, "number of the likeliest tokens that are kept; 0: all", unit="tokens", at_least=0
+    )
+    max_new_tokens: int = key(2048, "length limit of a response", unit="tokens", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Decoding(Sampling):
     mode: Literal["diffusion", "ar"] = key("diffusion", "in blocks, or token by token")
     block_size: int = key(4, "size of a block", unit="tokens", at_least=1)
     denoising_steps: int = key(
-        4, "in which a block is finished at the latest", unit="passes", at_least=1
+        4, "passes in which a block is finished at the latest", unit="passes", at_least=1
     )
     seed: int = key(0, "part of the key of every random draw", at_least=0)
     logit_shift: bool = key(False, "position i is read from logits i - 1; the model's own")

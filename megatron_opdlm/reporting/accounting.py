@@ -18,9 +18,7 @@ from megatron_opdlm.model.flops import (
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
-from megatron_opdlm.records import Trajectory
-from megatron_opdlm.states import State
-from megatron_opdlm.update import UpdateReport
+from megatron_opdlm.records import State, Trajectory, UpdateReport
 
 
 def student_flops(

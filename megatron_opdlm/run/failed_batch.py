@@ -19,7 +19,7 @@ from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model_files.huggingface_files import carry_over
 from megatron_opdlm.model_files.manifest import CONFIG, HUGGINGFACE, WEIGHTS, write_manifest
 from megatron_opdlm.model_files.writing import publish
-from megatron_opdlm.states import State
+from megatron_opdlm.records import State
 
 TRAJECTORIES, STUDENT, README = "trajectories.jsonl", "student", "README.md"
 

@@ -24,16 +24,15 @@ from megatron_opdlm.packing import (
     student_tokens,
 )
 from megatron_opdlm.planning import balance
-from megatron_opdlm.records import Trajectory
+from megatron_opdlm.records import Rollout, State, Trajectory, UpdateReport
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.reporting.sample_texts import sample_rows
-from megatron_opdlm.rollout import Rollout, generate_over_copies
+from megatron_opdlm.rollout import generate_over_copies
 from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
-from megatron_opdlm.states import State
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.supervision import preemption, watchdog
 from megatron_opdlm.teacher import Targets, score
-from megatron_opdlm.update import Objective, Student, UpdateReport
+from megatron_opdlm.update import Objective, Student
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from tests.faults.disturbed import Disturbance
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-ROLLOUT = "megatron_opdlm.run.session:generate"
+ROLLOUT = "megatron_opdlm.run.session:generate_over_copies"
 UPDATE = "megatron_opdlm.update:update"
 TIMEOUT_SECONDS = 12
 SHORT = f"distributed.timeout_seconds={TIMEOUT_SECONDS}"
@@ -82,6 +82,18 @@ def test_a_rank_in_an_endless_loop(job: Jobs):
         (error,) = one.errors
         assert "rank 1 has got nowhere for" in error
         assert "in phase update of step 2, at megatron_opdlm/train.py:" in error
+
+
+def test_a_rank_in_an_endless_loop_on_a_gpu(job: Jobs):
+    """Claim: the same where a rank that waits looks like one that hangs, since its collective call
+    is only queued and it waits in a line of its own: the one that made fewer calls is named."""
+    looping = job(2, SHORT)
+    disturbance = Disturbance(function=UPDATE, call=5, action="loop unseen", rank=None)
+    ended = looping(disturbance=disturbance)
+    for one in ended:
+        assert one.code == 1, one.log
+        (error,) = one.errors
+        assert "rank 1 has got nowhere for" in error, error
 
 
 def test_a_rank_with_a_mistake(job: Jobs):

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_opdlm.diffusion.masks import two_stream_visible
 from megatron_opdlm.packing import PackedBatch, pack_step, student_tokens
-from megatron_opdlm.records import Prompt, Trajectory
-from megatron_opdlm.states import State, choose_states
+from megatron_opdlm.records import Prompt, State, Trajectory
+from megatron_opdlm.states import choose_states
 from tests.unit.test_packing import PACKING
 from tests.unit.test_states import IDS
 

@@ -18,9 +18,10 @@ from megatron_opdlm.config import (
     to_yaml,
 )
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.keys import keys_of, types_of
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+RECIPES = sorted((REPOSITORY / "configs").glob("[!_]*.yaml"))
 
 
 def write(directory: Path, text: str) -> Path:
@@ -55,6 +56,21 @@ def test_later_override_wins():
         ("model.mask_token_id=null", "model.mask_token_id", None),
         ("train.out=runs/a=b", "train.out", "runs/a=b"),
         ("train.out=", "train.out", ""),
+        # text as it stands, numbers as people write them
+        ("train.out=runs/exp #2", "train.out", "runs/exp #2"),
+        ("train.out=&x", "train.out", "&x"),
+        ("train.out=@x", "train.out", "@x"),
+        ("train.out=[draft]/x: y", "train.out", "[draft]/x: y"),
+        ("train.out=a\nb", "train.out", "a\nb"),
+        ("train.out=null", "train.out", "null"),
+        ("train.out=???", "train.out", "???"),
+        ("train.out='1e-5'", "train.out", "'1e-5'"),
+        ("train.out=0x10", "train.out", "0x10"),
+        ("train.seed=010", "train.seed", 10),
+        ("train.seed=1_000", "train.seed", 1000),
+        ("optimizer.lr=1e-05", "optimizer.lr", 1e-5),
+        ("data.shuffle=no", "data.shuffle", False),
+        ("evaluation.tasks=[]", "evaluation.tasks", []),
         ("evaluation.tasks=[]", "evaluation.tasks", []),
         (
             "rollout.max_new_tokens_by_domain.math=4096",
@@ -79,6 +95,64 @@ def test_value_may_refer_to_another_key():
     assert config.train.out == "hf/teacher-10086"
 
 
+def test_home_is_expanded_in_every_path_key(monkeypatch: pytest.MonkeyPatch):
+    """Claim: no directory is ever called ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = [
+        f"{section.name}.{name}"
+        for section in dataclasses.fields(Config)
+        for name, knowledge in keys_of(types_of(Config)[section.name]).items()
+        if knowledge.is_path
+    ]
+    expected = [key for key in flatten(Config()) if key.endswith((".path", ".out", ".data"))]
+    assert paths == expected
+    config = load_config(None, [*(f"{key}=~/x" for key in paths), "mixing.fraction=1"])
+    assert {flatten(config)[key] for key in paths} == {"/home/me/x"}
+    assert load_config(None, ["train.out=~"]).train.out == "/home/me"
+
+
+def test_a_file_means_what_it_says(tmp_path: Path):
+    """Claim: YAML 1.1's octal, sexagesimal and truth values are no surprises in files either."""
+    text = "train: {seed: 010, out: 12:30:45}\nlogging: {wandb_project: off}\nloss: {top_k: 1_6}\n"
+    config = load_config(write(tmp_path, text), [])
+    assert (config.train.seed, config.train.out) == (10, "12:30:45")
+    assert (config.logging.wandb_project, config.loss.top_k) == ("off", 16)
+
+
+def test_a_file_differs_from_its_base(tmp_path: Path):
+    """Claim: mappings are laid over the base's key by key, lists and values replace its own; a base
+    stands beside the file and may have a base."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "first.yaml").write_text("train: {seed: 1, steps: 5}\nlora: {rank: 3}\n")
+    (tmp_path / "second.yaml").write_text(
+        "base: b/first.yaml\ntrain: {seed: 2}\nlora: {targets: [linear_fc1]}\n"
+    )
+    file = write(tmp_path, "base: second.yaml\nlora: {targets: [linear_qkv]}\n")
+    config = load_config(file, ["train.steps=6"])
+    assert (config.train.seed, config.train.steps, config.lora.rank) == (2, 6, 3)
+    assert config.lora.targets == ["linear_qkv"]
+    assert "base" not in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("_generl.yaml", r"base: _generl\.yaml is no file in .* \(did you mean '_general\.yaml'"),
+        ("run.yaml", r"run\.yaml: base: run\.yaml leads back to itself"),
+        ("back.yaml", r"base back\.yaml: base: run\.yaml leads back to itself"),
+        ("[a]", "must be the name of a file"),
+        ("_bad.yaml", r"base _bad\.yaml: line 2: not valid YAML"),
+    ],
+)
+def test_a_base_that_cannot_be_read_is_refused(tmp_path: Path, base: str, message: str):
+    (tmp_path / "_general.yaml").write_text("train: {seed: 1}\n")
+    (tmp_path / "back.yaml").write_text("base: run.yaml\n")
+    (tmp_path / "_bad.yaml").write_text("train: [\n")
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(write(tmp_path, f"base: {base}\n"), [])
+    assert "\n" not in str(caught.value)
+
+
 def test_section_without_keys_is_the_default(tmp_path):
     assert load_config(write(tmp_path, "model:\ntrain:\n  # steps: 3\n"), []) == Config()
 
@@ -90,33 +164,38 @@ BAD_OVERRIDES = [
     ("lr=1", "'lr' does not exist (did you mean 'optimizer.lr'?)"),
     ("loss.lr=1", "'loss.lr' does not exist (did you mean 'optimizer.lr'?)"),
     ("tensor_parallel=2", "(did you mean 'model.tensor_parallel'?)"),
-    ("model.path.x=1", 'model.path={"x": 1} must be text'),
-    ("model=qwen", 'model="qwen" is a section; write model.KEY=value'),
+    ("model.path.x=1", "'model.path.x' does not exist (did you mean 'model.path'?)"),
+    ("model=qwen", "model=qwen is a section; write model.KEY=value"),
     # forms
     ("train.steps", "override 'train.steps' is not of the form section.key=value"),
     ("=3", "override '=3' is not of the form section.key=value"),
     ("evaluation.tasks=[a", "override 'evaluation.tasks=[a': not valid YAML"),
     ("train.out=${nowhere}", "Interpolation key 'nowhere' not found"),
     # types
-    ("model.tensor_parallel=two", 'model.tensor_parallel="two" must be an integer'),
+    ("model.tensor_parallel=two", "model.tensor_parallel=two must be an integer"),
     ("model.tensor_parallel=2.0", "model.tensor_parallel=2.0 must be an integer"),
     ("model.tensor_parallel=true", "model.tensor_parallel=true must be an integer"),
-    ("model.mask_token_id=mask", 'model.mask_token_id="mask" must be an integer'),
+    ("model.mask_token_id=mask", "model.mask_token_id=mask must be an integer"),
     ("model.recompute=1", "model.recompute=1 must be true or false"),
-    ("optimizer.lr=fast", 'optimizer.lr="fast" must be a finite number'),
-    ("optimizer.lr=.nan", "optimizer.lr=NaN must be a finite number"),
-    ("optimizer.lr=.inf", "optimizer.lr=Infinity must be a finite number"),
-    ("model.path=3", "model.path=3 must be text"),
-    ("evaluation.tasks=gsm8k", 'evaluation.tasks="gsm8k" must be a list'),
-    ("evaluation.tasks=[1]", "evaluation.tasks[0]=1 must be text"),
+    ("optimizer.lr=fast", "optimizer.lr=fast must be a finite number"),
+    ("optimizer.lr=.nan", "optimizer.lr=.nan must be a finite number"),
+    ("optimizer.lr=.inf", "optimizer.lr=.inf must be a finite number"),
+    ("train.out=a\0b", "holds a NUL character; remove it"),
+    ("train.out=\udcff", "is not UTF-8; rename it"),
+    ("train.out=~nobody-here/x", "home of nobody-here, who is no user here; write ./~nobody-here"),
+    ("train.out=runs/~/x", "names a directory ~, which stands for your home at the begin only"),
+    ("distributed.timeout_seconds=12:30", "timeout_seconds=12:30 must be an integer"),
+    ("train.steps=1e3", "train.steps=1e3 must be an integer"),
+    ("evaluation.tasks=gsm8k", "evaluation.tasks=gsm8k must be a list, such as [a, b]"),
+    ("evaluation.tasks=[[a]]", 'evaluation.tasks[0]=["a"] must be text'),
     ("rollout.max_new_tokens_by_domain=9", "max_new_tokens_by_domain=9 must be a mapping"),
-    ("rollout.max_new_tokens_by_domain.a=b", 'max_new_tokens_by_domain.a="b" must be an integer'),
+    ("rollout.max_new_tokens_by_domain.a=b", "max_new_tokens_by_domain.a=b must be an integer"),
     # enumerations
     ("loss.kind=foward_kl", "must be one of forward_kl, reverse_kl, mixed, jsd, nll (did you mean"),
-    ("model.dtype=fp16", 'model.dtype="fp16" must be one of auto, fp32, bf16'),
-    ("curriculum.kind=exp", 'curriculum.kind="exp" must be one of linear, sin, cos, constant'),
+    ("model.dtype=fp16", "model.dtype=fp16 must be one of auto, fp32, bf16"),
+    ("curriculum.kind=exp", "curriculum.kind=exp must be one of linear, sin, cos, constant"),
     ("rollout.remasking=random", "must be one of low_confidence_static, low_confidence_dynamic, s"),
-    ("states.mode=off", "states.mode=false must be one of one_per_block, all, random_mask"),
+    ("states.mode=off", "states.mode=off must be one of one_per_block, all, random_mask"),
     # ranges
     ("rollout.block_size=0", "rollout.block_size=0 must be at least 1"),
     ("rollout.denoising_steps=0", "rollout.denoising_steps=0 must be at least 1"),
@@ -153,7 +232,7 @@ BAD_OVERRIDES = [
     ("lora.rank=-1", "lora.rank=-1 must be at least 0"),
     ("lora.alpha=0", "lora.alpha=0.0 must be greater than 0"),
     ("lora.dropout=0.1", "'lora.dropout' does not exist"),
-    ("lora.targets=[linear_qkw]", 'lora.targets[0]="linear_qkw" must be one of linear_qkv'),
+    ("lora.targets=[linear_qkw]", "lora.targets[0]=linear_qkw must be one of linear_qkv"),
 ]
 
 
@@ -250,7 +329,7 @@ def test_rules_that_do_not_apply_do_not_fire():
         ("train:\n\tsteps: 3\n", "line 2: not valid YAML"),
         ("train: {steps: 3}\ntrain: {seed: 1}\n", "duplicate key train"),
         ("- a\n- b\n", "must hold sections"),
-        ("just words\n", "key 'just words' does not exist"),
+        ("just words\n", "must hold sections"),
         ("1: 2\n", "configuration key '1' does not exist"),
     ],
 )
@@ -277,9 +356,15 @@ def test_yaml_of_a_configuration_reads_back_equal(tmp_path):
     config = load_config(
         None,
         [
-            "model.path='1e-5'",
-            "train.out='true'",
-            "data.path='a: b # c'",
+            "model.path=1e-5",
+            "train.out=true",
+            "data.path=a: b # c\n d",
+            r"teacher.path=\${a} \${b",
+            "mixing.path=null",
+            "mixing.fraction=0.5",
+            "evaluation.best_by=010",
+            "evaluation.data=d",
+            "evaluation.tasks=[010, off, '[a]']",
             "optimizer.lr=2.5e-05",
             "model.mask_token_id=7",
             "rollout.max_new_tokens_by_domain={math: 12, 'on': 3}",

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step, student_tokens
-from megatron_opdlm.states import State, choose_states, make_state
+from megatron_opdlm.records import State
+from megatron_opdlm.states import choose_states, make_state
 from tests.unit.test_states import END, IDS, trajectory
 
 PACKING = Packing(

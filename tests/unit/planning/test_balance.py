@@ -6,8 +6,8 @@ import pytest
 
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.planning.balance import fill_bins, share_out
+from megatron_opdlm.records import State
 from megatron_opdlm.reporting.accounting import state_cost
-from megatron_opdlm.states import State
 
 
 def spread(count: int, seed: int = 0) -> list[int]:
