@@ -102,8 +102,8 @@ def test_kernel_computes_the_definition():
 
 def test_kernel_compiles_for_real_gpus(tmp_path: Path):
     """Claim: machine code for A100 (sm_80) and H100 (sm_90) comes out for Qwen3's heads in 16 bits
-    at blocks of 4 and 32 and in 32 bits at blocks of 4; its shared memory fits; in 16 bits the products are matrix
-    instructions."""
+    at blocks of 4 and 32 and in 32 bits at blocks of 4; its shared memory fits; in 16 bits the
+    products are matrix instructions."""
     made = json.loads(run(COMPILED, TRITON_CACHE_DIR=str(tmp_path)))
     assert len(made) == 6
     for name, (size, shared, products) in made.items():
