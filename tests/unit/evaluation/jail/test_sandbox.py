@@ -3,6 +3,7 @@
 Every attack runs under the layers that this machine grants, with small limits.
 """
 
+import json
 import os
 import site
 import socket
@@ -515,6 +516,20 @@ def judge(jail: Jail, source: str, tests: str, *snippets: str, collect: bool = F
             "from solution import *",
             ["p = f(2)\nassert isinstance(p, P) and p == P(2) and p != P(3) and len(p) == p.x"],
         ),
+        (
+            "class Bag(list):\n    pass\nclass Own:\n    def __init__(s, *a): s.a = a\n"
+            "    def __iter__(s): return iter(s.a)\n    def __len__(s): return 2\n"
+            "    def __float__(s): return 2.5\n    def __getitem__(s, i): return s.a[i]\n"
+            "def f(kind): return Bag([1, 2]) if kind == 'bag' else Own(1, 2)",
+            "import math\nimport numpy as np\nfrom solution import *",
+            [
+                "assert f('bag') == [1, 2] and 1 in f('bag') and f('bag') + [3] == [1, 2, 3]",
+                "x = f('own')\nassert 2 in x and 3 not in x and list(x) == [1, 2] and x[0] == 1",
+                "assert len(x) == 2 and float(x) == 2.5 and math.isclose(x, 2.5)",
+                "assert x == f('own') and x != Own(1, 3) and x != Own([1, 2])",
+                "assert np.allclose(f('bag'), [1, 2]) and sorted(x) == [1, 2]",
+            ],
+        ),
         ("def f(a, *, b=1): return [a, b]", "", ["assert f(1, b=2) == [1, 2]"]),
         ("def f(a): return a", "def check(c):\n    assert c(3) == 3", ["check(f)"]),
         # what the tests define stays theirs, what they test is the program's
@@ -573,6 +588,58 @@ def test_cheats_do_not_pass_their_tests(fresh, source):
     snippets = ["assert abs(f() - 2) < 1e-6", "assert math.isclose(f(), 2)", "assert f() == 2"]
     outcome = judge(fresh, source, "", *snippets)
     assert not (outcome.ok and outcome.failure is None)
+
+
+LIAR = """
+class Liar:
+    def agree(self, *_): return True
+    def itself(self, *_): return self
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = agree
+    __sub__ = __rsub__ = __add__ = __radd__ = __abs__ = __round__ = __mod__ = __and__ = itself
+    __neg__ = __mul__ = __rmul__ = __truediv__ = __pow__ = itself
+    __hash__ = object.__hash__
+    startswith = issubset = isdigit = agree
+    def __iter__(self):
+        n = 0
+        while True: yield (n := n + 1)
+def f(*_): return Liar()
+"""
+TESTS_OF_VALUES = [
+    "assert abs(f(1.33) - 0.33) < 1e-6",
+    "assert 5 in f(2)",
+    "assert f(2) >= 3",
+    "assert 3 <= f(2)",
+    "assert 1 < f(2) < 3",
+    "assert f(2) == f(3)",
+    "assert f(2) - 2 == f(2)",
+    "assert (f(2) & 1) == f(2)",
+    "assert f('ab').startswith('a')",
+    "assert f({1}).issubset({1, 2})",
+    "assert max(f(1), f(2)) == f(2)",
+    "assert sorted([f(1), f(2)])[0] == f(1)",
+    *(
+        f"import unittest\nunittest.TestCase().{check}"
+        for check in (
+            *("assertAlmostEqual(f(1), 0.33)", "assertIn(5, f(2))", "assertGreater(f(2), 1)"),
+            *("assertEqual(f(2), 3)", "assertLessEqual(f(2), 1)", "assertCountEqual(f(2), [1])"),
+        )
+    ),
+    "import numpy as np\nassert np.isclose(f(1), 0.33)",
+    "import numpy as np\nassert np.allclose(f(1), [0.33])",
+    "import numpy as np\nassert (np.array([1, 2]) <= f(1)).all()",
+]
+
+
+def test_an_object_that_always_agrees_passes_no_test(sandbox):
+    """Claim: whatever a test compares or calculates with is a plain value of the judge."""
+
+    def failure(snippet: str) -> str | None:
+        with sandbox.open() as jail:
+            jail.load(LIAR)
+            outcome = jail.judge(setup=[], functions=["f"], snippets=[snippet], cpu=CPU)
+        return outcome.failure if outcome.ok else outcome.status
+
+    assert [test for test in TESTS_OF_VALUES if failure(test) is None] == []
 
 
 def test_a_jail_that_has_held_tests_runs_no_further_program(fresh):
@@ -777,6 +844,23 @@ def test_plain_values_cross_unchanged(value):
 def test_what_is_no_value_is_refused(text):
     with pytest.raises(ValueError):
         decode(text)
+
+
+PRIME = 2**61 - 1  # Python hashes a number to its remainder by this
+
+
+def test_no_reply_takes_the_grader_long_to_rebuild():
+    texts = [
+        {"t": "set", "v": [n * PRIME for n in range(60_000)]},
+        {"t": "dict", "v": [[n * PRIME + 7, 0] for n in range(60_000)]},
+        {"t": "Fraction", "v": [hex(3 << 9_000_000), hex(7 << 8_000_001)]},
+        {"t": "ndarray", "v": [{"t": "range", "v": [0, 9_999, 1]}] * 300_000},
+    ]
+    for text in map(json.dumps, texts):
+        start = time.process_time()
+        with pytest.raises(ValueError):
+            decode(text)
+        assert time.process_time() - start < 3
 
 
 def test_values_that_never_end_are_opaque():
