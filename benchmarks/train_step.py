@@ -1,7 +1,7 @@
 """One optimizer update against a straightforward one: seconds and peak memory on the same states.
 
-    python -m benchmarks.train_step [--size vocabulary|tiny] [--sequences N] [--rounds N] \
-        [dotted.key=value ...]
+    python -m benchmarks.train_step [--size vocabulary|tiny|wide] [--sequences N] [--rounds N] \
+        [--lengths TOKENS ...] [dotted.key=value ...]
 
 Ours is what training does after the rollout: pack, ask the teacher, update. The baseline is
 ``benchmarks/padded_update.py``. Random weights, one rank, one thread. Responses spread 20 times in
@@ -9,6 +9,9 @@ length (fixed seed), one partially denoised state each. Loss and gradient norm o
 agree to 1e-5 in every round; runs alternate, medians count. Peak memory is that of each program in
 a process of its own (Linux: VmHWM), Python and libraries included. The keys are training's
 (``loss.chunk_rows``, ``update.tokens_per_microbatch``); the baseline has no such choices.
+
+``--lengths 128 512 2048`` compares ours with itself: updates of the same number of response tokens
+(the longest length), in responses of each length, in turn; process CPU seconds count.
 """
 
 import argparse
@@ -38,9 +41,10 @@ from megatron_opdlm.update import update
 
 SHAPES = {
     "vocabulary": ModelShape(4, 128, 4, 2, 32, 384, 151936, True, 1e6, 1e-6, 4096),
+    "wide": ModelShape(8, 256, 4, 2, 64, 768, 8192, True, 1e6, 1e-6, 8192),
     "tiny": ModelShape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096),
 }
-LONGEST = {"vocabulary": 1024, "tiny": 160}  # response tokens
+LONGEST = {"vocabulary": 1024, "wide": 512, "tiny": 160}  # response tokens
 SPREAD = 20  # longest response / shortest
 BLOCK = 4  # tokens
 KEY = (1, 1)
@@ -59,14 +63,16 @@ def random_weights(shape: ModelShape, seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def make_states(sequences: int, longest: int, vocabulary: Vocabulary) -> list[State]:
-    """One state of each of ``sequences`` responses of ``longest`` / 20 to ``longest`` tokens,
-    evenly spread over the logarithm of the length; prompts have 8 to 64 tokens."""
+def make_states(
+    sequences: int, longest: int, vocabulary: Vocabulary, spread: float = SPREAD
+) -> list[State]:
+    """One state of each of ``sequences`` responses of ``longest`` / ``spread`` to ``longest``
+    tokens, evenly spread over the logarithm of the length; prompts have 8 to 64 tokens."""
     draw = random.Random(0)
     trajectories = []
     for sample in range(sequences):
         prompt = [draw.randrange(2, vocabulary.size - 1) for _ in range(draw.randint(8, 64))]
-        tokens = round(longest * SPREAD ** (-sample / max(sequences - 1, 1)))
+        tokens = round(longest * spread ** (-sample / max(sequences - 1, 1)))
         tokens += -(len(prompt) + tokens) % BLOCK
         response = [draw.randrange(2, vocabulary.size - 1) for _ in range(tokens)]
         trajectories.append(_recorded(sample, prompt, response, draw))
@@ -167,6 +173,25 @@ def require_equal(ours: tuple[float, float], padded: tuple[float, float]) -> Non
         assert abs(a - b) <= TOLERANCE * abs(b), f"{what}: ours {a}, padded {b}"
 
 
+def compare_lengths(
+    run: Update, lengths: Sequence[int], rounds: int, vocabulary: Vocabulary
+) -> None:
+    """CPU seconds of an update of the same response tokens in responses of each length."""
+    most = max(lengths)
+    updates = {n: make_states(most // n, n, vocabulary, spread=1) for n in lengths}
+    seconds: dict[int, list[float]] = {n: [] for n in lengths}
+    for number in range(rounds + 1):
+        for length, states in updates.items():
+            busy = timed(run, states)[1]
+            if number:  # the first is a warm-up
+                seconds[length].append(busy)
+    first = statistics.median(seconds[lengths[0]])
+    print(f"{most} response tokens an update, median CPU seconds of {rounds} rounds:")
+    for length, found in seconds.items():
+        middle = statistics.median(found)
+        print(f"  {most // length:3d} of {length:5d} tokens {middle:8.3f} s {middle / first:6.2f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -174,6 +199,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=PROGRAMS, help="two updates, then print the peak bytes")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     options = parser.parse_args()
     shape = SHAPES[options.size]
@@ -183,6 +209,9 @@ def main() -> None:
     )
     small = ["optimizer.lr=1e-6", "optimizer.min_lr=0"]  # rounding must not part the programs
     config = load_config(None, [*small, f"rollout.block_size={BLOCK}", *options.overrides])
+    if options.lengths:
+        run = our_update(shape, vocabulary, config)
+        return compare_lengths(run, options.lengths, options.rounds, vocabulary)
     states = make_states(options.sequences, LONGEST[options.size], vocabulary)
     if options.only:
         run = PROGRAMS[options.only](shape, vocabulary, config)

@@ -2,18 +2,22 @@
 
     python -m evaluation.report [NAME=]PATH ...              one line a result, on the terminal
     python -m evaluation.report [NAME=]PATH ... --out DIR    the paper's tables and figures
+    python -m evaluation.report --paper [[NAME=]PATH ...]    what repeats each of them
 
 A PATH is a summary.json of evaluation.run, evaluation.score or evaluation.sweep, or a directory
 that holds some. NAME is the model's name in the tables; the name of a published model (OPDLM-4B)
 puts the measured figure beside the published one. With --out: report.md (the tables of accuracies,
-accuracy against tokens per step, the areas under these curves) and its pictures.
+accuracy against tokens per step, the areas under these curves) and its pictures. --paper lists
+every table and figure of the paper with its recipes and commands, what the results hold of it, and
+what differs from the paper.
 """
 
 from pathlib import Path
 from typing import Any
 
+from evaluation.reporting.experiments import listing
 from evaluation.reporting.results import decoding_label, read_results, read_summary
-from megatron_opdlm.errors import Arguments, command
+from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_new_directory, write_text
 
 __all__ = ["decoding_label", "read_summary", "table"]
@@ -68,13 +72,19 @@ def write_report(arguments: list[str], out: Path) -> None:
 
 def main() -> None:
     parser = Arguments(description=__doc__)
-    parser.add_argument("results", nargs="+", metavar="[NAME=]PATH")
+    parser.add_argument("results", nargs="*", metavar="[NAME=]PATH")
+    parser.add_argument("--paper", action="store_true", help="list what repeats the paper")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new directory for the report")
     args = parser.parse_args()
     if args.out is not None:
         check_new_directory(args.out, "--out")
+    if not args.results and not args.paper:
+        raise InputError("no results; give a summary.json or a directory, or --paper")
     results = read_results(args.results)
-    print(table([result.row for result in results]))
+    if args.paper:
+        print(listing([result for result in results if result.is_graded]))
+    else:
+        print(table([result.row for result in results]))
     if args.out is not None:
         write_report(args.results, args.out)
         print(f"report: {args.out / 'report.md'}")

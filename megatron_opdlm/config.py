@@ -72,9 +72,10 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
 
     A value may refer to another key: ``${model.path}``.
     """
-    trees = [dataclasses.asdict(Config()), *([read_file(file)] if file is not None else [])]
-    trees += [read_override(Config, text) for text in overrides]
-    config = build(Config, resolved(merged(trees)))
+    of_file = [] if file is None else read_file(file, f"configuration file {file}")
+    own = [read_override(Config, text) for text in overrides]
+    defaults = dataclasses.asdict(Config())
+    config = build(Config, resolved(merged([defaults, *of_file, *own])))
     rules.check(flatten(config))
     return config
 

@@ -62,8 +62,8 @@ class StepPlan:
         if steps > self.total_steps:
             notes.append(
                 f"note: train.steps={steps}, but {self.order.n} prompts are used up after "
-                f"{self.total_steps} steps at data.epochs={epochs}: the run ends there; more need "
-                "data.epochs"
+                f"{self.total_steps} steps at data.epochs={epochs}: the run ends there; for more, "
+                "raise data.epochs"
             )
         return notes
 

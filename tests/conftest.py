@@ -72,9 +72,10 @@ class TinyModels:
         return out
 
 
-def pytest_collection_finish() -> None:
-    """What is imported lives on: no garbage collection need look at it, and Megatron asks for one
-    whenever it saves."""
+@pytest.fixture(scope="module", autouse=True)
+def swept() -> None:
+    """What is imported by now lives on: no garbage collection need look at it. Megatron asks for
+    one whenever it saves, and nested JSON for many."""
     gc.collect()
     gc.freeze()
 
@@ -87,7 +88,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
     """Everything that takes seconds to import is imported in it once."""
-    server = ForkServer(["tests.distributed.jobs", "tests.faults.disturbed"])
+    server = ForkServer(
+        ["tests.distributed.jobs", "tests.faults.disturbed", "evaluation.in_training"]
+    )
     yield server
     server.close()
 

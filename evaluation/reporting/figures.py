@@ -88,7 +88,7 @@ def _comparable(sweep: PublishedSweep, results: Sequence[Result]) -> dict[str, l
             continue
         if result.row["tokens_per_denoising_step"] is not None:
             block = settings["block_size"] if sweep.setting == "threshold" else None
-            groups.setdefault((result.model, block), []).append(result)
+            groups.setdefault((result.line, block), []).append(result)
     lines = {key: group for key, group in groups.items() if len(group) > 1}
     models = [model for model, _ in lines]
     return {

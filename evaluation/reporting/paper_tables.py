@@ -152,10 +152,10 @@ def parallelism_tables(results: Sequence[Result]) -> str:
 
 
 def swept(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Results by (model, task), of those that were decoded in more than one way."""
+    """Results by (curve's name, task), of those that were decoded in more than one way."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        groups.setdefault((result.model, result.task), []).append(result)
+        groups.setdefault((result.line, result.task), []).append(result)
     return {key: group for key, group in groups.items() if len(group) > 1}
 
 

@@ -49,6 +49,12 @@ class Result:
         static = settings.get("remasking") == "low_confidence_static"
         return static and settings["denoising_steps"] >= settings["block_size"]
 
+    @property
+    def line(self) -> str:
+        """Name of its curve: results that were drawn are no points of one at arg-max."""
+        temperature = self.settings.get("temperature") or 0
+        return self.model + (f", temperature {temperature:g}" if temperature else "")
+
     def point(self, measure: str) -> Point | None:
         """Accuracy against ``tokens_per_denoising_step`` or ``tokens_per_forward``; None where that
         was not counted.

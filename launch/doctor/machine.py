@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
@@ -16,8 +17,10 @@ from launch.environment import normal, pins
 from launch.pipeline_settings import count_gpus
 from launch.stages import ROOT
 from megatron_opdlm.config import Config
-from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.run.file_lock import wait_for_lock
+
+if TYPE_CHECKING:
+    from megatron_opdlm.hardware import Hardware
 
 GIB = 2**30
 SET_UP = "launch/setup.sh brings the tested versions"
@@ -79,7 +82,7 @@ def _unmet(requirement: Requirement, installed: Mapping[str, str]) -> str:
     return ""
 
 
-def accelerators(hardware: Hardware) -> Iterator[Finding]:
+def accelerators(hardware: "Hardware") -> Iterator[Finding]:
     """GPUs as PyTorch sees them, and as the driver does."""
     listed = count_gpus()
     if hardware.device.type == "cpu":
@@ -101,7 +104,7 @@ def accelerators(hardware: Hardware) -> Iterator[Finding]:
         yield Finding(name=f"GPU {number}", text=text, remedy=remedy)
 
 
-def kernels(config: Config, hardware: Hardware) -> Iterator[Finding]:
+def kernels(config: Config, hardware: "Hardware") -> Iterator[Finding]:
     """Which implementation each part would use, and why."""
     from megatron_opdlm.model.kernels import reason
     from megatron_opdlm.optimizer import gradient_sums

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.doctor.finding import Finding
 from launch.stages import ask, torchrun
+from megatron_opdlm import launcher
 from megatron_opdlm.errors import Arguments, command
-from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model_files.writing import write_json
+
+if TYPE_CHECKING:
+    from megatron_opdlm.hardware import Hardware
 
 TIMEOUT_SECONDS = 120  # for the ranks to find each other
 ROUNDS = 5
@@ -39,7 +42,7 @@ class Meeting:
     blind: list[int]  # ranks that do not see rank 0's file
 
 
-def meet(hardware: Hardware, place: Path) -> Meeting:
+def meet(hardware: "Hardware", place: Path) -> Meeting:
     """Join all ranks that the environment describes; ``place``: a directory that all should see.
     RuntimeError where they do not meet.
     """
@@ -135,7 +138,7 @@ def main() -> None:
     from megatron_opdlm.hardware import select_hardware
 
     meeting = meet(select_hardware(), args.place)
-    if int(os.environ["RANK"]) == 0:
+    if launcher.rank() == 0:
         write_json(args.out, asdict(meeting))
 
 

@@ -8,13 +8,13 @@ Started by torchrun, the ranks are those of the run, on all its machines; starte
 started here: one a GPU, two on a CPU. Exit code 1 where something breaks. docs/doctor.md
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from launch.doctor import inputs, machine, ranks
 from launch.doctor.finding import Finding
 from launch.doctor.self_test import self_test
+from megatron_opdlm import launcher
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 
@@ -26,9 +26,8 @@ def findings(config: Config, world: int | None, *, test: bool) -> Iterator[Findi
 
     hardware = select_hardware()
     place = machine.existing(Path(config.train.out or "."))
-    launched = "RANK" in os.environ
-    meeting = ranks.meet(hardware, place) if launched else None
-    if int(os.environ.get("RANK", "0")) > 0:
+    meeting = ranks.meet(hardware, place) if launcher.is_one_of_several() else None
+    if launcher.rank() > 0:
         return
     here = len(hardware.devices)
     if world is None:
@@ -84,7 +83,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.world_size is not None and args.world_size < 1:
         raise InputError(f"--world-size {args.world_size}: a number of ranks; use 1 or more")
-    if args.self_test and "RANK" in os.environ:
+    if args.self_test and launcher.is_one_of_several():
         raise InputError("--self-test starts ranks of its own; ask for it without torchrun")
     config = load_config(args.config, args.overrides)
     all_found = []

@@ -22,14 +22,10 @@ BASE = "base"  # the key by which a file names the file that it differs from
 Tree = dict[Any, Any]
 
 
-def read_file(file: Path, what: str = "configuration file") -> Tree:
-    """The tree of a YAML file laid over that of its base, if it names one, and of that one's."""
-    trees = _with_bases(file, f"{what} {file}", ())
-    return merged(trees)
-
-
-def _with_bases(file: Path, where: str, above: tuple[Path, ...]) -> list[Tree]:
-    """The trees of a file and of all its bases, the last base first."""
+def read_file(file: Path, where: str, above: tuple[Path, ...] = ()) -> list[Tree]:
+    """The trees of a YAML file, named ``where``, and of its bases, the lowest first. ``above``:
+    files of which it is a base.
+    """
     here = file.resolve()
     tree = _read_one(file, where)
     base = tree.pop(BASE, None)
@@ -46,7 +42,7 @@ def _with_bases(file: Path, where: str, above: tuple[Path, ...]) -> list[Tree]:
             f"{where}: {BASE}: {base} is no file in {file.parent}; correct the name"
             + nearest(base, others)
         )
-    return [*_with_bases(named, f"{where}: {BASE} {base}", (here, *above)), tree]
+    return [*read_file(named, f"{where}: {BASE} {base}", (here, *above)), tree]
 
 
 def _read_one(file: Path, where: str) -> Tree:

@@ -71,7 +71,7 @@ def device_states() -> list[tuple[str, int, int, str]]:
 
 def libraries() -> str:
     """Versions of what the GPUs are driven by."""
-    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
+    nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
     engine = transformer_engine() or "not installed"
     return f"CUDA {torch.version.cuda}, NCCL {nccl}, Transformer Engine {engine}"
 

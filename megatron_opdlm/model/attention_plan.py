@@ -11,12 +11,12 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.masks import block_causal_visible
 from megatron_opdlm.model.attention import AttentionPlan
-from megatron_opdlm.model.dense_attention import Bucket, group_bounds, packed_pairs
+from megatron_opdlm.model.dense_attention import Bucket, group_bounds
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.packed_row import PackedRow
 from megatron_opdlm.model.row_split import RowSplit
 
-__all__ = ["cached_plan", "causal_plan", "packed_pairs", "two_stream_plan"]
+__all__ = ["cached_plan", "causal_plan", "two_stream_plan"]
 
 IN_PLACE = 0.5  # share of the slots from which on attending to all of them beats copying their keys
 

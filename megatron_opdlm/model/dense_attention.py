@@ -1,11 +1,14 @@
 """Backend ``dense``: scaled dot-product attention with a materialised mask.
 
-A packed row [N tokens] is attended in *buckets*: sequences of similar length gathered to rows [n,
-L], each with its own small mask, so the cost is that of the sequences and not of the N x N square.
+A packed row [N tokens] is attended in *buckets*: short sequences of similar length gathered to rows
+[n, L], each with its own small mask, so the cost is that of the sequences and not of the N x N
+square. A long sequence is attended in chunks of queries, each with the keys that some query of it
+sees: of a two-stream sequence little more than a quarter of the pairs is visible.
 Decoding on a CPU uses buckets as well, with keys from the cache.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +20,10 @@ from megatron_opdlm.diffusion.masks import block_causal_visible, two_stream_visi
 from megatron_opdlm.model.packed_row import PackedRow
 
 WASTE = 0.25  # share of a bucket's row that padding to its longest sequence may take
+CHUNK = 256  # queries of a long sequence that are attended together
+LONG = (
+    2 * CHUNK
+)  # tokens; from here on copying a chunk's keys costs less than pairs that are hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,7 @@ class Bucket:
     mask: Tensor  # [n, 1, L, keys] bool, True = may attend; or what is added to the scores
     # Cache slots of the n sequences: [n], or a run of neighbours, whose keys are read in place.
     slots: Tensor | slice | None = None
+    keys: Tensor | None = None  # [n, keys] into the packed row; None: those of ``gather``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +81,8 @@ def attend_bucketed(
     for bucket in bucketed.buckets:
         q = _gather(query, bucket.gather)
         if cached is None:
-            k, v = _gather(key, bucket.gather), _gather(value, bucket.gather)
+            keys = bucket.gather if bucket.keys is None else bucket.keys
+            k, v = _gather(key, keys), _gather(value, keys)
         else:
             k, v = cached(bucket)
         rows.append(kernel(q, k, v, bucket.mask).flatten(0, 1))
@@ -102,12 +111,18 @@ def group_bounds(lengths: Tensor, waste: float = WASTE) -> list[tuple[int, int]]
     return bounds
 
 
-def packed_pairs(lengths: Sequence[int]) -> int:
+def packed_pairs(row: PackedRow, *, chunked: bool = True) -> int:
     """(query, key) pairs that the buckets of a packed row compute, hidden ones included."""
-    each = torch.tensor(lengths)
-    return sum(
-        int(((each >= shortest) & (each <= longest)).sum()) * longest**2
-        for shortest, longest in group_bounds(each)
+    lengths = torch.tensor(row.lengths)
+    short = lengths[lengths < LONG] if chunked else lengths
+    pairs = sum(
+        int(((short >= shortest) & (short <= longest)).sum()) * longest**2
+        for shortest, longest in group_bounds(short)
+    )
+    if not chunked:
+        return pairs
+    return pairs + sum(
+        mask.numel() for sequence in _long(row) for _, _, mask in _chunks(row, sequence)
     )
 
 
@@ -119,8 +134,9 @@ class _Rows(NamedTuple):
     real: Tensor  # bool [n, L]
 
 
-def _bucket_rows(lengths: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
-    """Buckets of the packed sequences, and each packed token's place among their flattened rows.
+def _bucket_rows(lengths: Tensor, chosen: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
+    """Buckets of the packed sequences that are ``chosen`` (bool), and each of their tokens' place
+    among the buckets' flattened rows.
 
     ``tokens`` may exceed the sum of lengths: the alignment tail reads place 0, and nobody reads it.
     """
@@ -128,8 +144,9 @@ def _bucket_rows(lengths: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
     scatter = torch.zeros(tokens, dtype=torch.int64)
     rows: list[_Rows] = []
     base = 0
-    for shortest, longest in group_bounds(lengths):
-        members = torch.nonzero((lengths >= shortest) & (lengths <= longest)).flatten()
+    for shortest, longest in group_bounds(lengths[chosen]):
+        inside = chosen & (lengths >= shortest) & (lengths <= longest)
+        members = torch.nonzero(inside).flatten()
         offset = torch.arange(longest)
         real = offset < lengths[members, None]
         gather = starts[members, None] + torch.where(real, offset, 0)
@@ -139,11 +156,47 @@ def _bucket_rows(lengths: Tensor, tokens: int) -> tuple[list[_Rows], Tensor]:
     return rows, scatter
 
 
-def bucketed(row: PackedRow) -> Bucketed:
-    """The row's buckets with boolean masks."""
-    rows, scatter = _bucket_rows(torch.tensor(row.lengths), row.tokens)
+def bucketed(row: PackedRow, *, chunked: bool = True) -> Bucketed:
+    """The row's buckets with boolean masks. ``chunked`` False: no sequence is cut into chunks."""
+    lengths = torch.tensor(row.lengths)
+    is_short = lengths < LONG if chunked else torch.ones_like(lengths, dtype=torch.bool)
+    rows, scatter = _bucket_rows(lengths, is_short, row.tokens)
     make = _causal_bucket if row.causal else _two_stream_bucket
-    return Bucketed(buckets=tuple(make(row, one) for one in rows), scatter=scatter.to(row.device))
+    buckets = [make(row, one) for one in rows]
+    base = sum(bucket.gather.numel() for bucket in buckets)
+    for sequence in _long(row) if chunked else ():
+        for queries, keys, mask in _chunks(row, sequence):
+            scatter[queries] = base + torch.arange(len(queries))
+            base += len(queries)
+            parts = (queries[None], keys[None], mask[None, None])
+            gather, keys, mask = (part.to(row.device) for part in parts)
+            buckets.append(Bucket(gather=gather, keys=keys, mask=mask))
+    return Bucketed(buckets=tuple(buckets), scatter=scatter.to(row.device))
+
+
+def _long(row: PackedRow) -> list[range]:
+    """Packed places of each sequence that is attended in chunks."""
+    starts = itertools.accumulate(row.lengths, initial=0)
+    return [range(s, s + n) for s, n in zip(starts, row.lengths, strict=False) if n >= LONG]
+
+
+def _chunks(row: PackedRow, sequence: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(queries [L], keys [K], mask bool [L, K]) of a long sequence, on the host; places are those
+    of the packed row. Every key is seen by some query of its chunk.
+    """
+    place = torch.arange(sequence.start, sequence.stop)
+    for queries in place.split(CHUNK):
+        visible = _visible(row, queries[:, None], place[None, :])
+        seen = visible.any(dim=0)
+        yield queries, place[seen], visible[:, seen]
+
+
+def _visible(row: PackedRow, query: Tensor, key: Tensor) -> Tensor:
+    """Visibility between places of one sequence, for indices that broadcast."""
+    if row.block is None or row.clean is None:
+        return block_causal_visible(query, key, 1)
+    block, clean = row.block, row.clean
+    return two_stream_visible(block[query], clean[query], block[key], clean[key])
 
 
 def _causal_bucket(row: PackedRow, rows: _Rows) -> Bucket:

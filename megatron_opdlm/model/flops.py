@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.dense_attention import packed_pairs
+from megatron_opdlm.model.packed_row import PackedRow
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
 
@@ -83,18 +84,23 @@ def packed_row_pairs(
 ) -> int:
     """(query, key) pairs that a kernel computes for a packed row of sequences of these lengths.
 
-    ``dense`` computes hidden pairs too. So does ``te`` on a student's row, where the mask is a bias
+    ``dense`` computes hidden pairs too, of long sequences only those with keys that a chunk of
+    queries needs. So does ``te`` on a student's row, where the mask is a bias
     on all scores. Kernels that skip what is hidden count the visible pairs: what they lose in the
     tiles that are partly hidden is not counted as work.
 
     ``block`` [N] and ``clean`` bool [N] of a student's row; None: causal.
     """
+    host = torch.device("cpu")
+    row = PackedRow(
+        lengths=tuple(lengths), tokens=sum(lengths), device=host, block=block, clean=clean
+    )
+    if attention == "dense":
+        return packed_pairs(row)
     if block is None or clean is None:
-        if attention == "dense":
-            return packed_pairs(lengths)
         return sum(n * (n + 1) // 2 for n in lengths)
-    if attention != "flex":
-        return packed_pairs(lengths)
+    if attention == "te":
+        return packed_pairs(row, chunked=False)
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     pairs = 0
     for start, end in itertools.pairwise(starts):

@@ -42,7 +42,7 @@ def bounds(row: PackedRow) -> Bounds:
 
 def biased(row: PackedRow) -> Bucketed:
     """The row's buckets with bfloat16 biases: 0 where visible."""
-    plain = bucketed(row)
+    plain = bucketed(row, chunked=False)
     buckets = tuple(
         replace(one, mask=torch.where(one.mask, 0.0, HIDDEN).to(torch.bfloat16))
         for one in plain.buckets

@@ -17,7 +17,7 @@ from evaluation import sample
 from megatron_opdlm import replay, train
 from megatron_opdlm.errors import command
 from tests import training_run
-from tests.conftest import MASK, TinyModels
+from tests.conftest import MASK
 from tests.forking import REPOSITORY
 from tests.tiny_models import edit_json, make_qwen3
 
@@ -36,16 +36,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[[Main], tuple[int, str]]
         return end.value.code, capsys.readouterr().err
 
     return run_command
-
-
-@pytest.fixture(scope="module")
-def model(models: TinyModels) -> Path:
-    return models.hf("student", tied=True, layers=2)
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
 
 
 def assert_refused(outcome: tuple[int, str], *parts: str) -> None:

@@ -19,7 +19,7 @@ from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.supervision import preemption
 from tests import training_run
-from tests.conftest import MASK, TinyModels
+from tests.conftest import MASK
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
@@ -34,24 +34,6 @@ QUESTIONS = ("a", "bc", "1+2=", "xyz?", "0", "what", "k-k", "77")
 LIMIT = 10  # response tokens
 TARGET = 6  # step whose responses are the right answers
 EVALUATED = [0, 3, TARGET, STEPS]
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def model(models: TinyModels) -> Path:
-    return models.hf("student", tied=True, layers=2)
-
-
-@pytest.fixture(scope="module")
-def plain(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that evaluates nothing, with all its checkpoints."""
-    out = tmp_path_factory.mktemp("runs") / "plain"
-    jobs.train_run(training_run.overrides(model, prompts, out))
-    return out
 
 
 def responses(checkpoint: Path) -> list[dict[str, Any]]:

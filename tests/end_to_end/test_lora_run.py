@@ -15,7 +15,7 @@ from megatron_opdlm.model_files.manifest import LowRank, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import read_shape
 from tests import training_run
-from tests.conftest import MASK, TinyModels
+from tests.conftest import MASK
 from tests.distributed import jobs, lora_jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
@@ -29,16 +29,6 @@ pytestmark = pytest.mark.distributed
 
 TARGETS = ("linear_qkv", "linear_fc1", "linear_fc2")
 LORA = ("lora.rank=4", "lora.alpha=8", f"lora.targets=[{','.join(TARGETS)}]")
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def model(models: TinyModels) -> Path:
-    return models.hf("student", tied=True, layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 
 from megatron_opdlm.errors import InputError
 from tests import training_run
-from tests.conftest import TinyModels
 from tests.distributed import jobs
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.layouts import overrides as layout_overrides
@@ -27,23 +26,12 @@ FALLING = [
 
 
 @pytest.fixture(scope="module")
-def model(models: TinyModels) -> Path:
-    return models.hf("student", tied=True, layers=2)
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prompts without responses."""
-    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def answered(plain: Path) -> Path:
+def answered(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same prompts with responses, shorter and longer than the length limit."""
-    rows = [json.loads(line) for line in plain.read_text().splitlines()]
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     for number, row in enumerate(rows):
         row["response"] = "the answer is "[: 1 + number] + str(number)
-    path = plain.with_name("answered.jsonl")
+    path = tmp_path_factory.mktemp("answered") / "answered.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -68,21 +56,21 @@ def test_the_fraction_is_kept(falling: Path):
         assert 0 < row["rollout_tokens"] <= generated * row["max_new_tokens"]
 
 
-def test_no_fraction_no_difference(model: Path, plain: Path, answered: Path, tmp_path: Path):
+def test_no_fraction_no_difference(model: Path, prompts: Path, answered: Path, tmp_path: Path):
     """Claim: at fraction 0 responses in the file change nothing."""
     runs = []
-    for number, prompts in enumerate((plain, answered)):
+    for number, file in enumerate((prompts, answered)):
         out = tmp_path / str(number)
-        jobs.train_run(training_run.overrides(model, prompts, out, "train.steps=2"))
+        jobs.train_run(training_run.overrides(model, file, out, "train.steps=2"))
         runs.append(metrics(out))
     assert runs[0] == runs[1]
     assert all(row["off_policy_sequences"] == 0 for row in runs[0])
 
 
-def test_supervised_fine_tuning(model: Path, plain: Path, answered: Path, tmp_path: Path):
+def test_supervised_fine_tuning(model: Path, prompts: Path, answered: Path, tmp_path: Path):
     """Claim: fraction 1 generates nothing; the responses may lie in a second file."""
     losses = []
-    for number, keys in enumerate(([answered], [plain, f"mixing.path={answered}"])):
+    for number, keys in enumerate(([answered], [prompts, f"mixing.path={answered}"])):
         out = tmp_path / str(number)
         more = ["mixing.fraction=1", "loss.kind=nll", "curriculum.kind=constant", *keys[1:]]
         command = training_run.overrides(model, Path(keys[0]), out, *more, "train.steps=3")
@@ -94,10 +82,10 @@ def test_supervised_fine_tuning(model: Path, plain: Path, answered: Path, tmp_pa
     assert losses[0] == losses[1]  # the same prompts in the same order, here
 
 
-def test_missing_responses_are_one_line(model: Path, plain: Path, tmp_path: Path):
+def test_missing_responses_are_one_line(model: Path, prompts: Path, tmp_path: Path):
     keys = ["mixing.fraction=0", "mixing.end_fraction=0.5", "mixing.kind=linear"]
     with pytest.raises(InputError, match="13 of 13 usable rows have no 'response'"):
-        jobs.train_run(training_run.overrides(model, plain, tmp_path / "run", *keys))
+        jobs.train_run(training_run.overrides(model, prompts, tmp_path / "run", *keys))
     assert not (tmp_path / "run").exists()
 
 

@@ -24,25 +24,6 @@ from tests.training_run import STEPS, metrics
 pytestmark = pytest.mark.distributed
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
-
-
-@pytest.fixture(scope="module")
-def model(models: TinyModels) -> Path:
-    return models.hf("student", tied=True, layers=2)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(model: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was never killed, with all its checkpoints."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    jobs.train_run(training_run.overrides(model, prompts, out))
-    training_run.assert_steps(metrics(out))
-    return out
-
-
 def weights(run: Path, step: int = STEPS) -> jobs.Arrays:
     return jobs.model_weights(run / "checkpoints" / f"step_{step:07d}")
 
@@ -53,7 +34,7 @@ POINTER = "megatron_opdlm.storage.step_directories:write_text"
 KILLS: list[Kill | KillWithin] = [
     # before its configuration is recorded, and before there is any checkpoint
     Kill(function="os:replace", call=1),
-    Kill(function="megatron_opdlm.run.session:generate", call=2),
+    Kill(function="megatron_opdlm.run.session:generate_over_copies", call=2),
     # step 2: weights without manifest; complete but not yet published; published but not yet named
     Kill(function=f"{CHECKPOINT}:write_manifest", call=1),
     Kill(function=f"{CHECKPOINT}:publish", call=1),
@@ -66,12 +47,14 @@ KILLS: list[Kill | KillWithin] = [
     Kill(function=POINTER, call=1, moment="after"),
     # step 6, somewhere in its save; steps 7 and 8, anywhere
     KillWithin(function=f"{CHECKPOINT}:_save", call=1, seconds=1.0, seed=1),
-    KillWithin(function="megatron_opdlm.run.session:generate", call=1, seconds=0.4, seed=2),
+    KillWithin(
+        function="megatron_opdlm.run.session:generate_over_copies", call=1, seconds=0.4, seed=2
+    ),
 ]
 
 
 def test_killed_again_and_again(
-    forks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
+    forks: WorkerGroups, plain: Path, model: Path, prompts: Path, tmp_path: Path
 ):
     """Claim: whatever a SIGKILL interrupts, the same command goes on; all numbers of all steps and
     every bit of the final weights are those of the undisturbed run, and nothing half-written is
@@ -95,8 +78,8 @@ def test_killed_again_and_again(
     assert ended["code"] == 0, ended
     assert f"resuming after step {steps_done}" in ended["log"]
 
-    assert metrics(out) == metrics(undisturbed)
-    expected, found = weights(undisturbed), weights(out)
+    assert metrics(out) == metrics(plain)
+    expected, found = weights(plain), weights(out)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     (left,) = (out / "checkpoints").glob("*step_*")
     assert left.name == f"step_{STEPS:07d}"
@@ -131,19 +114,19 @@ def assert_same_steps(found: list[dict], expected: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "dp2", "tp2-pp2-sp", "cp2", "tp2-cp2-sp"])
 def test_resumed_at_another_layout(
-    ranks: WorkerGroups, undisturbed: Path, model: Path, prompts: Path, tmp_path: Path, name: str
+    ranks: WorkerGroups, plain: Path, model: Path, prompts: Path, tmp_path: Path, name: str
 ):
     """Claim: a one-rank run resumed on a layout, and what that layout saved resumed on one rank,
     report the undisturbed run's steps."""
     number, layout = LAYOUTS[name]
-    out = cut_back(undisturbed, tmp_path / "run", 4)
+    out = cut_back(plain, tmp_path / "run", 4)
     command = training_run.overrides(model, prompts, out)
     ranks(number).run(jobs.train_run, overrides=[*command, *layout_overrides(layout)], timeout=120)
-    assert_same_steps(metrics(out), metrics(undisturbed))
+    assert_same_steps(metrics(out), metrics(plain))
     back = cut_back(out, tmp_path / "back", 6)
     jobs.train_run(training_run.overrides(model, prompts, back))
-    assert_same_steps(metrics(back), metrics(undisturbed))
-    expected, found, start = weights(undisturbed), weights(back), weights(undisturbed, 2)
+    assert_same_steps(metrics(back), metrics(plain))
+    expected, found, start = weights(plain), weights(back), weights(plain, 2)
     assert distance(found, expected) < 1e-3 * distance(expected, start)
 
 
@@ -151,22 +134,18 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(f): f.read_bytes() for f in sorted(directory.rglob("*")) if f.is_file()}
 
 
-def test_a_finished_run_stays_as_it_is(
-    undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
-):
+def test_a_finished_run_stays_as_it_is(plain: Path, model: Path, prompts: Path, tmp_path: Path):
     """Claim: the same command once more does nothing."""
-    out = cut_back(undisturbed, tmp_path / "run", STEPS)
+    out = cut_back(plain, tmp_path / "run", STEPS)
     before = contents(out / "checkpoints") | {"": (out / "metrics.jsonl").read_bytes()}
     jobs.train_run(training_run.overrides(model, prompts, out))
     assert before == contents(out / "checkpoints") | {"": (out / "metrics.jsonl").read_bytes()}
 
 
-def test_another_configuration_is_refused(
-    undisturbed: Path, model: Path, prompts: Path, tmp_path: Path
-):
+def test_another_configuration_is_refused(plain: Path, model: Path, prompts: Path, tmp_path: Path):
     """Claim: the error names every key that decides what is computed and differs; keys that only
     decide where and how fast are free to change."""
-    out = cut_back(undisturbed, tmp_path / "run", 4)
+    out = cut_back(plain, tmp_path / "run", 4)
     before = contents(out)
     changed = ["optimizer.lr=1e-4", "optimizer.min_lr=1e-5", "rollout.block_size=8"]
     free = ["update.tokens_per_microbatch=64", "rollout.slots=3", "checkpoint.every=1"]
@@ -211,7 +190,7 @@ def test_other_weights_of_the_teacher_are_refused(
 
 @pytest.mark.parametrize("pointer", ["missing", "a directory"])
 def test_without_its_pointer(
-    undisturbed: Path,
+    plain: Path,
     model: Path,
     prompts: Path,
     tmp_path: Path,
@@ -221,7 +200,7 @@ def test_without_its_pointer(
     """Claim: a run whose ``latest`` is lost goes on from its newest checkpoint and says so, to the
     undisturbed run's numbers, and never begins again over what it has; where something else has
     the name, it is refused and nothing is changed."""
-    out = cut_back(undisturbed, tmp_path / "run", 6)
+    out = cut_back(plain, tmp_path / "run", 6)
     (out / "checkpoints" / "latest").unlink()
     command = training_run.overrides(model, prompts, out)
     if pointer == "a directory":
@@ -233,18 +212,18 @@ def test_without_its_pointer(
         return
     jobs.train_run(command)
     assert "latest is missing; going on from step_0000006" in capsys.readouterr().err
-    assert metrics(out) == metrics(undisturbed)
+    assert metrics(out) == metrics(plain)
 
 
 @pytest.mark.parametrize(
     "damage", ["truncated", "missing file", "no manifest", "missing directory"]
 )
 def test_a_checkpoint_cut_short_is_refused(
-    undisturbed: Path, model: Path, prompts: Path, tmp_path: Path, damage: str
+    plain: Path, model: Path, prompts: Path, tmp_path: Path, damage: str
 ):
     """Claim: a damaged checkpoint is neither resumed from nor silently passed over, and can be no
     model.path; the run directory stays untouched."""
-    out = cut_back(undisturbed, tmp_path / "run", 4)
+    out = cut_back(plain, tmp_path / "run", 4)
     checkpoint = out / "checkpoints" / "step_0000004"
     largest = max((checkpoint / "weights").iterdir(), key=lambda f: f.stat().st_size)
     if damage == "truncated":

@@ -48,11 +48,6 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training_run.write_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
-
-
 def train(models: TinyModels, prompts: Path, out: Path, *keys: str) -> list[dict[str, Any]]:
     model = models.hf("student", tied=True, layers=2)
     teacher = models.hf("teacher", tied=False, layers=2)

@@ -177,7 +177,9 @@ def test_a_run_that_went_back_keeps_what_it_saves(
     arguments = training_run.overrides(
         fault_model, fault_prompts, out, "checkpoint.keep=1", "checkpoint.async_save=false"
     )
-    kill = killed.Kill(function="megatron_opdlm.run.session:generate", call=5)  # in step 7
+    kill = killed.Kill(
+        function="megatron_opdlm.run.session:generate_over_copies", call=5
+    )  # in step 7
     (ended,) = one_rank.run(killed.run, overrides=arguments, kill=kill, timeout=SECONDS)
     assert ended["code"] == -9, ended
     assert pointer.read_text() == "step_0000006\n"

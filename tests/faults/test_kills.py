@@ -31,7 +31,7 @@ SECONDS = 300  # for one start on a busy machine
 MOMENTS = {
     "set-up": ("megatron_opdlm.run.opening:build_student", 1, 0.3),
     "loading": ("megatron_opdlm.checkpoint:verify", 1, 0.2),
-    "rollout": ("megatron_opdlm.run.session:generate", 3, 0.2),
+    "rollout": ("megatron_opdlm.run.session:generate_over_copies", 3, 0.2),
     "teacher": ("megatron_opdlm.run.session:score", 3, 0.05),
     "update": ("megatron_opdlm.update:update", 5, 0.1),
     "metrics": ("megatron_opdlm.metrics:append_jsonl", 3, 0.01),

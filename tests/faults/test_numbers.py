@@ -70,7 +70,7 @@ def test_a_failed_update_is_kept(job: Jobs, fault_model: Path):
     ("function", "phase", "keys"),
     [
         pytest.param(
-            "run.session:generate",
+            "run.session:generate_over_copies",
             "rollout",
             ("rollout.kv_cache_tokens", "rollout.slots"),
             marks=pytest.mark.slow,  # not certain: what malloc still holds may be enough

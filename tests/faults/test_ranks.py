@@ -15,7 +15,7 @@ from tests.faults.disturbed import Disturbance
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-ROLLOUT = "megatron_opdlm.run.session:generate"
+ROLLOUT = "megatron_opdlm.run.session:generate_over_copies"
 UPDATE = "megatron_opdlm.update:update"
 TIMEOUT_SECONDS = 12
 SHORT = f"distributed.timeout_seconds={TIMEOUT_SECONDS}"

@@ -34,7 +34,7 @@ def checkpoints(out: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("action", "function", "call", "rank", "saved"),
     [
-        ("terminate", f"{SESSION}:generate", 4, 1, 3),
+        ("terminate", f"{SESSION}:generate_over_copies", 4, 1, 3),
         # between two forwards of the rollout, which is given up
         ("warn", "megatron_opdlm.rollout:_Engine._launch", 20, 0, None),
         # a step whose weights have begun to change is finished first
@@ -67,12 +67,12 @@ def test_nothing_is_saved_twice(job: Jobs):
     """Claim: a request before the first step has ended saves nothing; one right after a save leaves
     the checkpoint as it is."""
     asked = job(2, "checkpoint.every=2")
-    early = Disturbance(function=f"{SESSION}:generate", call=1, action="terminate")
+    early = Disturbance(function=f"{SESSION}:generate_over_copies", call=1, action="terminate")
     first, _ = asked(disturbance=early)
     assert first.code == STOPPED
     assert "no step was finished" in first.errors[0]
     assert checkpoints(asked.out) == []
-    again = Disturbance(function=f"{SESSION}:generate", call=3, action="terminate")
+    again = Disturbance(function=f"{SESSION}:generate_over_copies", call=3, action="terminate")
     first, _ = asked(disturbance=again)
     assert first.code == STOPPED and "step 2 is saved" in first.errors[0]
     (saved,) = (asked.out / "checkpoints").glob("step_*")
@@ -113,7 +113,7 @@ def test_torchrun_starts_again(job: Jobs, undisturbed, tmp_path: Path):
     """Claim: ``torchrun --max-restarts`` takes code 75 for a reason to start its ranks again, which
     go on from what was saved to the undisturbed run's numbers."""
     asked, log = job(2, NEVER), tmp_path / "log"
-    fault = {"function": f"{SESSION}:generate", "call": 4, "action": "warn", "rank": 1}
+    fault = {"function": f"{SESSION}:generate_over_copies", "call": 4, "action": "warn", "rank": 1}
     restarting = [*TORCHRUN[:-1], "--max-restarts=1", "-m", "tests.faults.disturbed"]
     with started([*restarting, *asked.arguments], log, FAULT=json.dumps(fault)) as launcher:
         assert launcher.wait(timeout=600) == 0, log.read_text()[-3000:]

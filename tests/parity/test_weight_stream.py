@@ -196,7 +196,9 @@ def scaled_down(name: str, directory: Path) -> ModelShape:
     directory.mkdir()
     config |= {"num_hidden_layers": 3, "vocab_size": 211}
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 5, "pad_token_id": 5})
+    )
     return read_shape(directory)
 
 
@@ -215,7 +217,9 @@ def test_round_trip_of_published_shapes(
         convert(weights, checkpoint, BlockContract(mask_token_id=7), dtype)
     monkeypatch.setattr(export_hf, "compare", lambda *arguments, **options: [])
     manifest = read_manifest(checkpoint)
-    export_hf.convert(checkpoint, out, manifest, shape, model_format="qwen3", dtype=dtype)
+    export_hf.convert(
+        checkpoint, out, manifest, shape, model_format=shape.family.plain.format, dtype=dtype
+    )
     with open_weights(out) as found:
         assert found.model_shape == shape
         assert found.names() == list(sizes)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_opdlm import launcher, parallel
 from megatron_opdlm.errors import BAD_INPUT, InputError, RunError
-from tests.distributed.workers import REPOSITORY
+from tests.forking import REPOSITORY
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
 

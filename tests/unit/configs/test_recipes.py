@@ -4,8 +4,6 @@ The published values are written down here a second time, from the published lau
 """
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from megatron_opdlm.model_files.shape import read_shape
 from megatron_opdlm.planning.public_shapes import SHAPES, public_name, public_names
 from megatron_opdlm.planning.rank_memory import Split, optimizer_bytes_per_number, rank_numbers
 from megatron_opdlm.run import dry_run
+from tests.forking import ForkServer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml") if path.stem != "tiny_cpu")
@@ -158,17 +157,11 @@ def test_every_layout_of_slots_covers_a_step():
             assert config.rollout.slots * replicas >= config.rollout.prompts_per_step, stem
 
 
-def test_the_dry_run_command(tmp_path):
+def test_the_dry_run_command(fork_server: ForkServer, tmp_path: Path):
     """Claim: the very command, in a process of its own, prints and leaves nothing."""
     file = CONFIGS / "opdlm_8b.yaml"
-    argv = [sys.executable, "-m", "megatron_opdlm.train", "--config", str(file)]
-    done = subprocess.run(
-        [*argv, "--dry-run", "--world-size", "8"],
-        cwd=CONFIGS.parent,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    arguments = ["--config", file, "--dry-run", "--world-size", 8]
+    done = fork_server.run("megatron_opdlm.train", *arguments)
     assert done.returncode == 0, done.stderr
     assert "8,190,735,360 parameters" in done.stdout
     assert not list(tmp_path.iterdir())

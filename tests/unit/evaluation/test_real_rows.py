@@ -55,7 +55,9 @@ def canonical_verdicts(task: EvalPlusTask, solutions: list[dict[str, Any]]) -> l
     return [grade.correct for [grade] in task.grade_all(form, texts)]
 
 
-@pytest.mark.parametrize("most", [6, pytest.param(164, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "most", [6, pytest.param(164, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
 def test_canonical_programs_pass_their_own_tests(most: int):
     """Claim: OpenAI's solutions pass the tests that OpenAI's rows carry."""
     solutions = every(read("HumanEval.jsonl.gz"), most)
@@ -65,7 +67,9 @@ def test_canonical_programs_pass_their_own_tests(most: int):
 
 
 @whole_only
-@pytest.mark.parametrize("most", [4, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "most", [4, pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
 @pytest.mark.parametrize("name", ["HumanEval", "MBPP"])
 def test_canonical_programs_pass_evalplus_tests(name: str, most: int):
     """Claim: EvalPlus' solutions pass EvalPlus' base tests, in the published files' order."""

@@ -40,22 +40,84 @@ def one(**run: object) -> dict[str, object]:
 
 def test_every_training_recipe_has_its_evaluation():
     training = {path.stem for path in (ROOT / "configs").glob("[!_]*.yaml")}
-    assert {path.stem for path in FILES} == training
+    assert training - {path.stem for path in FILES} == set()
+
+
+# Which decode block by block, in blocks of how many tokens; the others are autoregressive.
+BLOCKS = {"opdlm_4b_block8": 8, "opdlm_4b_block16": 16}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
 def test_recipes_name_benchmarks_and_budgets(file):
+    """Claim: general models are asked every benchmark; whatever is asked more than once is drawn;
+    only runs that say so think; nothing is longer than the published scripts allow."""
     runs = read_recipe(file)
     tasks = {task for run in runs for task in run.tasks}
     if file.stem.startswith(("opdlm_", "proposal_")) and "math" not in file.stem:
         assert tasks == BENCHMARKS
     assert tasks <= BENCHMARKS | {"exact_match:held_out"}
     for run in runs:
-        assert run.decoding.block_size == run.decoding.denoising_steps == 4
-        assert run.enable_thinking == ("thinking" in file.stem)
-        assert (run.samples > 1) == (run.decoding.temperature > 0)
+        size = BLOCKS.get(file.stem, 4)
+        assert run.decoding.block_size == run.decoding.denoising_steps == size
+        thinks = "thinking" in file.stem or run.name.endswith("think_at_eval")
+        assert run.enable_thinking == thinks
+        assert run.samples == 1 or (run.decoding.temperature == 1 and run.decoding.top_k == 0)
         assert run.decoding.max_new_tokens <= 16000
     assert describe(runs).count("\n") == len(runs) - 1
+
+
+def by_name(stem: str) -> dict[str, RecipeRun]:
+    runs = read_recipe(ROOT / "configs" / "evaluation" / f"{stem}.yaml")
+    return {run.name: run for run in runs}
+
+
+def test_recipes_decode_as_the_published_scripts_and_the_paper_do():
+    """Claim: lengths by the model's size, dynamic decoding at temperature 1 without top-k and 8000
+    tokens, the seeds of Table 9, the thresholds of Figures 3 to 5, arg-max by top-k 1 for Qwen3."""
+    for stem, tokens in (("opdlm_0.6b", 8000), ("opdlm_1.7b", 8000), ("opdlm_4b", 16000)):
+        runs = by_name(stem)
+        for name in ("knowledge", "code", "reasoning"):
+            decoding = runs[name].decoding
+            assert (decoding.max_new_tokens, decoding.temperature) == (tokens, 0)
+            assert decoding.remasking == "low_confidence_static"
+        dynamic = runs["dynamic-0.9"].decoding
+        assert (dynamic.temperature, dynamic.top_k, dynamic.max_new_tokens) == (1, 0, 8000)
+        assert (runs["seeds_gpqa"].samples, runs["seeds_aime"].samples) == (8, 32)
+    for size in ("", "_block8", "_block16"):
+        swept = [run for name, run in by_name(f"opdlm_4b{size}").items() if "sweep" in name]
+        assert [run.decoding.threshold for run in swept] == [0.8, 0.85, 0.9, 0.95, 1.0]
+        assert {run.tasks for run in swept} == {("MATH-500", "GPQA-Diamond", "MBPP")}
+    for run in by_name("qwen3").values():
+        d = run.decoding
+        assert (d.mode, d.temperature, d.top_k, d.max_new_tokens) == ("ar", 1, 1, 16000)
+
+
+def test_a_file_extends_its_base(tmp_path):
+    """Claim: common settings of the base hold until its own differ, its runs come first, and a run
+    of the same name takes the place of the base's."""
+    tree = {"common": {"seed": 5, "samples": 2, "temperature": 1.0}}
+    write(
+        tmp_path / "_base.yaml",
+        tree | {"runs": [*one()["runs"], {"name": "b", "tasks": ["addition"]}]},
+    )
+    own = {"base": "_base.yaml", "common": {"seed": 6}}
+    [a, b] = read_recipe(write(tmp_path / "r.yaml", own))
+    assert (a.name, a.samples, a.decoding.seed) == ("a", 2, 6) and b.name == "b"
+    more = {"runs": [{"name": "a", "tasks": ["addition"], "samples": 3}]}
+    [b, a] = read_recipe(write(tmp_path / "r.yaml", own | more))
+    assert (a.name, a.samples, a.decoding.seed) == ("a", 3, 6) and b.samples == 2
+    with pytest.raises(InputError, match=r"r\.yaml: base: nothing\.yaml is no file in"):
+        read_recipe(write(tmp_path / "r.yaml", {"base": "nothing.yaml"}))
+    with pytest.raises(InputError, match="leads back to itself"):
+        read_recipe(write(tmp_path / "r.yaml", {"base": "r.yaml"}))
+
+
+def test_runs_are_chosen_by_either_name(tmp_path):
+    runs = read_recipe(write(tmp_path / "r.yaml", one(thresholds=[0.9, 1])))
+    assert recipe._chosen(runs, ["a"]) == runs
+    assert recipe._chosen(runs, ["a-1"]) == runs[1:]
+    with pytest.raises(InputError, match="--only a-2: no such run"):
+        recipe._chosen(runs, ["a-2"])
 
 
 def test_common_settings_hold_until_a_run_differs(tmp_path):
@@ -88,7 +150,7 @@ def test_thresholds_become_runs_of_dynamic_decoding(tmp_path):
     ("tree", "message"),
     [
         ([], "must hold sections of keys"),
-        ({"run": []}, "needs the keys common and runs"),
+        ({"run": []}, "needs the keys common and runs, may have base"),
         ({"runs": []}, "at least one run"),
         ({"runs": [{"tasks": ["addition"]}]}, "a mapping with a name"),
         ({"runs": [{"name": "a"}]}, "run a: tasks must be a list"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -288,38 +289,47 @@ def test_layouts_that_do_not_fit_the_started_processes(monkeypatch, world, argv,
         loading_from(parse(*argv))
 
 
-@pytest.mark.parametrize(
-    ("module", "argv", "message"),
-    [
-        ("run", ("--tasks", "adition"), "task 'adition': not known"),
-        (
-            "run",
-            ("--tasks", "addition", "--remasking", "x"),
-            "--remasking x must be one of low_confidence_static",
-        ),
-        ("run", ("--tasks", "addition", "addition"), "names a task twice"),
-        ("run", ("--tasks", "addition", "--limit", "0"), "--limit 0"),
-        ("run", ("--tasks", "exact_match"), r"exact_match\.jsonl, which is missing"),
-        ("sample", ("--prompts", "absent.jsonl"), "no such file"),
-        ("sample", ("--prompts", "absent.jsonl", "--model", "absent"), "no such directory"),
-    ],
-)
-def test_commands_end_with_one_error_line_and_code_2(data, module, argv, message):
+REFUSED = [
+    ("run", ("--tasks", "adition"), "task 'adition': not known"),
+    (
+        "run",
+        ("--tasks", "addition", "--remasking", "x"),
+        "--remasking x must be one of low_confidence_static",
+    ),
+    ("run", ("--tasks", "addition", "addition"), "names a task twice"),
+    ("run", ("--tasks", "addition", "--limit", "0"), "--limit 0"),
+    ("run", ("--tasks", "exact_match"), r"exact_match\.jsonl, which is missing"),
+    ("sample", ("--prompts", "absent.jsonl"), "no such file"),
+    ("sample", ("--prompts", "absent.jsonl", "--model", "absent"), "no such directory"),
+]
+WITHOUT_TORCH = """
+import importlib, json, sys
+sys.modules["torch"] = None
+from megatron_opdlm.errors import command
+for module, argv in json.loads(sys.argv[1]):
+    sys.argv = [module, *argv]
+    try:
+        command(importlib.import_module("evaluation." + module).main)
+    except SystemExit as end:
+        print("exit code", end.code, file=sys.stderr)
+"""
+
+
+def test_commands_end_with_one_error_line_and_code_2(data):
     """Bad input: one ``error:`` line, exit code 2, no output, found without importing torch."""
     out = data / "out"
     common = ["--model", str(data), "--out", str(out)]
-    common += ["--data", str(data)] if module == "run" else []
-    code = (
-        "import sys; sys.modules['torch'] = None\n"
-        f"from evaluation.{module} import main\n"
-        "from megatron_opdlm.errors import command\ncommand(main)"
+    where = {"run": ["--data", str(data)], "sample": []}
+    commands = [(module, [*common, *where[module], *argv]) for module, argv, _ in REFUSED]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, *common, *argv], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2, result.stderr
-    [line] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    import re
-
-    assert re.search(message, line), line
+    said = done.stderr.splitlines()
+    assert done.returncode == 0 and len(said) == 2 * len(REFUSED), done.stderr
+    for error, code, (*_, message) in zip(said[::2], said[1::2], REFUSED, strict=True):
+        assert error.startswith("error: ") and re.search(message, error), error
+        assert code == "exit code 2"
     assert not out.exists()

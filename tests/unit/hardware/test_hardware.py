@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from tests.distributed.workers import REPOSITORY
+from tests.forking import REPOSITORY
 
 # A GPU as far as the choice of hardware asks for one; Transformer Engine and Apex are not here.
 PROGRAM = """

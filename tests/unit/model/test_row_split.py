@@ -160,7 +160,7 @@ def test_operations_of_the_ranks_are_those_of_the_row(ranks: int):
 
 def test_kernels_that_skip_hidden_pairs_count_visible_ones():
     """Claim: the pairs counted for them are those that the mask's predicate shows, by enumeration;
-    the other kernels compute more."""
+    a bias is added to all, and chunks of long sequences lie between."""
     packed = rows(of_rank(0, 1, replace(PACKING, tokens_per_microbatch=4096)))
     batch = max(packed, key=lambda batch: len(batch.lengths))
     lengths = torch.tensor(batch.lengths)
@@ -171,8 +171,10 @@ def test_kernels_that_skip_hidden_pairs_count_visible_ones():
     visible = two_stream_visible(block[:, None], clean[:, None], block[None], clean[None])
     same = document[:, None] == document[None]
     row = batch.lengths, batch.block, batch.clean
-    assert packed_row_pairs("flex", *row) == int((visible & same).sum())
-    assert packed_row_pairs("dense", *row) == packed_row_pairs("te", *row) >= int(same.sum())
+    seen = packed_row_pairs("flex", *row)
+    assert seen == int((visible & same).sum())
+    assert packed_row_pairs("te", *row) >= int(same.sum())
+    assert seen < packed_row_pairs("dense", *row) < 0.6 * packed_row_pairs("te", *row)
     causal = [3, 1, 4]
     assert packed_row_pairs("te", causal) == packed_row_pairs("flex", causal) == 6 + 1 + 10
     assert packed_row_pairs("dense", causal) >= 9 + 1 + 16

@@ -1,0 +1,160 @@
+"""A real language model on two cores: SmolLM2-135M-Instruct becomes a block-diffusion model.
+
+Fetches the model, imports it, distils on questions of GSM8K, exports, evaluates and writes
+report.md. A stage whose output is there is skipped and a killed one goes on: give the same command
+again. key=value are keys of examples/smollm2/recipe.yaml.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.stages import Stage, Stages, checkpoints, python, torchrun
+from megatron_opdlm.config import load_config
+from megatron_opdlm.errors import STOPPED, Arguments, InputError, Stopped, command
+from megatron_opdlm.model_files.writing import new_directory, write_json, write_jsonl
+
+HERE = Path(__file__).parent
+RECIPE = HERE / "recipe.yaml"
+FORMAT = "a2d-llama"
+THRESHOLD = "0.9"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command line, checked."""
+
+    out: Path
+    ranks: int
+    problems: int  # of the evaluation
+    max_new_tokens: int  # response tokens of samples and evaluation
+    overrides: list[str]
+
+    @property
+    def decodings(self) -> dict[str, tuple[Path, list[str]]]:
+        """Name -> model and flags of everything that is compared."""
+        imported, exported = self.out / "imported", self.out / "exported"
+        block = load_config(RECIPE, self.overrides).rollout.block_size
+        blocks = ["--block-size", str(block), "--denoising-steps", str(block)]
+        static = [*blocks, "--remasking", "low_confidence_static"]
+        dynamic = [*blocks, "--remasking", "low_confidence_dynamic", "--threshold", THRESHOLD]
+        return {
+            "teacher": (imported, ["--mode", "ar"]),
+            "before": (imported, static),
+            "static": (exported, static),
+            "dynamic": (exported, dynamic),
+        }
+
+
+def main() -> None:
+    parser = Arguments(description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/smollm2"), help="default: %(default)s"
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="processes (%(default)s)")
+    parser.add_argument("--problems", type=int, default=100, help="of GSM8K's tests (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=96, help="an answer (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    if min(args.ranks, args.problems, args.max_new_tokens) < 1:
+        raise InputError("--ranks, --problems and --max-new-tokens are positive numbers")
+    settings = Settings(**(vars(args) | {"out": args.out.resolve()}))
+    settings.out.mkdir(parents=True, exist_ok=True)
+    runner = Stages(logs=settings.out / "logs")
+    write_questions(settings.out / "data")
+    for stage in stages(settings):
+        if stage.complete():
+            print(f"=== {stage.name}: complete, skipped", flush=True)
+            continue
+        with runner.stage(stage.name, stage.name):
+            process = runner.start(stage.name, stage.command(), on_terminal=stage.name == "train")
+            code = process.wait()
+            if code == STOPPED:
+                raise Stopped("training was asked to stop and has saved; the same command goes on")
+            if code:
+                raise runner.failure(stage.name, code)
+            stage.finish()
+    print((settings.out / "report.md").read_text())
+
+
+def write_questions(directory: Path) -> None:
+    """The questions that this example carries, as training and evaluation read them."""
+    if directory.exists():
+        return
+    with gzip.open(HERE / "questions.json.gz", "rt", encoding="utf-8") as file:
+        questions = json.load(file)
+    with new_directory(directory) as new:
+        for name in ("train", "held_out"):
+            write_jsonl(new / f"{name}.jsonl", [{"question": text} for text in questions[name]])
+        (new / "GSM8K.json").write_text(json.dumps(questions["test"]), encoding="utf-8")
+
+
+def stages(settings: Settings) -> Iterator[Stage]:
+    """Every stage with what tells that its output is whole."""
+    out, overrides = settings.out, settings.overrides
+    model, imported, run, exported = (out / n for n in ("model", "imported", "run", "exported"))
+    trained = out / "trained.json"
+    paths = (f"model.path={imported}", f"data.path={out}/data/train.jsonl", f"train.out={run}")
+    fetched = ("--packages", str(out / "packages"), "--out", str(model))
+    yield Stage(
+        name="fetch",
+        complete=model.exists,
+        command=lambda: python("examples.smollm2.fetch", *fetched),
+    )
+    given = ("--hf", str(model), "--out", str(imported), "--add-mask-token")
+    yield Stage(
+        name="import",
+        complete=imported.exists,
+        command=lambda: python("checkpoint_tools.import_hf", *given),
+    )
+    training = ("--config", str(RECIPE), *paths, *overrides)
+    yield Stage(
+        name="train",
+        complete=trained.exists,
+        command=lambda: torchrun(settings.ranks, "megatron_opdlm.train", *training),
+        finish=lambda: write_json(trained, {"checkpoint": checkpoints(run)[-1].name}),
+    )
+
+    def export() -> list[str]:
+        checkpoint = run / "checkpoints" / json.loads(trained.read_text())["checkpoint"]
+        given = ("--checkpoint", str(checkpoint), "--out", str(exported), "--format", FORMAT)
+        return python("checkpoint_tools.export_hf", *given)
+
+    yield Stage(name="export", complete=exported.exists, command=export)
+    yield from _answers(settings)
+    yield Stage(
+        name="report",
+        complete=lambda: False,  # seconds; it shows what is there
+        command=lambda: python("examples.smollm2.report", str(out)),
+    )
+
+
+def _answers(settings: Settings) -> Iterator[Stage]:
+    """Answers to the held-out questions, and to GSM8K's tests, by every model and decoding."""
+    out, limit = settings.out, ("--max-new-tokens", str(settings.max_new_tokens))
+    for name, (model, flags) in settings.decodings.items():
+        common = ("--model", str(model), *flags, *limit)
+        texts, scores = out / "answers" / f"{name}.jsonl", out / "evaluation" / name
+        asked = ("--prompts", f"{out}/data/held_out.jsonl", "--out", str(texts))
+        yield Stage(
+            name=f"answers-{name}",
+            complete=texts.exists,
+            command=lambda c=common, a=asked: torchrun(settings.ranks, "evaluation.sample", *c, *a),
+        )
+        if name == "before":
+            continue
+        graded = ("--tasks", "GSM8K", "--data", f"{out}/data", "--out", str(scores))
+        first = ("--limit", str(settings.problems))
+        yield Stage(
+            name=f"evaluate-{name}",
+            complete=(scores / "summary.json").exists,
+            command=lambda c=common, g=graded, f=first: torchrun(
+                settings.ranks, "evaluation.run", *c, *g, *f
+            ),
+        )
+
+
+if __name__ == "__main__":
+    command(main)
