@@ -79,8 +79,8 @@ class _Batch:
         self.forbidden = model.shard.columns_of(vocabulary.forbidden_ids, torch.device("cpu"))
         self.cache = KVCache(
             layer_numbers=model.layer_numbers,
-            slots=len(requests),
-            positions=positions,
+            pages=len(requests),
+            page_tokens=positions,
             groups=model.shape.groups,
             head_dim=model.shape.head_dim,
             dtype=model.config.params_dtype,

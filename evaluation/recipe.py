@@ -7,8 +7,8 @@ its ``tasks`` and the settings in which it differs; ``base`` names a file that i
 (docs/recipes.md). Every run has the files of evaluation.run in OUT/NAME; a run whose summary.json
 is there is not run again, so the same command goes on after a kill. Every run is checked before the
 first is started: one that was made with other settings, other data or another model (also one
-trained further in the same directory) ends the command with what differs. OUT/summary.json, written
-last, holds all rows.
+trained further in the same directory) ends the command with what differs.
+OUT/summary.json, written last, holds all rows.
 """
 
 import re
@@ -26,7 +26,7 @@ from evaluation.sample import open_generator
 from evaluation.tasks import get_task
 from megatron_opdlm import launcher
 from megatron_opdlm.configuration.tree import build_section
-from megatron_opdlm.configuration.values import read_file
+from megatron_opdlm.configuration.values import read_with_bases
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
 from megatron_opdlm.keys import key, keys_of
@@ -67,15 +67,15 @@ def read_recipe(path: Path) -> list[RecipeRun]:
     where = f"evaluation recipe {path}"
     common: dict[str, Any] = {}
     entries: list[Any] = []
-    for tree in read_file(path, where):
+    for tree in read_with_bases(path, "evaluation recipe"):
         if set(tree) - {"common", "runs"}:
-            raise InputError(f"{where}: needs the keys common and runs, may have base, no others")
-        shared, own = tree.get("common") or {}, tree.get("runs") or []
-        if not isinstance(shared, dict) or not isinstance(own, list):
+            raise InputError(f"{where}: needs the keys common and runs, and no others but base")
+        own, runs = tree.get("common") or {}, tree.get("runs") or []
+        if not isinstance(own, dict) or not isinstance(runs, list):
             raise InputError(f"{where}: common is a mapping and runs a list of at least one run")
-        names = [_name(entry) for entry in own]
-        common |= shared
-        entries = [*(entry for entry in entries if _name(entry) not in names), *own]
+        common |= own
+        replaced = [_name(run) for run in runs]
+        entries = [run for run in entries if _name(run) not in replaced] + runs
     if not entries:
         raise InputError(f"{where}: runs is a list of at least one run")
     runs = [run for entry in entries for run in _runs(where, common, entry)]
@@ -86,7 +86,8 @@ def read_recipe(path: Path) -> list[RecipeRun]:
     return runs
 
 
-def _name(entry: Any) -> Any:
+def _name(entry: Any) -> object:
+    """By which a run takes the place of one of the base."""
     return entry.get("name") if isinstance(entry, dict) else None
 
 

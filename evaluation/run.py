@@ -26,10 +26,12 @@ from evaluation.decoding_flags import (
 from evaluation.generation.identity import recorded_settings
 from evaluation.generation.predictions import Predictions, finished_rows
 from evaluation.generation.task_run import TaskRun
+from evaluation.jail.sandbox import use_sandbox
 from evaluation.prompting import prompt_from
 from evaluation.report import table
 from evaluation.reporting.summary import is_waiting, skipped
 from evaluation.sample import open_generator
+from evaluation.sandbox_flag import add_sandbox_flag
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm import launcher
 from megatron_opdlm.config import EvaluationConfig
@@ -58,6 +60,7 @@ def load_training_tasks(section: EvaluationConfig) -> Tasks:
     """
     if not section.every:
         return []
+    use_sandbox(section.sandbox)
     try:
         tasks = load_tasks(section.tasks, Path(section.data), section.limit)
     except InputError as error:
@@ -217,6 +220,7 @@ def _parser() -> Arguments:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     add_asking_flags(parser)
     add_decoding_flags(parser)
+    add_sandbox_flag(parser)
     return parser
 
 
@@ -224,6 +228,7 @@ def main() -> None:
     args = _parser().parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
     check_asking(args)
+    use_sandbox(args.sandbox)
     check_model(args.model)
     tasks = load_tasks(args.tasks, args.data, args.limit)
     settings = {"model": str(args.model), "limit": args.limit, **asdict(loading)}

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from evaluation.grading.response import without_control_tokens, without_thinking
+from evaluation.jail.sandbox import use_sandbox
 from evaluation.jsonl import read_jsonl
 from evaluation.report import table
 from evaluation.reporting.summary import NOTHING_TO_VERIFY, Counts, SummaryRow, skipped, summarize
+from evaluation.sandbox_flag import add_sandbox_flag
 from evaluation.tasks import NOT_SCORED, Grade, Row, Task, get_task
 from evaluation.tasks.guarded import grade_guarded
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
@@ -213,7 +215,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, metavar="DIR")
     parser.add_argument("--predictions", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    add_sandbox_flag(parser)
     args = parser.parse_args()
+    use_sandbox(args.sandbox)
     summary = score(get_task(args.task), args.data, args.predictions, args.out)
     tell_scorer_errors(summary.as_dict())
     print(table([summary.as_dict()]))

@@ -25,6 +25,7 @@ from evaluation.decoding_flags import (
     loading_from,
 )
 from evaluation.generation.identity import recorded_settings
+from evaluation.jail.sandbox import use_sandbox
 from evaluation.report import table, write_report
 from evaluation.reporting.results import SUMMARY
 from evaluation.run import (
@@ -37,6 +38,7 @@ from evaluation.run import (
     tell_skipped,
 )
 from evaluation.sample import open_generator
+from evaluation.sandbox_flag import add_sandbox_flag
 from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
@@ -166,6 +168,7 @@ def _parser() -> Arguments:
     parser.add_argument("--block-sizes", nargs="+", type=int, default=[], metavar="B")
     add_asking_flags(parser)
     add_decoding_flags(parser)
+    add_sandbox_flag(parser)
     return parser
 
 
@@ -173,6 +176,7 @@ def main() -> None:
     args = _parser().parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
     check_asking(args)
+    use_sandbox(args.sandbox)
     points = sweep_points(
         decoding,
         block_sizes=args.block_sizes or [decoding.block_size],

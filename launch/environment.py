@@ -1,4 +1,5 @@
-"""What setup.sh asks Python: is .venv whole, what made it, which versions a container brings.
+"""What setup.sh asks Python: is .venv whole, what made it, which versions a container brings; and
+the one command that pip does not make there.
 
 Standard library only; it runs before anything is installed.
 """
@@ -70,6 +71,16 @@ def _own_packages() -> Iterator[Distribution]:
     return iter(distributions(path=[sysconfig.get_paths()["purelib"]]))
 
 
+def make_torchrun(directory: Path) -> None:
+    """Have a ``torchrun`` beside .venv's ``python``. Where PyTorch is a container's, pip finds it
+    there and makes none, and the container's own runs the container's Python, without the project.
+    """
+    command = directory / "torchrun"
+    if not command.exists():
+        command.write_text('#!/bin/sh\nexec "${0%/*}/python" -m torch.distributed.run "$@"\n')
+        command.chmod(0o755)
+
+
 def constraints_for_container() -> str:
     """The container's versions of what must stay, the project's pins for all else."""
     versions = {
@@ -87,12 +98,16 @@ def constraints_for_cpu() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("question", choices=["fingerprint", "damage", "drift", "constraints"])
+    parser.add_argument(
+        "question", choices=["fingerprint", "damage", "drift", "constraints", "torchrun"]
+    )
     parser.add_argument("--mode", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--constraints", type=Path, help="file of pins, for drift")
     arguments = parser.parse_args()
     if arguments.question == "fingerprint":
         print(fingerprint(arguments.mode))
+    elif arguments.question == "torchrun":
+        make_torchrun(Path(sys.executable).parent)
     elif arguments.question == "constraints":
         gpu = arguments.mode == "gpu"
         print(constraints_for_container() if gpu else constraints_for_cpu(), end="")

@@ -145,6 +145,7 @@ install() {
         --constraint "$venv/constraints.txt" --editable "${root}[$extras]"
     pip_install "scorers, alone" --no-deps --constraint "$venv/constraints.txt" \
         --requirement "$root/launch/scorers.txt"
+    in_venv "$environment" torchrun
     verify
 }
 

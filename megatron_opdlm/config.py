@@ -72,10 +72,9 @@ def load_config(file: Path | None, overrides: list[str]) -> Config:
 
     A value may refer to another key: ``${model.path}``.
     """
-    of_file = [] if file is None else read_file(file, f"configuration file {file}")
-    own = [read_override(Config, text) for text in overrides]
-    defaults = dataclasses.asdict(Config())
-    config = build(Config, resolved(merged([defaults, *of_file, *own])))
+    trees = [dataclasses.asdict(Config()), *([read_file(file)] if file is not None else [])]
+    trees += [read_override(Config, text) for text in overrides]
+    config = build(Config, resolved(merged(trees)))
     rules.check(flatten(config))
     return config
 

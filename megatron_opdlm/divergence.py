@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
 from megatron_opdlm.diffusion.truncation import FLOOR, log_sum, nucleus, row_max, top_k
+from megatron_opdlm.diffusion.wide_product import wide_product
 
 TEACHER_FAULT, STUDENT_FAULT = 1, 2  # bits of ``Loss.fault_M``
 
@@ -207,7 +208,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             hidden = student_MH[rows]
             value_M[rows], fault_M[rows], grad_logits = _one_chunk(
-                (hidden @ weight.t()).to(accumulate),
+                wide_product(hidden, weight.t()),
                 row_weight_M[rows],
                 lambda log_q, rows=rows: compare_rows(log_q, rows),
                 reduction,
@@ -255,7 +256,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == b.dtype:
         total.addmm_(a, b)
     else:
-        total += a @ b
+        total += wide_product(a, b)
 
 
 def student_loss(
@@ -295,10 +296,9 @@ def distillation_loss(
         columns: the weights' rows that are tokens; those after them pad a parallel layout.
         chunk_rows: positions whose logits exist at once.
     """
-    accumulate = torch.promote_types(student_MH.dtype, torch.float32)
 
     def compare_rows(log_q: Tensor, rows: slice) -> tuple[Terms, Tensor]:
-        logits = (teacher_MH[rows] @ teacher_weight[:columns].t()).to(accumulate)
+        logits = wide_product(teacher_MH[rows], teacher_weight[:columns].t())
         log_p, finite = target(divergence, logits, reduction)
         return compare(divergence, log_p, log_q, reduction), finite
 

@@ -17,6 +17,8 @@ from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.offload import check_optimizer_offload
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# An attribute of its linears, read in every forward (transformer_engine/pytorch/module/linear.py).
+_OF_TRANSFORMER_ENGINE = "fuse_wgrad_accumulation"
 _NARROW_KEYS = ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
@@ -71,20 +73,24 @@ def _check(narrow: list[str], dtype: torch.dtype, hardware: Hardware) -> None:
         )
 
 
-def fuse_gradients(model: torch.nn.Module) -> str:
-    """Let Megatron's linears add the gradients of their weights to the float32 sums as they are
-    made, where Apex's kernel is installed; says what was decided. For a model in Megatron's wrapper
-    only, which holds the sums. Not run on a GPU yet.
+def fuse_gradients(model: torch.nn.Module) -> None:
+    """Let linears add the gradients of their weights to the float32 sums as they are made:
+    Transformer Engine's by themselves, Megatron's own where Apex's kernel is installed. For a model
+    in Megatron's wrapper only, which holds the sums. Not run on a GPU yet.
     """
-    if layers._grad_accum_fusion_available:
-        for module in model.modules():
-            if isinstance(module, layers.ColumnParallelLinear | layers.RowParallelLinear):
-                module.gradient_accumulation_fusion = True
-    return gradient_sums()
+    for module in model.modules():
+        if hasattr(module, _OF_TRANSFORMER_ENGINE):
+            setattr(module, _OF_TRANSFORMER_ENGINE, True)
+        elif layers._grad_accum_fusion_available and isinstance(
+            module, layers.ColumnParallelLinear | layers.RowParallelLinear
+        ):
+            module.gradient_accumulation_fusion = True
 
 
-def gradient_sums() -> str:
-    """What adds gradients to their float32 sums, and why."""
+def gradient_sums(spec: str) -> str:
+    """What adds the gradients of a model's layers ("local" | "te") to their float32 sums."""
+    if spec == "te":
+        return "added to the float32 sums by Transformer Engine's linears"
     if layers._grad_accum_fusion_available:
         return "added to the float32 sums by Apex's fused kernel"
     return "added to the float32 sums after they are made: Apex's fused kernel is not here"

@@ -6,32 +6,40 @@ yet: [finished block | fresh block] in the first pass of a block, [fresh block] 
 shares a forward with the next block's first pass, and so does prefill. Sequences enter and leave as
 they finish. Autoregressive decoding is the case B = 1 with shifted logits.
 
+What is drawn, committed and ended is decided on the device (``engine/slot_state.py``). Where a
+device works beside its host, the report of a pass is read while the next one runs; the host decides
+who enters (``engine/slots.py``).
+
 With pipeline stages the slots form as many groups as there are stages; while one group's drawn
 tokens travel back from the last stage, the other groups keep the stages busy.
 
 Ranks that share out experts trade tokens in every layer, so they keep step: each round every one of
-them runs a forward of each group, with one masked block in a scratch slot where it has no work, and
-all stop after the round that finds none of them at work.
+them runs a forward of each group, with one row in a scratch slot where it has no work, and all stop
+after the round that finds none of them at work.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
 from megatron_opdlm.configuration.engine_options import EngineOptions
-from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.cache_budget import fitting_slots, open_cache
-from megatron_opdlm.engine.decode_forward import BucketForward, Capture, DecodeForward, RowForward
-from megatron_opdlm.engine.slots import Masked, Request, SlotTable, Windows, split_over_replicas
+from megatron_opdlm.engine import slot_state
+from megatron_opdlm.engine.cache_budget import room_for
+from megatron_opdlm.engine.decoder import Decoder, Group
+from megatron_opdlm.engine.pages import Pages
+from megatron_opdlm.engine.passes import FixedPasses, Flight
+from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
+from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
-from megatron_opdlm.model.vocab_parallel import project
 from megatron_opdlm.records import Rollout, Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
@@ -105,35 +113,29 @@ def generate(
         return Rollout(trajectories=[], flops=0.0)
     rules = decoding if decoding.mode == "diffusion" else decoding.autoregressive()
     _check_prompts(requests, rules)
-    positions = max((r.positions(rules.block_size) for r in requests), default=rules.block_size)
+    way = choose_decode_attention(
+        options.attention, model.config.params_dtype, model.shape.head_dim, select_hardware()
+    )
     # How many tokens an expert gets is known on the way only, so nothing is captured.
-    graphs = options.graphs and model.shape.experts is None
-    kind, capture = _way_to_decode(options.attention, graphs)
-    # A slot for rows that pad a captured forward, or that only keep step.
-    scratch = 1 if capture or parallel.expert_size() > 1 else 0
-    fitting = fitting_slots(model, positions, options.kv_cache_tokens)
-    count = min(options.slots, len(requests), max(1, fitting - scratch))
-    table = SlotTable(requests, rules, vocabulary, count, positions, options.prefill_tokens)
+    graphs = options.graphs and way.kernel is not None and model.shape.experts is None
+    captures = select_hardware().captures if graphs else None
+    room = room_for(
+        model,
+        paged=way.kernel is not None,
+        slots=min(options.slots, len(requests)),
+        positions=max((r.positions(rules.block_size) for r in requests), default=rules.block_size),
+        kv_cache_tokens=options.kv_cache_tokens,
+    )
+    queue = Queue(requests, rules, vocabulary, key, options.prefill_tokens)
     was_training = model.training
     model.eval()
     try:
         with without_sequence_parallel(model):
-            cache = open_cache(model, count + scratch, positions)
-            forward: DecodeForward = (
-                BucketForward(model, cache, rules.block_size)
-                if kind == "buckets"
-                else RowForward(model, cache, rules.block_size, capture)
-            )
-            return _Engine(model, table, key, forward, stop, finished).run()
+            capture = captures() if captures else None
+            decoder = Decoder(model, rules, vocabulary, room, way.kernel, capture)
+            return _Engine(decoder, queue, stop, finished).run()
     finally:
         model.train(was_training)
-
-
-def _way_to_decode(attention: str, graphs: bool) -> tuple[str, Capture | None]:
-    """Which form of forward runs here, and what captures the forwards of rows."""
-    hardware = select_hardware()
-    kind = hardware.decode_attention if attention == "auto" else attention
-    return kind, hardware.capture if graphs and kind == "rows" else None
 
 
 def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
@@ -146,192 +148,165 @@ def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flight:
-    """A group's forward under way: what will be drawn where, and the messages that are out."""
+@dataclass(kw_only=True)
+class _Group:
+    """Slots that run together: the device's part, the books, and what is under way."""
 
-    masked: Masked | None  # None: it only kept step
-    drawn: parallel.Sending | None  # [3, M + 1] token, confidence, entropy; last whether to stop
-    activations: parallel.Sending | None
+    device: Group
+    books: SlotBooks
+    flight: Flight | None = None  # its drawn tokens are not committed yet
+    # Reports that are on their way or not entered yet.
+    reports: deque[tuple[Flight, Callable[[], Tensor]]] = field(default_factory=deque)
+    rows: int = 0  # what the next pass needs, as far as the reports that are in say
+    draws: int = 0
 
 
 class _Engine:
-    """Runs the model over a slot table. M masked positions, H hidden size."""
+    """Runs a decoder until a queue is empty."""
 
     def __init__(
         self,
-        model: LanguageModel,
-        table: SlotTable,
-        key: tuple[int, int],
-        forward: DecodeForward,
+        decoder: Decoder,
+        queue: Queue,
         stop: Callable[[], bool],
         finished: Callable[[Trajectory], None],
     ) -> None:
-        self.model, self.table, self.rules, self.key = model, table, table.rules, key
-        self.forward, self.finished, self.stop, self.stopped = forward, finished, stop, False
-        self.device = next(model.parameters()).device
-        slots, dtype = len(table.request), model.config.params_dtype
+        self.model, self.queue, self.stop, self.finished = decoder.model, queue, stop, finished
         self.keeps_step = parallel.expert_size() > 1
-        groups = torch.arange(slots).tensor_split(parallel.pipeline_size())
-        self.groups = [group for group in groups if self.keeps_step or len(group)]
-        ids = table.vocabulary.forbidden_ids
-        self.forbidden = model.shard.columns_of(ids, self.device) if model.post_process else None
-        # Shifted logits: the hidden state before each block, as it was last computed clean.
-        self.carry = torch.zeros(slots, model.shape.hidden, dtype=dtype, device=self.device)
-        self.flops, self.launches, self.busy_slots = 0.0, 0, 0
+        self.room = decoder.room
+        self.groups = [self._group(one) for one in decoder.groups]
+        self.stopped = False
+        self.launches, self.busy_slots = 0, 0
+        # Tokens, those that the last layer carries on, (query, key) pairs, projected rows.
+        self.work = np.zeros(4, dtype=np.int64)
+
+    def _group(self, group: Group) -> _Group:
+        room, slots = self.room, group.state.slots
+        group.state.begin(self.queue.rules.threshold)
+        pages = Pages(group.pages, slots, room.page_tokens, room.positions)
+        ahead = 1 + group.passes.lag
+        return _Group(
+            device=group, books=SlotBooks(self.queue, slots, room.positions, pages, ahead)
+        )
 
     def run(self) -> Rollout:
         """Admit, denoise and retire, group by group, until every request has its trajectory, or
         until told to stop.
         """
-        table = self.table
-        flights: list[_Flight | None] = [None] * len(self.groups)
         while self._goes_on():
-            for number, group in enumerate(self.groups):
-                flight = flights[number]
-                if flight is not None:
-                    self._land(flight)
-                    for trajectory in table.retire(group):
-                        self.finished(trajectory)
-                flights[number] = self._next_flight(group)
-        for flight in flights:  # only where it was told to stop
-            if flight is not None:
-                self._land(flight)
-        slots = len(table.request)
+            for group in self.groups:
+                self._land(group)
+                self._learn(group, group.device.passes.lag)
+                self._launch(group)
+        for group in self.groups:
+            self._land(group)
+            self._learn(group, 0)
+        finished = self.queue.finished
         passes = self.launches / len(self.groups)
         return Rollout(
-            trajectories=[table.finished[i] for i in sorted(table.finished)],
+            trajectories=[finished[i] for i in sorted(finished)],
             complete=not self.stopped,
-            flops=self.flops,
-            slots=slots,
-            slot_utilisation=self.busy_slots / max(passes * slots, 1),
+            flops=self._flops(),
+            slots=self.room.slots,
+            slot_utilisation=self.busy_slots / max(passes * self.room.slots, 1),
         )
 
     def _goes_on(self) -> bool:
         """Whether there is another round: for the ranks that keep step, while one of them works."""
-        works = not self.table.done and not self.stopped
+        works = not self.queue.done and not self.stopped
         return parallel.most_over_experts(int(works)) > 0
 
-    def _next_flight(self, group: Tensor) -> _Flight | None:
-        if not self.stopped:
-            self.table.admit(group)
-        active = self.table.active(group)
-        if len(active) and not self.stopped:
-            return self._launch(group, active)
-        return self._keep_step() if self.keeps_step else None
-
-    def _keep_step(self) -> _Flight:
-        """A forward that nobody reads: one masked block in the scratch slot."""
-        self.launches += 1
-        size = self.rules.block_size
-        tokens, nothing = torch.full((size,), self.table.vocabulary.mask_id), torch.tensor([0])
-        length, scratch = torch.tensor([size]), len(self.table.request)
-        windows = Windows(tokens, torch.arange(size), length, nothing, nothing, length)
-        span = range(scratch, scratch + 1)
-        read = torch.zeros(0, dtype=torch.int64)
-        _, activations = self._forward(torch.tensor([scratch]), windows, read, span)
-        return _Flight(masked=None, drawn=None, activations=activations)
-
-    def _launch(self, group: Tensor, active: Tensor) -> _Flight:
-        """Forward of a group through this rank's stage; the last stage draws and sends."""
+    def _launch(self, group: _Group) -> None:
+        """Fill free slots and run a pass of a group through this rank's stage."""
+        books, device = group.books, group.device
+        if self.stopped:
+            device.state.block.fill_(slot_state.NOWHERE)
+        else:
+            self._change_slots(group)
+        if not self.keeps_step and (self.stopped or not books.active):
+            return
         activity.advance()
-        self.launches += 1
-        self.busy_slots += len(active)
-        masked, windows = self.table.masked(active), self.table.windows(active)
-        read, span = self._read(windows, masked), range(int(group[0]), int(group[-1]) + 1)
-        output, activations = self._forward(active, windows, read, span)
-        drawn = torch.zeros(3, len(masked.row) + 1, dtype=torch.float64, device=self.device)
-        drawn[:, -1] = self.stop()
-        if output is not None:
-            drawn[:, :-1] = self._draw(output, masked)
-        sending = parallel.broadcast_from_last_stage(drawn)
-        return _Flight(masked=masked, drawn=sending, activations=activations)
+        passes, stop = device.passes, self.stop()
+        if isinstance(passes, FixedPasses):
+            group.flight = passes.launch(group.rows, group.draws, stop)
+        else:
+            group.flight = passes.launch(stop, keep_step=self.keeps_step)
+        self.launches += group.flight is not None
 
-    def _land(self, flight: _Flight) -> None:
-        """Receive a group's drawn tokens (the one device synchronisation of a pass) and commit.
+    def _change_slots(self, group: _Group) -> None:
+        """Who leaves, who gets more pages, who enters: on the books, then on the device."""
+        books, device, upload = group.books, group.device, select_hardware().upload
+        left = books.make_room()
+        admission = None if left else books.admit()
+        if left:
+            slots = upload(torch.tensor(left))
+            device.state.block.index_fill_(0, slots, slot_state.NOWHERE)
+            for flight in (group.flight, *(flight for flight, _ in group.reports)):
+                if flight is not None:
+                    flight.ignored.update(left)
+        if admission is not None:
+            tensors = (admission.slots, admission.numbers, admission.tokens, admission.committed)
+            device.state.admit(*(upload(tensor) for tensor in tensors))
+            group.rows += admission.rows
+            group.draws += admission.draws
+        if books.pages.changed:
+            books.pages.changed = False
+            device.table.copy_(upload(torch.from_numpy(books.pages.table)))
+            device.state.covered.copy_(upload(torch.from_numpy(books.covered)))
+
+    def _land(self, group: _Group) -> None:
+        """Commit a group's drawn tokens and send for the report."""
+        flight, group.flight = group.flight, None
+        if flight is None:
+            return
+        if flight.activations is not None:
+            flight.activations.wait()
+        report = group.device.passes.commit(flight)
+        group.reports.append((flight, select_hardware().fetch(report)))
+
+    def _learn(self, group: _Group, lag: int) -> None:
+        """Enter the reports on the books, all but the last ``lag``.
 
         Raises RunError, on every rank of the replica, where nothing could be drawn.
         """
-        if flight.activations is not None:
-            flight.activations.wait()
-        if flight.masked is None or flight.drawn is None:
-            return
-        drawn = flight.drawn.wait().cpu()
-        self.stopped = self.stopped or bool(drawn[0, -1])
-        token, confidence, entropy = drawn[:, :-1]
-        self._check_drawn(token, confidence, flight.masked)
-        self.table.commit(flight.masked, denoising.Draw(token.long(), confidence, entropy))
+        header_size, state = group.device.passes.header, group.device.state
+        while len(group.reports) > lag:
+            flight, fetched = group.reports.popleft()
+            numbers = fetched().numpy()
+            header, report = numbers[:header_size].tolist(), numbers[header_size:]
+            report = report.reshape(-1, slot_state.TOKENS + 2 * state.rules.block_size)
+            self._check(group, header[slot_state.FAULTY])
+            self.stopped = self.stopped or bool(header[slot_state.STOP])
+            pairs = flight.pairs
+            if pairs is None:
+                padding = flight.rows - header[slot_state.ROWS_RUN]
+                pairs = header[slot_state.PAIRS] + padding * state.rules.block_size**2
+                group.rows, group.draws = header[slot_state.ROWS :]
+            self.work += flight.rows * state.rules.block_size, flight.read_rows, pairs, flight.draws
+            self.busy_slots += int(report[:, slot_state.RAN].sum())
+            if flight.ignored:
+                report[list(flight.ignored)] = 0
+            for trajectory in group.books.learn(report):
+                self.finished(trajectory)
 
-    def _check_drawn(self, token: Tensor, confidence: Tensor, masked: Masked) -> None:
+    def _check(self, group: _Group, faulty: int) -> None:
         """A logit that is not finite leaves no probability, or no token, to draw."""
-        faulty = ~(confidence.isfinite() & (token < self.table.vocabulary.size))
-        if bool(faulty.any()):
-            place = int(torch.nonzero(faulty)[0])
-            sample = int(self.table.sample[masked.active[masked.row[place]]])
+        books = group.books
+        slot, column = divmod(faulty, self.queue.rules.block_size)
+        if slot < len(books.request):
+            sample = self.queue.requests[int(books.request[slot])].sample
             raise RunError(
                 f"the student's logits for sample {sample}, position "
-                f"{int(masked.position[place])}, are not finite in the rollout; nothing was "
+                f"{books.block_start[slot] + column}, are not finite in the rollout; nothing was "
                 "updated: check the weights, model.dtype and optimizer.lr"
             )
 
-    def _draw(self, hidden_MH: Tensor, masked: Masked) -> Tensor:
-        """Draw a token at every masked position -> [3, M] token, confidence, entropy."""
-        model, slot = self.model, masked.active[masked.row]
-        if self.rules.logit_shift:
-            hidden_MH = self._carry(hidden_MH, slot, masked.column)
-        logits = project(hidden_MH, model.head_weight, model.shard, self.forbidden)
-        keys = (*self.key, self.table.sample[slot], masked.position, self.table.pass_index[slot])
-        uniform = randomness.uniform(*keys, randomness.DRAW_TOKEN)
-        drawn = denoising.draw(
-            logits,
-            uniform.to(self.device),
-            temperature=self.rules.temperature,
-            top_k=self.rules.top_k,
-            top_p=self.rules.top_p,
-            with_entropy=self.rules.remasking == "entropy_bounded",
-            shard=model.shard,
+    def _flops(self) -> float:
+        tokens, read_rows, pairs, projected = self.work.tolist()
+        return forward_flops(
+            self.model.shape,
+            tokens=tokens,
+            read_rows=read_rows,
+            attended_pairs=pairs,
+            projected_rows=projected,
         )
-        return torch.stack([drawn.token.double(), drawn.confidence, drawn.entropy])
-
-    def _read(self, windows: Windows, masked: Masked) -> Tensor:
-        """Packed tokens [M] whose hidden states predict the masked positions, on the host: the
-        positions themselves, with shifted logits those before.
-        """
-        place = windows.first[masked.row] + masked.position - windows.start[masked.row]
-        return (place - 1).clamp(min=0) if self.rules.logit_shift else place
-
-    def _carry(self, hidden_MH: Tensor, slot: Tensor, column: Tensor) -> Tensor:
-        """Shifted logits: a block's first position is read from the last one before the block as it
-        was last computed clean, which is in the window of the block's first pass and carried from
-        then on.
-        """
-        opens = column == 0
-        computed = torch.nonzero(opens & (self.table.pass_index[slot] == 0)).flatten()
-        self.carry[slot[computed].to(self.device)] = hidden_MH[computed.to(self.device)]
-        opens, slot = opens.to(self.device), slot.to(self.device)
-        return torch.where(opens[:, None], self.carry[slot], hidden_MH)
-
-    def _forward(
-        self, active: Tensor, windows: Windows, read_M: Tensor, span: range
-    ) -> tuple[Tensor | None, parallel.Sending | None]:
-        """Run all windows through this rank's stage: final hidden states [M, H] of what predicts
-        the masked positions on the last stage, activations on their way on the others.
-        """
-        model = self.model
-        prepared = self.forward.prepare(active, windows, read_M, span)
-        self.flops += forward_flops(
-            model.shape,
-            tokens=prepared.tokens,
-            read_rows=prepared.read_rows or prepared.tokens,  # all go on where none is read
-            attended_pairs=prepared.attended_pairs,
-            projected_rows=len(read_M),
-        )
-        activations = None
-        if not parallel.is_first_stage():
-            shape = (prepared.tokens, 1, model.shape.hidden)
-            dtype = model.config.params_dtype
-            activations = parallel.receive_from_previous_stage(shape, dtype, self.device)
-        output = prepared.run(activations)
-        if parallel.is_last_stage():
-            return output.flatten(0, 1), None
-        return None, parallel.send_to_next_stage(output)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
 from megatron_opdlm.diffusion.truncation import FLOOR, log_sum, top_k
+from megatron_opdlm.diffusion.wide_product import wide_product
 from megatron_opdlm.divergence import Divergence, Loss, Terms, compare, student_loss, target
 
 
@@ -43,10 +44,9 @@ def keep_top_k(
     """Hidden states -> targets, for a divergence with ``top_k`` > 0; arguments as in
     ``distillation_loss``. Logits exist for ``chunk_rows`` positions at a time.
     """
-    accumulate = torch.promote_types(teacher_MH.dtype, torch.float32)
     weight = teacher_weight[:columns].t()
     chunks = [
-        _keep((hidden @ weight).to(accumulate), divergence, reduction)
+        _keep(wide_product(hidden, weight), divergence, reduction)
         for hidden in teacher_MH.split(chunk_rows)
     ]
     return TopK(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))

@@ -20,7 +20,7 @@ import numpy as np
 from evaluation.grading.code_run import LOST, FunctionCall, Verdict, failed, run_calls
 from evaluation.jail.packages import package_directories
 from evaluation.jail.sandbox import Jail, Sandbox, unseen_modules
-from evaluation.jail.values import decode, encode
+from evaluation.jail.values import decode, encode, hashed
 from megatron_opdlm.errors import InputError, RunError
 
 MINIMUM_SECONDS, TIMES_CANONICAL = 1.0, 4.0  # CPU time of a test
@@ -292,6 +292,8 @@ class Oracle:
             return False
         if isinstance(expected, (list, tuple)) and len(value) != len(expected):
             return False
+        if np.shape(value) != np.shape(expected):  # [[]] would be close to [1.0]: nothing differs
+            return False
         return bool(np.allclose(value, expected, rtol=1e-07, atol=self.tolerance))
 
     def _mbpp(
@@ -307,7 +309,7 @@ class Oracle:
         if name == "digit_distance_nums":  # Mbpp/558
             return equal or value == special._digit_distance_nums(*arguments)
         if name in special.MBPP_OUTPUT_SET_EQ_TASKS:
-            return set(value) == set(expected)
+            return set(hashed(value)) == set(expected)
         if name in special.MBPP_OUTPUT_NOT_NONE_TASKS:
             wanted = expected if isinstance(expected, bool) else expected is not None
             return value == wanted if isinstance(value, bool) else wanted == (value is not None)

@@ -185,4 +185,4 @@ def confine(limits: Limits, layers: set[str], interpreter_trees: list[str], work
         landlock([*LIBRARY_TREES, *interpreter_trees], [work, *own_tmp])
     set_limits(limits, layers)
     if "seccomp" in layers:
-        sandbox_seccomp.install(libc)
+        sandbox_seccomp.install(layers)

@@ -122,8 +122,10 @@ def _overwrite(container: Any, content: Any) -> None:
 class Proxy:
     """An object or a function of the program's process.
 
-    Equal to another proxy if the program says so, but never to a value of this process: otherwise
-    an object whose ``__eq__`` always agrees would pass any test.
+    It answers calls, attributes, items and conversions; what is compared or calculated with are
+    plain values of this process only, never what the program's own operators say: an object that
+    agrees with everything would pass any test. Never equal to a value of this process; equal to
+    another proxy if they stand for one object, or for two of one type and the same plain state.
     """
 
     def __init__(self, remote: Remote, target: dict[str, Any], type_name: str) -> None:
@@ -137,6 +139,8 @@ class Proxy:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
+        if "handle" in self._target and name in _PREDICATES:
+            raise NotPlain(f"{name} of a {self._type_name}; {_PLAIN_ONLY}")
         return self._remote.ask("attribute", self._target, attribute=name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -146,7 +150,7 @@ class Proxy:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Proxy):
             return False
-        return _method(self, "__eq__", other) is True
+        return self._target == other._target or _state(self) == _state(other)
 
     def __hash__(self) -> int:
         return _method(self, "__hash__")
@@ -167,6 +171,41 @@ class Proxy:
             return False
         handle = object.__getattribute__(instance, "_target")["handle"]
         return self._remote.ask("is_instance", self._target, object=handle) is True
+
+
+class NotPlain(TypeError):
+    """A test compares, or calculates with, an object that is no plain value."""
+
+
+_PLAIN_ONLY = "only plain values are compared (docs/sandbox.md)"
+# What plain values answer with yes or no: a test that asks means to ask a plain value.
+_PREDICATES = {
+    name
+    for kind in (str, bytes, set, frozenset, int, float, dict, list, tuple)
+    for name in dir(kind)
+    if name.startswith("is") or name in ("startswith", "endswith")
+}
+_LONGEST = 100_000  # items of an object that is searched
+
+
+def _state(proxy: Proxy) -> Any:
+    """What an object holds, as plain values; an Opaque, equal to nothing, if that is not plain."""
+    return proxy._remote.ask("state", proxy._target)
+
+
+def _contains(proxy: Proxy, item: Any) -> bool:
+    """Membership among what the object lists, compared here."""
+    listed = list(itertools.islice(iter(proxy), _LONGEST + 1))
+    if len(listed) > _LONGEST:
+        raise NotPlain(f"a {proxy._type_name} of more than {_LONGEST} items; {_PLAIN_ONLY}")
+    return item in listed
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refused(self: Proxy, *_: Any) -> Any:
+        raise NotPlain(f"{name} of a {self._type_name}; {_PLAIN_ONLY}")
+
+    return refused
 
 
 def _method(proxy: Proxy, name: str, *arguments: Any) -> Any:
@@ -193,12 +232,21 @@ def _forward(name: str) -> Callable[..., Any]:
 
 
 _FORWARDED = (
-    *("len", "iter", "next", "getitem", "setitem", "delitem", "contains", "lt", "le", "gt", "ge"),
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "floordiv", "mod", "pow", "neg"),
-    *("abs", "int", "float", "enter", "exit", "and", "or", "xor", "invert", "index", "reversed"),
+    *("len", "iter", "next", "getitem", "setitem", "delitem", "reversed"),
+    *("int", "float", "index", "enter", "exit"),
+)
+_CALCULATIONS = (
+    *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow"),
+    *("lshift", "rshift", "and", "or", "xor"),
 )
 for _name in _FORWARDED:
     setattr(Proxy, f"__{_name}__", _forward(f"__{_name}__"))
+for _name in (
+    *("lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "round", "trunc", "floor", "ceil"),
+    *(side + name for name in _CALCULATIONS for side in ("", "r", "i")),
+):
+    setattr(Proxy, f"__{_name}__", _refuse(f"__{_name}__"))
+Proxy.__contains__ = _contains  # type: ignore[attr-defined]
 
 
 class Namespace(dict[str, Any]):

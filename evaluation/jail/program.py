@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from evaluation.jail import channel
-from evaluation.jail.values import decode, encode
+from evaluation.jail.values import MAX_DEPTH, decode, encode, tagged
 
 MODULE = "solution"  # what the program is called where its functions are imported
 _FRAME_LIMIT = 256 << 20
@@ -161,6 +161,10 @@ class Server:
     def is_instance(self, request: dict[str, Any]) -> dict[str, Any]:
         return {"value": encode(isinstance(self.objects[request["object"]], self._target(request)))}
 
+    def state(self, request: dict[str, Any]) -> dict[str, Any]:
+        """An object as a plain value: its type and what it holds, without asking its methods."""
+        return {"value": encode(self._target(request), _state)}
+
     def _export(self, value: Any) -> dict[str, Any]:
         handle = len(self.objects) + 1
         self.objects[handle] = value
@@ -189,6 +193,19 @@ class Server:
         return call_back
 
 
+def _state(value: Any, depth: int = 0) -> dict[str, Any]:
+    """The tag of a type's name and the attributes in ``__dict__`` and ``__slots__``."""
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+    held = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    held |= getattr(value, "__dict__", {})
+    if not held or isinstance(value, (type, types.FunctionType, types.ModuleType)):
+        return {"t": "object", "type": type(value).__name__, "v": ""}
+    inside = {name: tagged(item, lambda v: _state(v, depth + 1)) for name, item in held.items()}
+    return {"t": "tuple", "v": [type(value).__name__, {"t": "dict", "v": [*inside.items()]}]}
+
+
 _OPERATIONS: dict[str, Callable[[Server, dict[str, Any]], dict[str, Any]]] = {
     "call": Server.call,
     "get": Server.get,
@@ -196,4 +213,5 @@ _OPERATIONS: dict[str, Callable[[Server, dict[str, Any]], dict[str, Any]]] = {
     "names": Server.names,
     "load": Server.load,
     "is_instance": Server.is_instance,
+    "state": Server.state,
 }

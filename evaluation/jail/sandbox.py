@@ -22,6 +22,7 @@ from functools import cache
 from importlib.machinery import PathFinder
 from typing import Any, TypeVar
 
+from evaluation.jail.doors import DANGERS, LIMITS_NEED, NUISANCES, is_closed, open_doors
 from evaluation.jail.isolation import LAYERS, Limits
 from evaluation.jail.jail import Jail, JailLost, Outcome
 from evaluation.jail.packages import package_directories, readable_trees
@@ -37,6 +38,7 @@ __all__ = [
     "default_sandbox",
     "sandbox_problem",
     "unseen_modules",
+    "use_sandbox",
 ]
 
 Item = TypeVar("Item")
@@ -53,6 +55,7 @@ _OTHER_USER: tuple[set[str], ...] = (
 _WEAKER: tuple[set[str], ...] = (
     set(),
     {"landlock"},
+    {"seccomp"},
     {"mount_namespace"},
     {"landlock", "seccomp"},
     {"mount_namespace", "landlock", "seccomp"},
@@ -60,35 +63,18 @@ _WEAKER: tuple[set[str], ...] = (
 # Modules that nothing has loaded before: the jail must be able to read the interpreter's library,
 # and its packages where it has any of those that programs use most.
 _FIRST_PROGRAM = "import colorsys, decimal, heapq, statistics\nprint(6 * 7)"
-_FIRST_PACKAGES = ("numpy", "sympy")
+_FIRST_PACKAGES = ("numpy",)
 _UNSEEN = "import importlib.util\ndef unseen(names):\n" + (
     "    return [name for name in names if importlib.util.find_spec(name) is None]"
 )
-# Without one of each the machine is open in that respect, and users are told.
-_NEEDED = {
-    "programs could use the network": {"network_namespace", "seccomp"},
-    "programs could signal other processes of this user": {
-        *("pid_namespace", "seccomp", "unprivileged_user")
-    },
-    "programs could write this user's files": {"mount_namespace", "landlock", "unprivileged_user"},
-    "programs could read this user's files": {"mount_namespace", "landlock"},
-    "the number of processes is not limited": {*("seccomp", "unprivileged_user", "user_namespace")},
-    "the number of threads is not limited": {"unprivileged_user", "user_namespace"},
-    "programs could fill the disk: each file is limited, their sum is not": {"mount_namespace"},
-}
-
-
-# Limits that hold with one of these layers only.
-_LIMITS_NEED = {
-    "work_space": {"mount_namespace"},
-    "threads": {"unprivileged_user", "user_namespace"},
-}
+BEST_EFFORT = "best-effort"
 
 
 class Sandbox:
     """Opens jails with what this machine's kernel grants, probed when it is made.
 
-    RunError: programs cannot be run safely here at all; the line says why.
+    RunError: programs cannot be run here, or not safely and nobody asked for that by
+    ``best_effort``; the line says why.
     """
 
     def __init__(
@@ -97,12 +83,21 @@ class Sandbox:
         limits: Limits | None = None,
         layers: Iterable[str] = tuple(LAYERS),
         workers: int | None = None,
+        best_effort: bool = False,
     ) -> None:
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
         self._users = itertools.cycle(_USERS)
         self._lock = threading.Lock()
         self.allowed, self.layers = self._probe(set(layers))
+        dangers = open_doors(DANGERS, self.layers)
+        if dangers and not best_effort:
+            raise RunError(
+                f"generated programs could {', '.join(dangers)} on this machine: its kernel grants "
+                f"the sandbox no more than {sorted(self.layers) or 'nothing'}; run where it grants "
+                "seccomp filters or user namespaces (docs/sandbox.md), or, if they may do that, "
+                f"with --sandbox {BEST_EFFORT} (training: evaluation.sandbox={BEST_EFFORT})"
+            )
 
     def open(self) -> Jail:
         """A new jail. JailLost: it could not be set up (this once)."""
@@ -125,30 +120,42 @@ class Sandbox:
         )
 
     def _probe(self, wanted: set[str]) -> tuple[set[str], set[str]]:
-        """Layers to ask for and layers in force, the most that run a first program."""
+        """Layers to ask for and layers in force, the most that run a first program: without an open
+        door if there are such.
+        """
         reasons: dict[str, None] = {}  # ordered
-        packages = [n for n in _FIRST_PACKAGES if PathFinder.find_spec(n, package_directories())]
-        program = "".join(f"import {name}\n" for name in packages) + _FIRST_PROGRAM
+        found, tried = None, []
         for without, rights in itertools.product(_WEAKER, _OTHER_USER):
             allowed = wanted - without - rights
+            if allowed in tried or (found and allowed <= found[0]):
+                continue
+            tried.append(allowed)
             try:
-                with self._open(allowed) as jail:
-                    if "layers" not in jail.greeting:
-                        reasons[str(jail.greeting)] = None
-                        continue
-                    jail.load(program)
-                    outcome = jail.stdio("", cpu=60.0, wall=300.0)
+                in_force = self._try(allowed)
             except JailLost as lost:
                 reasons[str(lost)] = None
                 continue
-            if outcome.ok and outcome.stdout == "42\n":
-                in_force = set(jail.greeting["layers"])
-                return allowed - ({"mount_namespace"} - in_force), in_force
-            reasons[f"{outcome.status} {outcome.stderr.strip()[-200:]}"] = None
+            found = found or (allowed, in_force)
+            if not open_doors(DANGERS, in_force):
+                return allowed, in_force
+        if found is not None:
+            return found
         raise RunError(
-            f"generated programs cannot be run safely on this machine ({'; '.join(reasons)}); run "
-            "as an ordinary user, or with an interpreter that ordinary users may read"
+            f"generated programs cannot be run on this machine ({'; '.join(reasons)}); run as an "
+            "ordinary user, or with an interpreter that ordinary users may read"
         )
+
+    def _try(self, allowed: set[str]) -> set[str]:
+        """Layers in force when these are asked for. JailLost: a first program does not run."""
+        packages = [n for n in _FIRST_PACKAGES if PathFinder.find_spec(n, package_directories())]
+        with self._open(allowed) as jail:
+            if "layers" not in jail.greeting:
+                raise JailLost(str(jail.greeting))
+            jail.load("".join(f"import {name}\n" for name in packages) + _FIRST_PROGRAM)
+            outcome = jail.stdio("", cpu=60.0, wall=300.0)
+        if not outcome.ok or outcome.stdout != "42\n":
+            raise JailLost(f"{outcome.status} {outcome.stderr.strip()[-200:]}")
+        return set(jail.greeting["layers"])
 
     @cache  # noqa: B019 - one sandbox a process
     def unseen(self, modules: tuple[str, ...]) -> list[str]:
@@ -164,14 +171,14 @@ class Sandbox:
 
     def describe(self) -> dict[str, Any]:
         """What was in force, for a summary's settings. A limit that cannot be held here is None."""
-        open_doors = [text for text, any_of in _NEEDED.items() if not any_of & self.layers]
         limits = asdict(self.limits)
-        for name, any_of in _LIMITS_NEED.items():
-            limits[name] = limits[name] if any_of & self.layers else None
+        for name, held_by in LIMITS_NEED.items():
+            limits[name] = limits[name] if is_closed(held_by, self.layers) else None
+        doors = open_doors(DANGERS | NUISANCES, self.layers)
         return {
             "layers": sorted(self.layers),
             "missing": sorted(set(LAYERS) - self.layers - self._spare()),
-            "warnings": open_doors,
+            "warnings": [f"programs could {door}" for door in doors],
             "limits": limits,
             "workers": self.workers,
         }
@@ -196,9 +203,17 @@ class Sandbox:
             return list(pool.map(function, items))
 
 
-_default: Sandbox | None = None
+_default: Sandbox | RunError | None = None  # RunError: why there is none
 _default_lock = threading.Lock()
+_best_effort = False
 _warned = False
+
+
+def use_sandbox(asked: str) -> None:
+    """``required`` or ``best-effort`` of a flag or key, for the whole process."""
+    global _best_effort, _default
+    if _best_effort != (asked == BEST_EFFORT):
+        _best_effort, _default = asked == BEST_EFFORT, None
 
 
 def default_sandbox() -> Sandbox:
@@ -216,7 +231,7 @@ def default_sandbox() -> Sandbox:
 
 
 def sandbox_problem() -> str | None:
-    """Why programs cannot be run on this machine, with the remedy; None: they can."""
+    """Why programs are not run on this machine, with the remedy; None: they are."""
     try:
         _probed()
     except RunError as error:
@@ -233,5 +248,10 @@ def _probed() -> Sandbox:
     global _default
     with _default_lock:
         if _default is None:
-            _default = Sandbox()
+            try:
+                _default = Sandbox(best_effort=_best_effort)
+            except RunError as error:
+                _default = error
+        if isinstance(_default, RunError):
+            raise _default
         return _default

@@ -7,14 +7,16 @@ nothing. Standard library only: the file is used on both sides of the border.
 
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
 MAX_DEPTH = 100
-_MAX_RANGE = 1_000_000  # a longer range stays opaque: readers may want to list it
+_MAX_RANGE = 10_000  # a longer range stays opaque: readers may want to list it, and many of them
+_MAX_COLLISIONS = 32
+_MAX_FRACTION_BITS = 1 << 16
 _MAX_EXPONENT = 10_000  # of a decimal: larger ones are cheap to write and costly to compare
 _PLAIN_INT_BITS = 1024
 
@@ -36,7 +38,7 @@ def encode(value: Any, export: Export | None = None) -> str:
     Values that nest too deeply are opaque as a whole.
     """
     try:
-        return json.dumps(_tagged(value, export or _opaque, 0))
+        return json.dumps(tagged(value, export or _opaque))
     except RecursionError:
         return json.dumps(_opaque(value))
 
@@ -60,7 +62,8 @@ def _opaque(value: Any) -> dict[str, Any]:
     return {"t": "object", "type": type(value).__name__, "v": text}
 
 
-def _tagged(value: Any, export: Export, depth: int) -> Any:
+def tagged(value: Any, export: Export, depth: int = 0) -> Any:
+    """What ``encode`` writes as JSON. RecursionError: it nests too deeply."""
     if value is None or value is True or value is False:
         return value
     if depth > MAX_DEPTH:
@@ -74,11 +77,11 @@ def _tagged(value: Any, export: Export, depth: int) -> Any:
         return float.__float__(value)
     for kind in _SEQUENCES:
         if isinstance(value, kind):
-            items = [_tagged(item, export, depth + 1) for item in kind.__iter__(value)]
+            items = [tagged(item, export, depth + 1) for item in kind.__iter__(value)]
             return items if kind is list else _tag(kind.__name__, items)
     if isinstance(value, dict):
         pairs = dict.items(value)
-        both = [[_tagged(k, export, depth + 1), _tagged(v, export, depth + 1)] for k, v in pairs]
+        both = [[tagged(k, export, depth + 1), tagged(v, export, depth + 1)] for k, v in pairs]
         return _tag("dict", both)
     return _scalar(value, export)
 
@@ -108,29 +111,59 @@ def _scalar(value: Any, export: Export) -> Any:
 
 def _of_numpy(value: Any, export: Export) -> Any:
     if type(value).__name__ == "ndarray":
-        return _tag("ndarray", _tagged(value.tolist(), export, 1))
+        return _tag("ndarray", tagged(value.tolist(), export, 1))
     if hasattr(value, "dtype") and hasattr(value, "item"):
-        return _tagged(value.item(), export, 1)
+        return tagged(value.item(), export, 1)
     return export(value)
 
 
-def _value(tagged: Any, resolve: Resolve | None) -> Any:
-    if isinstance(tagged, list):
-        return [_value(item, resolve) for item in tagged]
-    if not isinstance(tagged, dict):
-        return tagged
-    kind, content = tagged["t"], tagged.get("v")
+def _value(found: Any, resolve: Resolve | None) -> Any:
+    if isinstance(found, list):
+        return [_value(item, resolve) for item in found]
+    if not isinstance(found, dict):
+        return found
+    kind, content = found["t"], found.get("v")
     if kind in _READERS:
         return _READERS[kind](content, resolve)
     if kind == "object":
-        return Opaque(str(tagged["type"]), str(content))
+        return Opaque(str(found["type"]), str(content))
     if resolve is None:
         raise KeyError(kind)
-    return resolve(tagged)
+    return resolve(found)
 
 
 def _items(content: Any, resolve: Resolve | None) -> list[Any]:
     return [_value(item, resolve) for item in list.copy(content)]
+
+
+def hashed(items: Iterable[Any]) -> list[Any]:
+    """Items that may be put into a set without taking time by the square of their number.
+
+    ValueError: too many different ones have the same hash, which chance does not bring about and
+    who knows Python's hash of numbers does.
+    """
+    listed = list(items)
+    by_hash: dict[int, list[Any]] = {}
+    for item in listed:
+        same = by_hash.setdefault(hash(item), [])
+        if item not in same:
+            same.append(item)
+            if len(same) > _MAX_COLLISIONS:
+                raise ValueError(f"more than {_MAX_COLLISIONS} values of one hash")
+    return listed
+
+
+def _mapping(content: Any, resolve: Resolve | None) -> dict[Any, Any]:
+    pairs = [(_value(key, resolve), _value(item, resolve)) for key, item in content]
+    hashed(key for key, _ in pairs)
+    return dict(pairs)
+
+
+def _fraction(content: Any) -> Fraction:
+    top, bottom = (int(text, 16) for text in content)
+    if max(top.bit_length(), bottom.bit_length()) > _MAX_FRACTION_BITS:
+        raise ValueError("a fraction too large to reduce")
+    return Fraction(top, bottom)
 
 
 def _decimal(content: Any) -> Decimal:
@@ -147,8 +180,23 @@ def _range(content: Any) -> range:
     return found
 
 
+def _check_array(content: Any) -> None:
+    """ValueError for what no array holds: numpy would list it."""
+    if isinstance(content, list):
+        for item in content:
+            _check_array(item)
+    elif isinstance(content, dict) and content["t"] not in (
+        "int",
+        "complex",
+        "Decimal",
+        "Fraction",
+    ):
+        raise ValueError(f"a {content['t']} in an array")
+
+
 def _array(content: Any, resolve: Resolve | None) -> Any:
     """A numpy array where numpy is there to compare with, else nested lists."""
+    _check_array(content)
     items = _value(content, resolve)
     try:
         import numpy
@@ -160,17 +208,15 @@ def _array(content: Any, resolve: Resolve | None) -> Any:
 _READERS: dict[str, Callable[[Any, Resolve | None], Any]] = {
     "int": lambda content, _: int(content, 16),
     "tuple": lambda content, resolve: tuple(_items(content, resolve)),
-    "set": lambda content, resolve: set(_items(content, resolve)),
-    "frozenset": lambda content, resolve: frozenset(_items(content, resolve)),
+    "set": lambda content, resolve: set(hashed(_items(content, resolve))),
+    "frozenset": lambda content, resolve: frozenset(hashed(_items(content, resolve))),
     "deque": lambda content, resolve: deque(_items(content, resolve)),
-    "dict": lambda content, resolve: {
-        _value(key, resolve): _value(item, resolve) for key, item in content
-    },
+    "dict": lambda content, resolve: _mapping(content, resolve),
     "complex": lambda content, _: complex(*content),
     "bytes": lambda content, _: content.encode("latin-1"),
     "bytearray": lambda content, _: bytearray(content.encode("latin-1")),
     "range": lambda content, _: _range(content),
     "Decimal": lambda content, _: _decimal(content),
-    "Fraction": lambda content, _: Fraction(int(content[0], 16), int(content[1], 16)),
+    "Fraction": lambda content, _: _fraction(content),
     "ndarray": _array,
 }

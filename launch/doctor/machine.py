@@ -104,21 +104,29 @@ def accelerators(hardware: "Hardware") -> Iterator[Finding]:
         yield Finding(name=f"GPU {number}", text=text, remedy=remedy)
 
 
+USUAL_HEAD = 128  # numbers of a head, in every published Qwen3
+
+
 def kernels(config: Config, hardware: "Hardware") -> Iterator[Finding]:
     """Which implementation each part would use, and why."""
+    from megatron_opdlm.model.decode_choice import choose_decode_attention
     from megatron_opdlm.model.kernels import reason
     from megatron_opdlm.optimizer import gradient_sums
-    from megatron_opdlm.run.build import kernels_of
+    from megatron_opdlm.run.build import kernels_of, resolve_dtype
 
     student, teacher = kernels_of(config, hardware)
     for name, kernel in (("student", student), ("teacher", teacher)):
         yield Finding(name=name, text=f"{kernel}: {reason(hardware)}")
     asked = config.rollout.attention
-    way = hardware.decode_attention if asked == "auto" else asked
-    graphs = way == "rows" and config.rollout.graphs and hardware.capture is not None
-    text = f"{way} (rollout.attention={asked}), {'with' if graphs else 'without'} captured graphs"
+    dtype = resolve_dtype(config.model.dtype, hardware)
+    way = choose_decode_attention(asked, dtype, USUAL_HEAD, hardware)
+    graphs = way.kernel is not None and config.rollout.graphs and hardware.captures is not None
+    text = (
+        f"{way} for heads of {USUAL_HEAD} (rollout.attention={asked}), "
+        f"{'with' if graphs else 'without'} captured graphs"
+    )
     yield Finding(name="rollout", text=text)
-    yield Finding(name="gradients", text=gradient_sums())
+    yield Finding(name="gradients", text=gradient_sums(student.spec))
 
 
 def shared_memory(place: Path = Path("/dev/shm")) -> Iterator[Finding]:

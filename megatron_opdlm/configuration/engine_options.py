@@ -31,12 +31,13 @@ class EngineOptions:
         at_least=1,
         may_change=True,
     )
-    attention: Literal["auto", "buckets", "rows"] = key(
+    attention: Literal["auto", "buckets", "rows", "triton", "flash"] = key(
         "auto",
-        "form of a forward (engine/decode_forward.py); auto: rows on GPUs that have flash-attn, "
-        "else buckets",
+        "what attends while decoding (model/decode_choice.py): windows of similar length, or rows "
+        "of a block by PyTorch, our Triton kernel or flash-attn; auto: on GPUs the first of "
+        "triton, flash and rows that can run, else buckets",
         may_change=True,
     )
     graphs: bool = key(
-        True, "capture the forwards of rows in graphs and replay them, on GPUs", may_change=True
+        True, "capture the passes of rows in graphs and replay them, on GPUs", may_change=True
     )

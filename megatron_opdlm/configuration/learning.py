@@ -137,6 +137,12 @@ class EvaluationConfig(Sampling):
     seed: int = key_of(Decoding, "seed", 0)
     keep_best: bool = key(True, "the best evaluated step has a checkpoint that is never removed")
     best_by: str = key("", "task whose accuracy decides; empty: the mean over the tasks")
+    sandbox: Literal["required", "best-effort"] = key(
+        "required",
+        "where the kernel cannot confine generated programs: run none, or with what it grants "
+        "(docs/sandbox.md)",
+        may_change=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

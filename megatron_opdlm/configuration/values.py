@@ -22,10 +22,18 @@ BASE = "base"  # the key by which a file names the file that it differs from
 Tree = dict[Any, Any]
 
 
-def read_file(file: Path, where: str, above: tuple[Path, ...] = ()) -> list[Tree]:
-    """The trees of a YAML file, named ``where``, and of its bases, the lowest first. ``above``:
-    files of which it is a base.
-    """
+def read_file(file: Path, what: str = "configuration file") -> Tree:
+    """The tree of a YAML file laid over that of its base, if it names one, and of that one's."""
+    return merged(read_with_bases(file, what))
+
+
+def read_with_bases(file: Path, what: str) -> list[Tree]:
+    """The trees of a YAML file and of all its bases, the last base first, the file itself last."""
+    return _with_bases(file, f"{what} {file}", ())
+
+
+def _with_bases(file: Path, where: str, above: tuple[Path, ...]) -> list[Tree]:
+    """The trees of a file and of all its bases, the last base first."""
     here = file.resolve()
     tree = _read_one(file, where)
     base = tree.pop(BASE, None)
@@ -42,7 +50,7 @@ def read_file(file: Path, where: str, above: tuple[Path, ...] = ()) -> list[Tree
             f"{where}: {BASE}: {base} is no file in {file.parent}; correct the name"
             + nearest(base, others)
         )
-    return [*read_file(named, f"{where}: {BASE} {base}", (here, *above)), tree]
+    return [*_with_bases(named, f"{where}: {BASE} {base}", (here, *above)), tree]
 
 
 def _read_one(file: Path, where: str) -> Tree:

@@ -167,6 +167,22 @@ def quota(pass_index: Tensor, block_size: int, steps: int) -> Tensor:
     return torch.where(pass_index < steps, regular, block_size)
 
 
+def _most_confident(
+    confidence_SB: Tensor, masked_SB: Tensor, allowance_S1: Tensor, block_size: int, steps: int
+) -> Tensor:
+    """bool [S, B]: the ``allowance`` most confident masked positions of each block, ties to the
+    lowest; all positions where it is the whole block.
+    """
+    key = torch.where(masked_SB, confidence_SB, -1.0)
+    column = torch.arange(block_size, device=key.device)
+    if block_size <= steps:  # one position a pass, or none: nothing needs to be sorted
+        first = key.argmax(1, keepdim=True)  # the lowest of equal ones
+        return ((column == first) & (allowance_S1 > 0)) | (allowance_S1 >= block_size)
+    order = torch.sort(key, dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(1, order, column.expand_as(order))
+    return rank < allowance_S1
+
+
 def choose_commits(
     confidence_SB: Tensor,
     entropy_SB: Tensor,
@@ -175,7 +191,7 @@ def choose_commits(
     *,
     steps: int,
     remasking: str,
-    threshold: float = 0.9,
+    threshold: float | Tensor = 0.9,
     entropy_bound: float = 0.35,
 ) -> Tensor:
     """Which masked positions of each block to commit in this pass (bool [S, B], a subset of
@@ -198,11 +214,7 @@ def choose_commits(
         leading = (ordered.cumsum(1) < entropy_bound) | (pass_S >= steps)[:, None]
         leading[:, 0] = True
         return masked_SB & torch.zeros_like(masked_SB).scatter(1, order, leading)
-    order = torch.sort(
-        torch.where(masked_SB, confidence_SB, -1.0), dim=1, descending=True, stable=True
-    ).indices
-    rank = torch.argsort(order, dim=1)
-    best = masked_SB & (rank < allowance)
+    best = masked_SB & _most_confident(confidence_SB, masked_SB, allowance, block_size, steps)
     if remasking == "low_confidence_static":
         return best
     if remasking == "low_confidence_dynamic":

@@ -37,22 +37,27 @@ def _finalise(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def hash_keys(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """64 mixed bits (int64) for each element of the broadcast keys."""
-    state = torch.zeros((), dtype=torch.int64, device=device)
+def absorb(state: Tensor, *keys: int | Tensor) -> Tensor:
+    """Mixed bits (int64) of ``state`` and further keys, element by element: what is the same for
+    many draws needs to be mixed once only. Numbers of the host make no tensor of their own, which a
+    GPU would have to wait for.
+    """
     for key in keys:
-        key = (
-            key.to(torch.int64)
-            if isinstance(key, Tensor)
-            else torch.tensor(key, dtype=torch.int64, device=device)
-        )
+        key = key.to(torch.int64) if isinstance(key, Tensor) else key
         state = _finalise((state ^ key) + _GOLDEN)
     return state
 
 
+def hash_keys(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """64 mixed bits (int64) for each element of the broadcast keys."""
+    return absorb(torch.zeros((), dtype=torch.int64, device=device), *keys)
+
+
+def uniform_of(bits: Tensor) -> Tensor:
+    """Mixed bits (int64) -> float64 numbers in [0, 1) with 48 random bits."""
+    return _shift(bits, 64 - _UNIFORM_BITS).to(torch.float64) * 2.0**-_UNIFORM_BITS
+
+
 def uniform(*keys: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """float64 numbers in [0, 1) with 48 random bits, one for each element of the broadcast keys."""
-    return (
-        _shift(hash_keys(*keys, device=device), 64 - _UNIFORM_BITS).to(torch.float64)
-        * 2.0**-_UNIFORM_BITS
-    )
+    return uniform_of(hash_keys(*keys, device=device))

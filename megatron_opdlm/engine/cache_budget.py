@@ -1,4 +1,6 @@
-"""The cache of a rollout, and how many sequences fit it."""
+"""The cache of a rollout: how much room it has, and what for."""
+
+from dataclasses import dataclass
 
 from megatron_opdlm import parallel
 from megatron_opdlm.errors import RunError
@@ -7,33 +9,64 @@ from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.kv_cache import KVCache
 
 CACHE_SHARE = 0.5  # of the free memory, where no budget is given
+# Positions of a page for block rows: the smallest page that flash-attn reads.
+PAGE_TOKENS = 256
 
 
-def open_cache(model: LanguageModel, slots: int, positions: int) -> KVCache:
-    """A cache of this rank's layers and groups."""
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """How much a decoder holds."""
+
+    slots: int
+    positions: int  # of the longest sequence
+    page_tokens: int
+    pages: int  # of all groups, without the scratch pages
+
+    @property
+    def pages_of_longest(self) -> int:
+        return -(-self.positions // self.page_tokens)
+
+
+def room_for(
+    model: LanguageModel,
+    *,
+    paged: bool,
+    slots: int,
+    positions: int,
+    kv_cache_tokens: int | None,
+) -> Room:
+    """Slots and pages for sequences of at most ``positions`` within ``kv_cache_tokens`` (None: half
+    of the free memory), at least for one. Without ``paged`` a whole sequence has a page of its own.
+
+    Raises RunError for a budget that does not hold the longest sequence.
+    """
+    if kv_cache_tokens is None:
+        free = CACHE_SHARE * select_hardware().free_memory_bytes()
+        kv_cache_tokens = parallel.least_over_replica(int(free) // _bytes_per_token(model))
+    elif kv_cache_tokens < positions:
+        raise RunError(
+            f"rollout.kv_cache_tokens={kv_cache_tokens} is less than the {positions} positions of "
+            "the longest prompt and response; raise it, or lower that max_new_tokens"
+        )
+    if not paged:
+        slots = min(slots, max(1, kv_cache_tokens // positions))
+        return Room(slots=slots, positions=positions, page_tokens=positions, pages=slots)
+    most = slots * -(-positions // PAGE_TOKENS)
+    pages = min(most, max(kv_cache_tokens, positions + PAGE_TOKENS - 1) // PAGE_TOKENS)
+    return Room(slots=slots, positions=positions, page_tokens=PAGE_TOKENS, pages=pages)
+
+
+def open_cache(model: LanguageModel, room: Room, *, scratch: int) -> KVCache:
+    """Pages of this rank's layers and groups, ``scratch`` more than the room has."""
     return KVCache(
         layer_numbers=model.layer_numbers,
-        slots=slots,
-        positions=positions,
+        pages=room.pages + scratch,
+        page_tokens=room.page_tokens,
         groups=_local_groups(model),
         head_dim=model.shape.head_dim,
         dtype=model.config.params_dtype,
         device=select_hardware().device,
     )
-
-
-def fitting_slots(model: LanguageModel, positions: int, kv_cache_tokens: int | None) -> int:
-    """Sequences of ``positions`` cached tokens that the budget holds, at least one."""
-    if kv_cache_tokens is None:
-        free = CACHE_SHARE * select_hardware().free_memory_bytes()
-        tokens = parallel.least_over_replica(int(free) // _bytes_per_token(model))
-        return max(1, tokens // positions)
-    if kv_cache_tokens < positions:
-        raise RunError(
-            f"rollout.kv_cache_tokens={kv_cache_tokens} is less than the {positions} positions of "
-            "the longest prompt and response; raise it, or lower that max_new_tokens"
-        )
-    return kv_cache_tokens // positions
 
 
 def _local_groups(model: LanguageModel) -> int:

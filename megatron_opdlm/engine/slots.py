@@ -1,20 +1,23 @@
-"""Host bookkeeping of sequences being decoded: who sits in which slot, what is known of its block.
+"""The host's books of sequences being decoded: which request sits in which slot, on which pages of
+the cache, and what is known of its response.
 
-Knows no model. Tensors are indexed by slot; S slots, B tokens per block, n active slots of a group.
-All ranks of a model replica keep the same table.
+Knows no model and no device; ``slot_state.py`` is the device's side, whose reports are entered
+here. S slots of a group, B tokens per block. All ranks of a model replica keep the same books.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_opdlm.diffusion import denoising
+from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.blocks import first_block_start, sequence_end
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine import slot_state
+from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.planning import balance
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
 
@@ -47,166 +50,117 @@ def split_over_replicas(
     return balance.share_out(tokens, replicas)
 
 
-class Windows(NamedTuple):
-    """Tokens of each active slot that are not final in the cache, packed one after the other."""
+@dataclass(frozen=True, kw_only=True)
+class _Waiting:
+    """A request without a slot."""
 
-    tokens_N: Tensor
-    position_N: Tensor
-    lengths: Tensor  # [n]
-    first: Tensor  # [n] packed index of each window's first token
-    start: Tensor  # [n] its absolute position
-    end: Tensor  # [n] cached positions after this forward
-
-
-class Masked(NamedTuple):
-    """The current blocks of the active slots; M masked positions in row-major order."""
-
-    active: Tensor  # [n] slots
-    block: Tensor  # [n, B] absolute positions
-    mask: Tensor  # bool [n, B]
-    row: Tensor  # [M] index into ``active``
-    column: Tensor  # [M]
-    position: Tensor  # [M]
+    number: int
+    order: int  # of its first admission; older ones keep their pages
+    ids: list[int]  # the prompt and, of one that had to leave its slot, its finished blocks
+    committed_at: list[int]  # of the finished blocks' response tokens
+    passes: int
 
 
-class SlotTable:
-    """Admits requests, hands out windows, records commits and retires finished sequences."""
+class Queue:
+    """All requests of a call: what waits, and what has its trajectory."""
 
     def __init__(
         self,
         requests: Sequence[Request],
         rules: Decoding,
         vocabulary: Vocabulary,
-        slots: int,
-        positions: int,
+        key: tuple[int, int],
         prefill_tokens: int,
     ) -> None:
-        self.rules, self.vocabulary, self.requests = rules, vocabulary, requests
+        self.requests, self.rules, self.vocabulary = requests, rules, vocabulary
         self.prefill_tokens = prefill_tokens
+        samples = torch.tensor([request.sample for request in requests], dtype=torch.int64)
+        self.keys = randomness.hash_keys(*key, samples).numpy()
         # The longest possible ones first, so that no slot is left alone with a long one at the end.
         by_length = sorted(
             range(len(requests)), key=lambda i: -requests[i].positions(rules.block_size)
         )
-        self.waiting = deque(by_length)
-        self.finished: dict[int, Trajectory] = {}
-        self.end_ids = torch.tensor(vocabulary.end_ids, dtype=torch.int64)
-        self.request = torch.full((slots,), -1)  # which request a slot works on; -1: free
-        self.tokens = torch.full((slots, positions), vocabulary.mask_id)
-        self.committed_at = torch.zeros((slots, positions), dtype=torch.int64)
-        names = ("prompt_tokens", "end", "sample", "block_start", "clean_until")
-        self.prompt_tokens, self.end, self.sample, self.block_start, self.clean_until = (
-            torch.zeros(slots, dtype=torch.int64) for _ in names
+        self.waiting = deque(
+            _Waiting(number=i, order=order, ids=requests[i].prompt.ids, committed_at=[], passes=0)
+            for order, i in enumerate(by_length)
         )
-        # Passes over the current block, and counts over the whole sequence.
-        self.pass_index, self.forwards, self.passes = torch.zeros((3, slots), dtype=torch.int64)
+        self.finished: dict[int, Trajectory] = {}
 
     @property
     def done(self) -> bool:
         """Every request has its trajectory."""
         return len(self.finished) == len(self.requests)
 
-    def admit(self, group: Tensor) -> None:
-        """Give waiting requests the group's free slots; prompts ride along in the next forward.
 
-        Prompts of at most ``prefill_tokens`` together, or one that is longer: a forward must not
-        take the memory of all prompts at once, nor keep the running sequences waiting for them.
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """What ``SlotState.admit`` is to be given, and what it adds to the next pass."""
+
+    slots: Tensor  # [n]
+    numbers: Tensor  # [FIELDS, n]
+    tokens: Tensor  # [n, positions]
+    committed: Tensor  # [n, B]
+    rows: int
+    draws: int
+
+
+class SlotBooks:
+    """Slots of one group."""
+
+    def __init__(
+        self, queue: Queue, slots: int, positions: int, pages: Pages, blocks_ahead: int
+    ) -> None:
+        """``blocks_ahead``: blocks from the last known block's start that a slot may have to have
+        room for in the next pass.
         """
-        room = self.prefill_tokens
-        for slot in group[self.request[group] < 0].tolist():
-            if not self.waiting:
-                return
-            tokens = len(self.requests[self.waiting[0]].prompt.ids)
-            if tokens > room and room < self.prefill_tokens:
-                return
-            room -= tokens
-            number = self.waiting.popleft()
-            request, block = self.requests[number], self.rules.block_size
-            prompt = torch.tensor(request.prompt.ids, dtype=torch.int64)
-            self.tokens[slot] = self.vocabulary.mask_id
-            self.tokens[slot, : len(prompt)] = prompt
-            self.committed_at[slot] = 0
-            self.request[slot] = number
-            self.sample[slot] = request.sample
-            self.prompt_tokens[slot] = len(prompt)
-            self.end[slot] = request.positions(block)
-            self.block_start[slot] = first_block_start(len(prompt), block)
-            for counter in (self.clean_until, self.pass_index, self.forwards, self.passes):
-                counter[slot] = 0
+        self.queue, self.pages, self.ahead = queue, pages, blocks_ahead * queue.rules.block_size
+        self.request = np.full(slots, -1)  # which request a slot works on; -1: free
+        self.order = np.zeros(slots, dtype=np.int64)
+        self.known = np.zeros(slots, dtype=np.int64)  # tokens that it came with
+        self.block_start, self.end = np.zeros((2, slots), dtype=np.int64)
+        self.tokens = np.zeros((slots, positions), dtype=np.int64)
+        self.committed_at = np.zeros((slots, positions), dtype=np.int64)
+        # Passes of the whole sequence, and those before its current block.
+        self.passes, self.passes_before = np.zeros((2, slots), dtype=np.int64)
+        self._column = np.arange(queue.rules.block_size)
 
-    def active(self, group: Tensor) -> Tensor:
-        """The group's slots that hold a sequence, rising."""
-        return group[self.request[group] >= 0]
+    @property
+    def active(self) -> int:
+        """Slots that hold a sequence, as far as is known."""
+        return int((self.request >= 0).sum())
 
-    def windows(self, active: Tensor) -> Windows:
-        """What the next forward must see: everything that is not final in the cache yet."""
-        start = self.clean_until[active]
-        # With B = 1 and shifted logits the fresh token is predicted from the one before it, so its
-        # mask token is left out.
-        unread = self.rules.logit_shift and self.rules.block_size == 1
-        end = self.block_start[active] + (0 if unread else self.rules.block_size)
-        lengths = end - start
-        first = lengths.cumsum(0) - lengths
-        slot_N = torch.repeat_interleave(active, lengths)
-        offset_N = torch.repeat_interleave(start - first, lengths)
-        position_N = torch.arange(len(slot_N)) + offset_N
-        tokens_N = self.tokens[slot_N, position_N]
-        return Windows(tokens_N, position_N, lengths, first, start, end)
-
-    def masked(self, active: Tensor) -> Masked:
-        """Where tokens are to be drawn in this pass."""
-        block = self.block_start[active, None] + torch.arange(self.rules.block_size)
-        fresh = block >= self.prompt_tokens[active, None]
-        mask = fresh & (self.committed_at[active[:, None], block] == 0)
-        row, column = torch.nonzero(mask, as_tuple=True)
-        return Masked(active, block, mask, row, column, block[row, column])
-
-    def commit(self, masked: Masked, drawn: denoising.Draw) -> None:
-        """Choose by the remasking rule which drawn tokens stay, and record when."""
-        active = masked.active
-        chosen = denoising.choose_commits(
-            _spread(drawn.confidence, masked.mask),
-            _spread(drawn.entropy, masked.mask),
-            masked.mask,
-            self.pass_index[active],
-            steps=self.rules.denoising_steps,
-            remasking=self.rules.remasking,
-            threshold=self.rules.threshold,
-            entropy_bound=self.rules.entropy_bound,
-        )
-        kept = chosen[masked.row, masked.column]
-        slot, position = active[masked.row[kept]], masked.position[kept]
-        self.tokens[slot, position] = drawn.token[kept]
-        for counter in (self.pass_index, self.forwards, self.passes):
-            counter[active] += 1
-        self.committed_at[slot, position] = self.pass_index[slot]
-        self.clean_until[active] = self.block_start[active]
-
-    def retire(self, group: Tensor) -> list[Trajectory]:
-        """Close finished blocks: a sequence ends with an end token in its response, or at its
-        length limit; the others go on to their next block. Returns those that ended.
+    def learn(self, report: np.ndarray) -> list[Trajectory]:
+        """Enter what a pass did to each slot ([S, 3 + 2 B], ``SlotState.commit``); returns the
+        trajectories that ended.
         """
-        block, active = self.rules.block_size, self.active(group)
-        position = self.block_start[active, None] + torch.arange(block)
-        response = position >= self.prompt_tokens[active, None]
-        open_ = (response & (self.committed_at[active[:, None], position] == 0)).any(1)
-        ends = torch.isin(self.tokens[active[:, None], position], self.end_ids)
-        stopped = (response & ends).any(1)
-        last = self.block_start[active] + block >= self.end[active]
-        ended = []
-        for slot in active[~open_ & (stopped | last)].tolist():
-            number = int(self.request[slot])
-            self.finished[number] = self._trajectory(slot, self.requests[number])
-            self.request[slot] = -1
-            ended.append(self.finished[number])
-        going_on = active[~open_ & ~stopped & ~last]
-        self.block_start[going_on] += block
-        self.pass_index[going_on] = 0
-        return ended
+        size = self.queue.rules.block_size
+        self.passes += report[:, slot_state.RAN]
+        (finished,) = report[:, slot_state.FINISHED].nonzero()
+        if not len(finished):
+            return []
+        place = finished[:, None], self.block_start[finished, None] + self._column
+        new = report[finished, slot_state.TOKENS :]
+        self.tokens[place], self.committed_at[place] = new[:, :size], new[:, size:]
+        self.block_start[finished] += size
+        self.passes_before[finished] = self.passes[finished]
+        (over,) = report[:, slot_state.OVER].nonzero()
+        return [self._retire(slot) for slot in over.tolist()]
+
+    def _retire(self, slot: int) -> Trajectory:
+        number = int(self.request[slot])
+        made = self._trajectory(slot, self.queue.requests[number])
+        self.queue.finished[number] = made
+        self._free(slot)
+        return made
+
+    def _free(self, slot: int) -> None:
+        self.request[slot] = -1
+        self.pages.take_back(slot)
 
     def _trajectory(self, slot: int, request: Request) -> Trajectory:
-        start, stop = len(request.prompt.ids), int(self.block_start[slot]) + self.rules.block_size
+        start, stop, end_ids = len(request.prompt.ids), self.block_start[slot], self._end_ids
         response = self.tokens[slot, start:stop].tolist()
-        ends = [i for i, token in enumerate(response) if token in self.vocabulary.end_ids]
+        ends = [i for i, token in enumerate(response) if token in end_ids]
         stopped = bool(ends) and ends[0] < request.max_new_tokens
         return Trajectory(
             sample=request.sample,
@@ -215,13 +169,115 @@ class SlotTable:
             committed_at=self.committed_at[slot, start:stop].tolist(),
             response_tokens=ends[0] + 1 if stopped else min(len(response), request.max_new_tokens),
             finish_reason="stop" if stopped else "length",
-            forwards=int(self.forwards[slot]),
+            forwards=int(self.passes[slot]),
             passes=int(self.passes[slot]),
         )
 
+    @property
+    def _end_ids(self) -> tuple[int, ...]:
+        return self.queue.vocabulary.end_ids
 
-def _spread(values_M: Tensor, mask: Tensor) -> Tensor:
-    """Row-major values at the masked positions -> the block's shape [n, B], zero elsewhere."""
-    spread = torch.zeros(mask.shape, dtype=values_M.dtype)
-    spread[mask] = values_M
-    return spread
+    @property
+    def covered(self) -> np.ndarray:
+        """Blocks [S] that each sequence has pages for."""
+        return np.minimum(self.pages.covered, self.end) // self.queue.rules.block_size
+
+    def make_room(self) -> list[int]:
+        """Give every sequence the pages that the next pass can need. Where they are used up, the
+        youngest sequences leave their slots, which are returned; they will go on from their last
+        finished block. A sequence that is the youngest waits.
+        """
+        left: list[int] = []
+        want = np.minimum(self.block_start + self.ahead, self.end)
+        short = np.flatnonzero((want > self.pages.covered) & (self.request >= 0))
+        if not len(short):
+            return left
+        missing = self.pages.missing(want)
+        for slot in short[np.argsort(self.order[short])].tolist():
+            while len(self.pages.free) < missing[slot] and slot not in left:
+                youngest = int(np.where(self.request >= 0, self.order, -1).argmax())
+                if youngest == slot:
+                    break
+                self._leave(youngest)
+                left.append(youngest)
+            if slot not in left and len(self.pages.free) >= missing[slot]:
+                self.pages.give(slot, int(missing[slot]))
+        return left
+
+    def _leave(self, slot: int) -> None:
+        """Back to the queue with all finished blocks."""
+        number = int(self.request[slot])
+        start = len(self.queue.requests[number].prompt.ids)
+        stop = int(max(self.block_start[slot], self.known[slot]))
+        self.queue.waiting.appendleft(
+            _Waiting(
+                number=number,
+                order=int(self.order[slot]),
+                ids=self.tokens[slot, :stop].tolist(),
+                committed_at=self.committed_at[slot, start:stop].tolist(),
+                passes=int(self.passes_before[slot]),
+            )
+        )
+        self._free(slot)
+
+    def admit(self) -> Admission | None:
+        """Give waiting requests free slots; prompts ride along in the next forward.
+
+        Prompts of at most ``prefill_tokens`` together, or one that is longer: a forward must not
+        take the memory of all prompts at once, nor keep the running sequences waiting for them. A
+        page is left for every running sequence that may yet ask for one.
+        """
+        queue, room, slots = self.queue, self.queue.prefill_tokens, []
+        for slot in np.flatnonzero(self.request < 0).tolist():
+            if not queue.waiting:
+                break
+            tokens = len(queue.waiting[0].ids)
+            if (tokens > room and slots) or not self._fits(queue.waiting[0]):
+                break
+            room -= tokens
+            self._enter(slot, queue.waiting.popleft())
+            slots.append(slot)
+        return self._admission(np.array(slots)) if slots else None
+
+    def _fits(self, waiting: _Waiting) -> bool:
+        """Whether the pages allow it. With nobody else at work they do."""
+        positions = first_block_start(len(waiting.ids), self.queue.rules.block_size) + self.ahead
+        running = self.request >= 0
+        growing = self.pages.covered < self.end
+        reserve = int((running & growing).sum())
+        return self.pages.needed(min(positions, self._end_of(waiting))) + reserve <= len(
+            self.pages.free
+        )
+
+    def _end_of(self, waiting: _Waiting) -> int:
+        return self.queue.requests[waiting.number].positions(self.queue.rules.block_size)
+
+    def _enter(self, slot: int, waiting: _Waiting) -> None:
+        known = len(waiting.ids)
+        self.request[slot], self.order[slot] = waiting.number, waiting.order
+        self.known[slot], self.end[slot] = known, self._end_of(waiting)
+        self.block_start[slot] = first_block_start(known, self.queue.rules.block_size)
+        self.tokens[slot, :known] = waiting.ids
+        self.committed_at[slot, known - len(waiting.committed_at) : known] = waiting.committed_at
+        self.passes[slot] = self.passes_before[slot] = waiting.passes
+        positions = min(self.block_start[slot] + self.ahead, self.end[slot])
+        self.pages.give(slot, self.pages.needed(int(positions)))
+
+    def _admission(self, slots: np.ndarray) -> Admission:
+        size, known, start = self.queue.rules.block_size, self.known[slots], self.block_start[slots]
+        numbers = np.zeros((slot_state.FIELDS, len(slots)), dtype=np.int64)
+        numbers[slot_state.BLOCK] = start // size
+        numbers[slot_state.END] = self.end[slots] // size
+        numbers[slot_state.KEY] = self.queue.keys[self.request[slots]]
+        position = np.arange(self.tokens.shape[1])
+        is_known = position < known[:, None]
+        tokens = np.where(is_known, self.tokens[slots], self.queue.vocabulary.mask_id)
+        in_block = start[:, None] + self._column < known[:, None]
+        return Admission(
+            slots=torch.from_numpy(slots),
+            numbers=torch.from_numpy(numbers),
+            tokens=torch.from_numpy(tokens),
+            committed=torch.from_numpy(np.where(in_block, slot_state.PROMPT, 0)),
+            rows=int((start // size + 1).sum()),
+            draws=int((~in_block).sum()),
+        )

@@ -1,6 +1,9 @@
 """What running on CPU means for Megatron: gloo, float32 by default, no fused kernels."""
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 # Positions projected to the vocabulary at once: three arrays of 128 x 151,936 numbers, 222 MiB.
 PROJECTION_ROWS = 128
@@ -16,3 +19,9 @@ TRANSFORMER_OPTIONS: dict[str, Any] = {
     "batch_p2p_comm": False,
     "deallocate_pipeline_outputs": False,
 }
+
+
+def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A copy, made at once, since what it was made of may be overwritten before it is read."""
+    copy = x.clone()
+    return lambda: copy

@@ -1,15 +1,20 @@
 """What NVIDIA GPUs mean for Megatron: NCCL, bfloat16 by default. Not run on a GPU yet."""
 
 import functools
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from megatron_opdlm.errors import InputError
+
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
 PROJECTION_ROWS = 1024
+
+# Our kernel, which comes with every CUDA build of torch, before FlashAttention's. Neither measured.
+DECODE_ATTENTION = ("triton", "flash", "rows")
 
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": False,
@@ -41,13 +46,6 @@ def peak_memory_bytes() -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def decode_attention() -> str:
-    """Block rows where FlashAttention can read a slot's keys in place; without it they would be
-    copied for every row, and buckets copy less.
-    """
-    return "rows" if importlib.util.find_spec("flash_attn") else "buckets"
-
-
 def free_memory_bytes() -> int:
     """GPU memory that is not taken, what torch's allocator holds unused included."""
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -71,39 +69,75 @@ def device_states() -> list[tuple[str, int, int, str]]:
 
 def libraries() -> str:
     """Versions of what the GPUs are driven by."""
-    nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
     engine = transformer_engine() or "not installed"
     return f"CUDA {torch.version.cuda}, NCCL {nccl}, Transformer Engine {engine}"
 
 
 def set_device(local_rank: int) -> torch.device:
-    """Bind this process to its GPU."""
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    """Bind this process to its GPU: the one that it sees where it sees one (Slurm's
+    ``--gpus-per-task=1``), else that of its number on the machine.
+    """
+    visible = torch.cuda.device_count()
+    if visible > 1 and local_rank >= visible:
+        raise InputError(
+            f"LOCAL_RANK={local_rank}, but this process sees {visible} GPUs; start at most "
+            f"{visible} ranks on this machine, or show it more (CUDA_VISIBLE_DEVICES)"
+        )
+    number = local_rank if visible > 1 else 0
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+def upload(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the GPU, which nobody waits for."""
+    return x.pin_memory().to("cuda", non_blocking=True)
+
+
+def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start copying to the host; the function that comes back waits and gives the copy."""
+    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    copy.copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> torch.Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
 
 
 @functools.cache
-def _graph_memory() -> Any:
-    """One pool for all graphs: they are replayed one after the other."""
-    return torch.cuda.graph_pool_handle()
+def _side_stream() -> torch.cuda.Stream:
+    """One for all captures: CUDA hands out few, and the allocator keeps memory for each."""
+    return torch.cuda.Stream()
 
 
-def capture(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them on
-    whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+class Graphs:
+    """CUDA graphs that share one memory pool, since they are replayed one after the other. The pool
+    dies with its graphs: one that outlived them could not be captured into again.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries choose algorithms and take memory the first times
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_graph_memory()):
-        output = run()
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
 
-    return replay
+    def capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Capture the kernels of ``run`` in a CUDA graph. The function that comes back replays them
+        on whatever then lies in the tensors that ``run`` read, and returns the same output tensor.
+        """
+        side = _side_stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries choose algorithms, take memory, compile
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay

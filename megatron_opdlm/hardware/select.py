@@ -12,6 +12,9 @@ import torch
 from megatron_opdlm import launcher
 from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
 
+Run = Callable[[], torch.Tensor]
+Capture = Callable[[Run], Run]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -24,12 +27,16 @@ class Hardware:
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory_bytes: Callable[[], int]  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
-    decode_attention: str  # "buckets" | "rows", what decode_forward.py does best here
+    decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     differentiates_flex: bool  # FlexAttention has a backward pass
-    # Runs a function once and returns one that repeats its kernels; None: cannot.
-    capture: Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]] | None
+    # Makes something that runs a function, captures it and returns one that repeats its kernels;
+    # what one of them captured shares memory. None: cannot.
+    captures: Callable[[], Capture] | None
+    upload: Callable[[torch.Tensor], torch.Tensor]  # host to device, without waiting
+    # Starts a copy to the host; the function that comes back waits for it.
+    fetch: Callable[[torch.Tensor], Callable[[], torch.Tensor]]
     reason: str  # why this hardware was chosen, for the log
 
 
@@ -60,11 +67,13 @@ def select_hardware() -> Hardware:
             transformer_options=gpu.TRANSFORMER_OPTIONS,
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
-            decode_attention=gpu.decode_attention(),
+            decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=gpu.transformer_engine(),
             projection_rows=gpu.PROJECTION_ROWS,
             differentiates_flex=True,
-            capture=gpu.capture,
+            captures=lambda: gpu.Graphs().capture,
+            upload=gpu.upload,
+            fetch=gpu.fetch,
             reason="CUDA is available: NCCL, bfloat16",
         )
     megatron_on_cpu.install()
@@ -77,10 +86,12 @@ def select_hardware() -> Hardware:
         transformer_options=cpu.TRANSFORMER_OPTIONS,
         peak_memory_bytes=_peak_resident_bytes,
         free_memory_bytes=_available_bytes,
-        decode_attention="buckets",
+        decode_attention=("buckets",),
         transformer_engine=None,
         projection_rows=cpu.PROJECTION_ROWS,
         differentiates_flex=False,
-        capture=None,
+        captures=None,
+        upload=lambda x: x,
+        fetch=cpu.fetch,
         reason="no CUDA device: gloo, float32, one thread a rank",
     )

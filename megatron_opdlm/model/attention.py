@@ -42,8 +42,7 @@ class AttentionPlan(PackedSeqParams):
         None  # [N] place of each packed token among the buckets' flattened rows
     )
     cache: KVCache | None = None
-    cache_slot: Tensor | None = None  # [N] where new keys and values go
-    cache_position: Tensor | None = None  # [N]
+    cache_place: Tensor | None = None  # [N] where new keys and values go
     # [M] packed tokens whose final hidden states are wanted; None: all N of them. The last layer
     # needs no more of the others than their keys and values.
     read: Tensor | None = None
@@ -155,8 +154,8 @@ class MaskedAttention(torch.nn.Module):
         read: Tensor | None,
     ) -> Tensor:
         """The same against a cache, which first gets the new keys and values."""
-        assert plan.cache_slot is not None and plan.cache_position is not None
-        cache.write(self.layer_number, plan.cache_slot, plan.cache_position, key, value)
+        assert plan.cache_place is not None
+        cache.write(self.layer_number, plan.cache_place, key, value)
         if plan.rows is not None:
             keys, values = cache.layer(self.layer_number)
             return _chosen(attend_rows(query, keys, values, plan.rows, self.scale), read)

@@ -5,6 +5,7 @@ only; no step of it grows a Python loop with the number of sequences.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,57 +76,79 @@ def cached_plan(
     span: range | None = None,
     read: Tensor | None = None,
 ) -> AttentionPlan:
-    """Decoding attention: ``lengths[i]`` new tokens of slot ``slots[i]`` at ``position_N`` against
-    ``key_positions[i]`` cached positions. All tensors on the host; ``block_size`` 1 is causal.
+    """Decoding attention: ``lengths[i]`` new tokens of slot ``slots[i]``, whole blocks, at
+    ``position_N`` against ``key_positions[i]`` cached positions. A slot is a page that holds the
+    whole sequence. All tensors on the host; ``block_size`` 1 is causal.
 
     ``span``: the neighbouring slots that ``slots`` are among (None: all of the cache);
     ``read``: packed tokens whose final hidden states are wanted (None: all).
     """
-    span = range(cache.slots) if span is None else span
-    starts = lengths.cumsum(0) - lengths
-    scatter = torch.zeros(len(position_N), dtype=torch.int64)
-    buckets = []
+    span = range(cache.pages) if span is None else span
+    first = lengths.cumsum(0) - lengths
+    short, two = lengths <= 2 * block_size, lengths == 2 * block_size
+    # All queries of a block see the same. Windows of one or two blocks, which most are, take part
+    # block by block; prompts of similar length as they are.
+    last = _Rows(first + lengths - block_size, key_positions, slots).of(short)
+    finished = _Rows(first, key_positions - block_size, slots).of(two)
+    buckets = [
+        _block_bucket(rows, block_size, span) for rows in (last, finished) if len(rows.first)
+    ]
+    for shortest, longest in group_bounds(lengths[~short]):
+        inside = ~short & (lengths >= shortest) & (lengths <= longest)
+        rows = _Rows(first, key_positions, slots).of(inside)
+        buckets.append(_prompt_bucket(rows, lengths[inside], position_N, block_size))
+    scatter = torch.empty(len(position_N), dtype=torch.int64)
     base = 0
-    for members in _cached_buckets(lengths, block_size):
-        rows = members
-        bucket_slots: Tensor | slice = slots[members].to(device)
-        if len(members) >= IN_PLACE * len(span):
-            # One row for every slot, used or not, and its keys are read where they lie.
-            rows = torch.full((len(span),), -1)
-            rows[slots[members] - span.start] = members
-            bucket_slots = slice(span.start, span.stop)
-        used = rows >= 0
-        length = torch.where(used, lengths[rows], 0)
-        offset = torch.arange(int(length.max()))
-        real = offset < length[:, None]
-        gather = torch.where(used, starts[rows], 0)[:, None] + torch.where(real, offset, 0)
-        scatter[gather[real]] = base + torch.nonzero(real.flatten()).flatten()
-        base += gather.numel()
-        keys = torch.arange(int(key_positions[members].max()))
-        visible = block_causal_visible(position_N[gather][:, :, None], keys, block_size)
-        mask = _additive(visible.unsqueeze(1), cache.dtype).to(device)
-        buckets.append(Bucket(gather=gather.to(device), mask=mask, slots=bucket_slots))
+    for bucket, real in buckets:
+        place = torch.arange(base, base + bucket.gather.numel())
+        scatter[bucket.gather[real]] = place.view_as(bucket.gather)[real]
+        base += bucket.gather.numel()
+    place = torch.repeat_interleave(slots, lengths) * cache.page_tokens + position_N
     return AttentionPlan(
         qkv_format="sbhd",
-        buckets=tuple(buckets),
+        buckets=tuple(bucket.to(device) for bucket, _ in buckets),
         scatter=scatter.to(device),
         cache=cache,
-        cache_slot=torch.repeat_interleave(slots, lengths).to(device),
-        cache_position=position_N.to(device),
+        cache_place=place.to(device),
         read=None if read is None else read.to(device),
     )
 
 
-def _cached_buckets(lengths: Tensor, block_size: int) -> list[Tensor]:
-    """Which windows are attended together: all of one or two blocks, and prompts by length."""
-    short = lengths <= 2 * block_size
-    buckets = [torch.nonzero(short).flatten()] if bool(short.any()) else []
-    for shortest, longest in group_bounds(lengths[~short]):
-        inside = ~short & (lengths >= shortest) & (lengths <= longest)
-        buckets.append(torch.nonzero(inside).flatten())
-    return buckets
+class _Rows(NamedTuple):
+    """Runs of packed tokens, one after the other in a slot each."""
+
+    first: Tensor  # [n] packed index of the first
+    end: Tensor  # [n] positions of the slot that the last one sees
+    slot: Tensor  # [n]
+
+    def of(self, chosen: Tensor) -> "_Rows":
+        return _Rows(self.first[chosen], self.end[chosen], self.slot[chosen])
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, -inf elsewhere: made once here, or in every layer by the kernel."""
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, -torch.inf)
+def _block_bucket(rows: _Rows, block_size: int, span: range) -> tuple[Bucket, Tensor]:
+    """One block each: a bucket, and which of its rows are real (bool [n])."""
+    first, end, slots = rows
+    real = torch.ones(len(first), dtype=torch.bool)
+    where: Tensor | slice = slots
+    if len(first) >= IN_PLACE * len(span):
+        # One row for every slot, used or not, and its keys are read where they lie.
+        index = slots - span.start
+        first = torch.zeros(len(span), dtype=torch.int64).index_copy_(0, index, first)
+        end = torch.full_like(first, block_size).index_copy_(0, index, end)
+        real = torch.zeros(len(span), dtype=torch.bool).index_fill_(0, index, True)
+        where = slice(span.start, span.stop)
+    gather = first[:, None] + torch.arange(block_size)
+    mask = torch.arange(int(end.max())) < end[:, None]
+    return Bucket(gather=gather, mask=mask[:, None, None], slots=where), real
+
+
+def _prompt_bucket(
+    rows: _Rows, lengths: Tensor, position_N: Tensor, block_size: int
+) -> tuple[Bucket, Tensor]:
+    """Windows of several blocks: a bucket, and which of its places are real (bool [n, L])."""
+    offset = torch.arange(int(lengths.max()))
+    real = offset < lengths[:, None]
+    gather = rows.first[:, None] + torch.where(real, offset, 0)
+    keys = torch.arange(int(rows.end.max()))
+    mask = block_causal_visible(position_N[gather][:, :, None], keys, block_size)
+    return Bucket(gather=gather, mask=mask.unsqueeze(1), slots=rows.slot), real

@@ -3,17 +3,13 @@ slot.
 
 Blocks are aligned, and a block's queries see their own block and all before it. So whatever a
 decoding window holds (a prompt, a finished block, a fresh one), it is a list of rows of B queries,
-each with one number: how many positions of its slot it sees. No mask is left, which is what a
-decoding kernel wants. FlashAttention's kernel for a KV cache where it is installed and fits (CUDA,
-16-bit), else SDPA over gathered keys: the same sums, for tests and other dtypes. FlashAttention's
-kernel has not run on a GPU yet.
+each with one number: how many positions of its slot it sees. No mask is left. All queries of a row
+see the same, so the query heads that share a group's keys are more queries of it: keys and values
+are read once per row and group.
 """
 
-import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,43 +22,38 @@ class BlockRows:
 
     slot: Tensor  # [R] int32
     visible: Tensor  # [R] int32 positions of the slot that the row sees, its own block included
+    table: Tensor  # [slots, pages of a slot] int32: which page holds which of its positions
     block_size: int
+    kernel: "RowKernel"
 
 
-@functools.cache
-def _flash_kernel() -> Callable[..., Any] | None:
-    try:
-        return importlib.import_module("flash_attn").flash_attn_with_kvcache
-    except (ImportError, AttributeError):
-        return None
+# Queries [R, Q, groups, d] of the rows (B x query heads of a group), keys and values [pages,
+# page_tokens, groups, d], the rows and the scale -> [R, Q, groups, d].
+RowKernel = Callable[[Tensor, Tensor, Tensor, BlockRows, float], Tensor]
 
 
 def attend_rows(
     query: Tensor, keys: Tensor, values: Tensor, rows: BlockRows, scale: float
 ) -> Tensor:
-    """query [R * B, heads, d] against keys and values [slots, positions, groups, d] of the whole
+    """query [R * B, heads, d] against keys and values [pages, page_tokens, groups, d] of the whole
     cache -> [R * B, heads, d].
     """
-    query = query.unflatten(0, (-1, rows.block_size))
-    kernel = _flash_kernel()
-    if kernel is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        out = kernel(
-            query,
-            keys,
-            values,
-            cache_seqlens=rows.visible,
-            cache_batch_idx=rows.slot,
-            softmax_scale=scale,
-            causal=False,
-        )
-        return out.flatten(0, 1)
-    position = torch.arange(keys.shape[1], device=query.device)
+    groups, size = keys.shape[2], rows.block_size
+    # Query head h belongs to group h // (heads / groups).
+    packed = query.unflatten(1, (groups, -1)).unflatten(0, (-1, size)).transpose(2, 3).flatten(1, 2)
+    out = rows.kernel(packed, keys, values, rows, scale)
+    return out.unflatten(1, (size, -1)).transpose(2, 3).flatten(0, 1).flatten(1, 2)
+
+
+def gathered(query: Tensor, keys: Tensor, values: Tensor, rows: BlockRows, scale: float) -> Tensor:
+    """PyTorch's kernel over keys that are copied for every row: what the others are held to."""
+    table = rows.table[rows.slot]
+    position = torch.arange(table.shape[1] * keys.shape[1], device=keys.device)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
-        keys[rows.slot].transpose(1, 2),
-        values[rows.slot].transpose(1, 2),
+        keys[table].flatten(1, 2).transpose(1, 2),
+        values[table].flatten(1, 2).transpose(1, 2),
         attn_mask=(position < rows.visible[:, None])[:, None, None],
         scale=scale,
-        enable_gqa=True,
     )
-    return out.transpose(1, 2).flatten(0, 1)
+    return out.transpose(1, 2)

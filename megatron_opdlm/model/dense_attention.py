@@ -31,10 +31,17 @@ class Bucket:
     """Sequences that are attended together."""
 
     gather: Tensor  # [n, L] into the packed row; beyond a sequence's end its first token repeats
-    mask: Tensor  # [n, 1, L, keys] bool, True = may attend; or what is added to the scores
+    # [n, 1, L or 1, keys] bool, True = may attend; or what is added to the scores. 1: all queries
+    # see the same.
+    mask: Tensor
     # Cache slots of the n sequences: [n], or a run of neighbours, whose keys are read in place.
     slots: Tensor | slice | None = None
     keys: Tensor | None = None  # [n, keys] into the packed row; None: those of ``gather``
+
+    def to(self, device: torch.device) -> "Bucket":
+        """The same on a device."""
+        slots = self.slots.to(device) if isinstance(self.slots, Tensor) else self.slots
+        return Bucket(gather=self.gather.to(device), mask=self.mask.to(device), slots=slots)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,12 @@ def layer_linear_parameters(shape: ModelShape) -> int:
 
 
 def attended_pairs(plan: AttentionPlan) -> int:
-    """(query, key) pairs that dense kernels compute, hidden ones included: they cost as much."""
-    return sum(bucket.mask.numel() for bucket in plan.buckets)
+    """(query, key) pairs that a pass computes against the cache: those that its rows see, or all in
+    its buckets, where hidden ones cost as much.
+    """
+    if plan.rows is not None:
+        return plan.rows.block_size * int(plan.rows.visible.sum())
+    return sum(bucket.gather.numel() * bucket.mask.shape[-1] for bucket in plan.buckets)
 
 
 def packed_row_pairs(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
+from megatron_opdlm.diffusion.wide_product import wide_product
 
 
 class VocabularyShard(WholeVocabulary):
@@ -103,10 +103,10 @@ def project(
     shard: VocabularyShard,
     forbidden_columns: Tensor | None = None,
 ) -> Tensor:
-    """This rank's logits [M, columns], -inf in the rows that pad the layout and in the local
-    ``forbidden_columns``.
+    """This rank's logits [M, columns] in float32 at least, -inf in the rows that pad the layout and
+    in the local ``forbidden_columns``.
     """
-    logits = F.linear(hidden_MH, weight_VH)
+    logits = wide_product(hidden_MH, weight_VH.t())
     padding = shard.padding(logits.device)
     if padding is not None:
         logits = logits.masked_fill(padding, -torch.inf)

@@ -20,12 +20,13 @@ from megatron_opdlm.divergence import Divergence
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model import lora
+from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import layer_linear_parameters
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.quantization import require_modelopt
 from megatron_opdlm.model_files.manifest import BlockContract, LowRank
-from megatron_opdlm.model_files.shape import check_layout
+from megatron_opdlm.model_files.shape import ModelShape, check_layout
 from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.off_policy import Recorded, require_responses
 from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
@@ -86,6 +87,13 @@ def describe_kernels(config: Config, hardware: Hardware) -> str:
     """One line for the log: what computes the models, and why."""
     student, teacher = kernels_of(config, hardware)
     return f"kernels: student {student}; teacher {teacher}; {reason(hardware)}"
+
+
+def describe_decoding(config: Config, shape: ModelShape, hardware: Hardware) -> str:
+    """One line for the log: what attends in the rollout, and why."""
+    dtype = resolve_dtype(config.model.dtype, hardware)
+    way = choose_decode_attention(config.rollout.attention, dtype, shape.head_dim, hardware)
+    return f"rollout: {way}"
 
 
 def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:

@@ -56,6 +56,7 @@ def describe(config: Config, world_size: int) -> str:
     lines = [
         f"hardware     {hardware.reason}",
         build.describe_kernels(config, hardware).replace("kernels: ", "kernels      "),
+        build.describe_decoding(config, shape, hardware).replace("rollout: ", "rollout      "),
         f"ranks        {world_size} = tensor {split.tensor} x pipeline {split.pipeline} x "
         f"context {split.context} x data {split.data}"
         + (f", experts over {split.expert}" if split.expert > 1 else "")

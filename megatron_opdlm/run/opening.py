@@ -17,6 +17,7 @@ from megatron_opdlm.run.build import (
     build_plan,
     build_student,
     choose_teacher,
+    describe_decoding,
     describe_kernels,
     open_pair,
 )
@@ -27,6 +28,7 @@ from megatron_opdlm.run.session import Session, packing_of
 from megatron_opdlm.step_plan import StepPlan
 from megatron_opdlm.storage.run_state import RunIdentity
 from megatron_opdlm.supervision import preemption, watchdog
+from megatron_opdlm.supervision.blame import calls_made
 from megatron_opdlm.teacher_fp8 import calibration_sequences, quantize_fp8
 
 
@@ -41,7 +43,9 @@ def open_session(config: Config) -> Session:
     hardware = parallel.init(
         model_layout(config), seed=config.train.seed, timeout_seconds=timeout_seconds
     )
-    watchdog.start(timeout_seconds, parallel.broadcast_object)
+    on_cpu = hardware.device.type == "cpu"  # where gloo's calls are waited for in Python
+    calls = None if on_cpu else calls_made
+    watchdog.start(timeout_seconds, parallel.broadcast_object, calls)
     preemption.stop_at_once()
     hold_run_directory(Path(config.train.out))
     checkpoints = build_checkpoints(config, source, hardware)
@@ -61,7 +65,8 @@ def open_session(config: Config) -> Session:
     if parallel.is_writer():
         prepare_run_directory(config)
         checkpoints.places.discard_leftovers()
-        _announce(config, hardware, plan, progress)
+        decoding = describe_decoding(config, source.shape, hardware)
+        _announce(config, hardware, decoding, plan, progress)
         tracker = _open_tracker(config, checkpoints)
     parallel.barrier()
     session = Session(
@@ -90,7 +95,9 @@ def open_session(config: Config) -> Session:
     return session
 
 
-def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Progress) -> None:
+def _announce(
+    config: Config, hardware: Hardware, decoding: str, plan: StepPlan, progress: Progress
+) -> None:
     """What is about to happen: on stderr beside the progress bar, and into the run's record."""
     record_start(
         Path(config.train.out),
@@ -102,6 +109,7 @@ def _announce(config: Config, hardware: Hardware, plan: StepPlan, progress: Prog
     lines = [
         f"hardware: {hardware.reason}",
         describe_kernels(config, hardware),
+        decoding,
         f"layout: tensor {layout.tensor} x pipeline {layout.pipeline} x context "
         f"{layout.context} x data {parallel.data_parallel_size()}"
         + (f", experts over {layout.expert}" if layout.expert > 1 else "")

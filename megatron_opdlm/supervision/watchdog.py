@@ -4,9 +4,10 @@ one, in which phase; then all of them end.
 A collective cannot tell: it waits, or fails with an address. So each rank has a thread with a
 connection to rank 0 over which both say once a second what they are doing. A connection that ends
 is a death, one that stays silent a hung process or machine, and a rank whose own main thread gets
-nowhere, without waiting for others in a collective, accuses itself. Whatever rank 0 learns, it
-tells all. Requests to stop (``preemption.py``) travel the same way, and so does the news that a
-rank has followed one before the first step. Rank 0 listens only until the others are connected.
+nowhere, without waiting for others in a collective, accuses itself; where such a wait cannot be
+seen, rank 0 judges (``blame.py``). Whatever rank 0 learns, it tells all. Requests to stop
+(``preemption.py``) travel the same way, and so does the news that a rank has followed one before
+the first step. Rank 0 listens only until the others are connected.
 """
 
 import json
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_opdlm.errors import FAILURE, STOPPED, report_failure, report_stop
 from megatron_opdlm.supervision import activity, preemption
+from megatron_opdlm.supervision.blame import Calls, Stuck, described, to_blame
 from megatron_opdlm.supervision.rank_connections import connect
 
 # The watchdog speaks before the collectives' own time-outs, which know less.
@@ -57,13 +59,23 @@ class _Peer:
     connection: Connection
     heard: float = field(default_factory=time.monotonic)
     doing: str = f"phase {activity.SET_UP}"
+    stuck: Stuck | None = None
+    calls: Calls | None = None
 
 
 class Watchdog:
-    """This rank's thread. ``peers``: on rank 0 all others, on the others rank 0."""
+    """This rank's thread. ``peers``: on rank 0 all others, on the others rank 0. ``calls`` counts
+    this rank's collective calls, where a wait for others in one cannot be seen.
+    """
 
-    def __init__(self, rank: int, connections: dict[int, Connection], timeout_seconds: float):
-        self.rank, self.timeout = rank, timeout_seconds
+    def __init__(
+        self,
+        rank: int,
+        connections: dict[int, Connection],
+        timeout_seconds: float,
+        calls: Callable[[], Calls] | None = None,
+    ):
+        self.rank, self.timeout, self.calls = rank, timeout_seconds, calls
         self.patience = _PATIENCE * timeout_seconds
         self.beat = min(_BEAT_SECONDS, self.patience / 10)
         self.grace = min(_GRACE_SECONDS, (timeout_seconds - self.patience) / 2)
@@ -96,7 +108,11 @@ class Watchdog:
 
     def say(self) -> None:
         """Tell the others what this rank is doing."""
-        self._tell("beat", doing=str(activity.current()))
+        known: dict[str, Any] = {}
+        if self.calls is not None:
+            stuck = self._stuck()
+            known = {"stuck": stuck and stuck.to_json(), "calls": self.calls()}
+        self._tell("beat", doing=str(activity.current()), **known)
 
     def fail(self, message: str) -> None:
         """Tell the others that this rank ends with an error, unless they know of another."""
@@ -154,6 +170,8 @@ class Watchdog:
         peer.heard = time.monotonic()
         if message["kind"] == "beat":
             peer.doing = message["doing"]
+            peer.stuck = Stuck.from_json(message.get("stuck"))
+            peer.calls = message.get("calls")
         elif message["kind"] == "stop":
             preemption.request(message["text"])
         elif message["kind"] == "failed":
@@ -180,15 +198,35 @@ class Watchdog:
                     f"(distributed.timeout_seconds={self.timeout:g}). Once it is away, the same "
                     "command continues from the newest checkpoint"
                 )
+        stuck = {rank: peer.stuck for rank, peer in self.peers.items() if peer.stuck is not None}
+        if (own := self._stuck()) is not None:
+            stuck[self.rank] = own
+        blamed = self._to_blame(stuck)
+        if blamed:
+            self._condemn(
+                f"{described(blamed, stuck)} (distributed.timeout_seconds={self.timeout:g}). The "
+                "same command continues from the newest checkpoint; raise the key if the work "
+                "takes longer"
+            )
+
+    def _stuck(self) -> Stuck | None:
+        """Whether this rank gets nowhere and is not seen to wait for others."""
         doing = activity.current()
-        if doing.phase != activity.SET_UP and doing.idle_seconds > self.patience:
-            waiting, place = main_thread()
-            if not waiting:
-                self._condemn(
-                    f"rank {self.rank} has got nowhere for {doing.idle_seconds:.0f} s in {doing}, "
-                    f"at {place} (distributed.timeout_seconds={self.timeout:g}). The same command "
-                    "continues from the newest checkpoint; raise the key if the work takes longer"
-                )
+        if doing.phase == activity.SET_UP or doing.idle_seconds < self.patience:
+            return None
+        waiting, place = main_thread()
+        return None if waiting else Stuck(doing.idle_seconds, str(doing), place)
+
+    def _to_blame(self, stuck: dict[int, Stuck]) -> list[int]:
+        """Where waits are seen this rank alone, if it is stuck; else rank 0 judges all."""
+        if self.calls is None:
+            return [self.rank] if self.rank in stuck else []
+        calls = {rank: peer.calls for rank, peer in self.peers.items()}
+        calls[self.rank] = self.calls()
+        known = {rank: made for rank, made in calls.items() if made is not None}
+        if self.rank > 0 or len(known) < len(calls):
+            return []
+        return to_blame(stuck, known)
 
     def _pass_requests_on(self) -> None:
         if self._launcher is not None and os.getppid() != self._launcher:
@@ -240,13 +278,19 @@ def _describe(frame: FrameType, file: Path) -> str:
 _current: Watchdog | None = None
 
 
-def start(timeout_seconds: float, share: Callable[[Any], Any]) -> None:
-    """Watch from now on; all ranks together. ``share`` gives rank 0's value to all of them."""
+def start(
+    timeout_seconds: float,
+    share: Callable[[Any], Any],
+    calls: Callable[[], Calls] | None = None,
+) -> None:
+    """Watch from now on; all ranks together. ``share`` gives rank 0's value to all of them;
+    ``calls``: see ``Watchdog``.
+    """
     global _current
     stop()
     rank = dist.get_rank()
     connections = connect(rank, dist.get_world_size(), timeout_seconds, share)
-    _current = Watchdog(rank, connections, timeout_seconds)
+    _current = Watchdog(rank, connections, timeout_seconds, calls)
     _current.start()
 
 

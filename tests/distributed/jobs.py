@@ -17,10 +17,12 @@ from megatron_opdlm import parallel, replay, rollout, train
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.configuration.engine_options import EngineOptions
-from megatron_opdlm.diffusion import denoising, truncation
+from megatron_opdlm.diffusion import denoising, randomness, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
+from megatron_opdlm.engine import passes, slot_state
+from megatron_opdlm.engine.slot_state import Draws
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
@@ -140,10 +142,18 @@ def roll_out(
 
 @contextmanager
 def fixed_size_forwards(on: bool) -> Iterator[None]:
-    """Give hardware without graphs a ``capture`` that runs the function itself every time."""
+    """Give hardware without graphs a ``capture`` that does what graphs do: run a function to warm
+    it up, then run it again into the same output.
+    """
+
+    def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        run()
+        output = run()
+        return lambda: output.copy_(run())
+
     hardware = select_hardware()
-    if on and hardware.capture is None:
-        rollout.select_hardware = lambda: replace(hardware, capture=lambda run: run)
+    if on and hardware.captures is None:
+        rollout.select_hardware = lambda: replace(hardware, captures=lambda: capture)
     try:
         yield
     finally:
@@ -154,27 +164,39 @@ Place = tuple[int, int, int]  # sample, absolute position, pass from 1
 
 
 @contextmanager
-def _listening_to_the_engine(seen: dict[Place, Tensor]) -> Iterator[None]:
+def _listening_to_the_engine(
+    seen: dict[Place, Tensor], requests: Sequence[Request], key: tuple[int, int]
+) -> Iterator[None]:
     """Record the log-probabilities [V] that the engine draws from, before ids are forbidden."""
     places: list[Place] = []
-    draw, project_ = rollout._Engine._draw, rollout.project
+    samples = {int(randomness.hash_keys(*key, r.sample)): r.sample for r in requests}
+    draw, project_ = passes.ExactPasses.draw, passes.project
 
-    def listening_draw(engine: Any, hidden: Tensor, masked: Any) -> Any:
-        slot, table = masked.active[masked.row], engine.table
-        triples = table.sample[slot], masked.position, table.pass_index[slot] + 1
-        places[:] = zip(*(values.tolist() for values in triples), strict=True)
-        return draw(engine, hidden, masked)
+    def listening_draw(engine: Any, hidden: Tensor, draws: Draws) -> Tensor:
+        keys, pass_index = (
+            engine.state.numbers[field][draws.slot_M].tolist()
+            for field in (slot_state.KEY, slot_state.PASSES)
+        )
+        places[:] = [
+            (samples.get(key, -1), position, index + 1)
+            for key, position, index in zip(
+                keys, draws.position_M.tolist(), pass_index, strict=True
+            )
+        ]
+        return draw(engine, hidden, draws)
 
     def listening_project(hidden: Tensor, weight: Tensor, shard: VocabularyShard, *ids: Any) -> Any:
         logits = shard.gather_rows(project(hidden, weight, shard))[:, : shard.vocab_size]
-        seen.update(zip(places, logits.log_softmax(-1), strict=True))
+        for place, row in zip(places, logits.log_softmax(-1), strict=True):
+            if place[0] >= 0:  # else padding
+                seen[place] = row
         return project_(hidden, weight, shard, *ids)
 
-    rollout._Engine._draw, rollout.project = listening_draw, listening_project
+    passes.ExactPasses.draw, passes.project = listening_draw, listening_project
     try:
         yield
     finally:
-        rollout._Engine._draw, rollout.project = draw, project_
+        passes.ExactPasses.draw, passes.project = draw, project_
 
 
 @torch.no_grad()
@@ -191,7 +213,7 @@ def on_policy_gap(
     """
     model = load(layout, model_dir)
     seen: dict[Place, Tensor] = {}
-    with _listening_to_the_engine(seen):
+    with _listening_to_the_engine(seen, requests, (7, 3)):
         engine = EngineOptions(slots=slots)
         made = generate(
             model, requests, decoding, vocabulary, key=(7, 3), options=engine

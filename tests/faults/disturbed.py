@@ -26,8 +26,10 @@ import megatron_opdlm.replay
 import megatron_opdlm.run.interruption
 import megatron_opdlm.run.opening
 import megatron_opdlm.supervision.failures  # noqa: F401
-from megatron_opdlm import train
+from megatron_opdlm import parallel, train
 from megatron_opdlm.errors import command
+from megatron_opdlm.supervision import watchdog
+from megatron_opdlm.supervision.blame import calls_made
 
 SECONDS = 240  # for a whole run on a busy machine
 PIECE_BYTES = 32 << 10  # what cannot be had any more once memory has run out
@@ -171,6 +173,14 @@ def _loop(*_: Any) -> None:
         time.sleep(0.01)
 
 
+def _loop_unseen(*_: Any) -> None:
+    """Rank 1 loops, and that the other waits for it cannot be seen in its Python: as on GPUs."""
+    assert watchdog._current is not None
+    watchdog._WAITING, watchdog._current.calls = (), calls_made
+    if parallel.rank() == 1:
+        _loop()
+
+
 def _fail(*_: Any) -> None:
     raise ValueError("a mistake that nobody foresaw")
 
@@ -201,6 +211,7 @@ _ACTIONS: dict[str, Callable[..., None]] = {
     "terminate": _signal(signal.SIGTERM),
     "warn": _signal(signal.SIGUSR1),
     "loop": _loop,
+    "loop unseen": _loop_unseen,
     "fail": _fail,
     "exhaust memory": _exhaust_memory,
     "poison": _poison,

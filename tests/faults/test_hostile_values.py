@@ -32,7 +32,7 @@ HOSTILE = [
     ),
     *("a/" * 3000, "x" * 100_000, "é\u202e\U0001f600", "low_confidence_static", "mixed", "GSM8K"),
 ]
-DRAWS = 200
+DRAWS = 200  # over the three tests
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_configurations(tmp_path: Path):
     """Claim: a configuration is read or refused, and what is read comes back from its file."""
     file = tmp_path / "run.yaml"
     draw, keys = random.Random(3), list(flatten(Config()))
-    for key, value in [(draw.choice(keys), draw.choice(HOSTILE)) for _ in range(DRAWS)]:
+    for key, value in [(draw.choice(keys), draw.choice(HOSTILE)) for _ in range(DRAWS // 2)]:
         try:
             config = load_config(None, [f"{key}={value}"])
         except Exception as error:
@@ -73,7 +73,7 @@ def test_dry_runs(runner: Runner, model: Path, tmp_path: Path):
     good = [f"model.path={model}", f"data.path={rows}", f"train.out={tmp_path}/out"]
     good += [f"model.mask_token_id={MASK}", "--dry-run"]
     keys = list(flatten(Config()))
-    for _ in range(DRAWS // 2):
+    for _ in range(DRAWS // 4):
         override = f"{draw.choice(keys)}={draw.choice(HOSTILE)}"
         assert_said(runner("train", *good, override), override)
     for key in ("train.steps", "train.seed", "distributed.timeout_seconds"):
@@ -106,7 +106,8 @@ def test_every_flag_of_every_command(
     nowhere = tmp_path / "nowhere"
     flags = {name: flags_of(name, monkeypatch) for name in COMMANDS}
     assert sum(map(len, flags.values())) > 100
-    for _ in range(DRAWS // 2):
+    monkeypatch.chdir(tmp_path)  # away from the recipes: nothing is to be run
+    for _ in range(DRAWS // 4):
         name = draw.choice([name for name in COMMANDS if flags[name]])
         chosen = draw.choice(flags[name])
         arguments = []

@@ -84,6 +84,18 @@ def test_a_rank_in_an_endless_loop(job: Jobs):
         assert "in phase update of step 2, at megatron_opdlm/train.py:" in error
 
 
+def test_a_rank_in_an_endless_loop_on_a_gpu(job: Jobs):
+    """Claim: the same where a rank that waits looks like one that hangs, since its collective call
+    is only queued and it waits in a line of its own: the one that made fewer calls is named."""
+    looping = job(2, SHORT)
+    disturbance = Disturbance(function=UPDATE, call=5, action="loop unseen", rank=None)
+    ended = looping(disturbance=disturbance)
+    for one in ended:
+        assert one.code == 1, one.log
+        (error,) = one.errors
+        assert "rank 1 has got nowhere for" in error, error
+
+
 def test_a_rank_with_a_mistake(job: Jobs):
     """Claim: an exception on one rank ends the others with its text, at once."""
     failing = job(2)

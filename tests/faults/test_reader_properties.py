@@ -45,7 +45,7 @@ ANY_JSON = st.recursive(
     max_leaves=8,
 )
 PLAIN_JSON = st.recursive(
-    st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
     max_leaves=8,
 )
@@ -160,6 +160,12 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, items: list[dict[st
     writing.write_jsonl(path, items)
     assert jsonl.read_jsonl(path, "rows") == items
     assert [row.fields for row in rows.read_rows(path, "rows")] == items
+
+
+def test_what_json_has_no_number_for_is_written_as_null(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    writing.write_jsonl(path, [{"a": float("inf"), "b": [float("nan"), 0.5]}])
+    assert jsonl.read_jsonl(path, "rows") == [{"a": None, "b": [None, 0.5]}]
 
 
 NAMES = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF), max_size=12)

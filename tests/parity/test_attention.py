@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_opdlm.model import flex_attention
 from megatron_opdlm.model.attention import AttentionPlan
@@ -213,7 +214,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         torch._dynamo.reset()
-        self.counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+        self.counter = CompileCounterWithBackend("eager")
         kernel = torch.compile(
             flex_attention.flex_attention, dynamic=False, fullgraph=True, backend=self.counter
         )

@@ -12,7 +12,7 @@ import torch
 
 from megatron_opdlm.diffusion import denoising, randomness
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.decode_forward import graph_sizes
+from megatron_opdlm.engine.passes import sizes_to
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
@@ -120,15 +120,15 @@ def test_block_rows_are_the_decoder_without_a_cache(
     assert_is_brute_force(models, requests(block_size), decoding, **options)
 
 
-def test_sizes_of_captured_forwards():
-    """Claim: every number of rows up to the limit has a size at most twice as large, mostly half
-    as much again, and the sizes are few."""
-    sizes = graph_sizes(256)
-    for rows in range(1, 257):
-        assert rows <= next(size for size in sizes if size >= rows) <= max(4, 1.5 * rows)
+def test_sizes_that_are_captured():
+    """Claim: every number up to the limit has a size at most a quarter larger (from 8 on), and the
+    sizes are few."""
+    sizes = sizes_to(256)
+    for count in range(1, 257):
+        assert count <= next(size for size in sizes if size >= count) <= max(8, 1.25 * count)
     assert sizes[-1] == 256
-    assert len(sizes) < 20
-    assert graph_sizes(2) == [1, 2]
+    assert len(sizes) < 22
+    assert sizes_to(2) == [2]
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ import random
 from collections import deque
 
 import pytest
-import torch
 
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine.slots import Request, SlotTable, split_over_replicas
+from megatron_opdlm.engine import cache_budget
+from megatron_opdlm.engine.pages import Pages
+from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt
@@ -65,22 +66,19 @@ def test_prompts_join_within_the_budget(budget: int):
     """Claim: in no forward join more prompt tokens than the budget unless it is a single prompt,
     and as many join as fit."""
     lengths = [50, 30, 20, 10, 10, 5, 5, 5]  # same limit: admitted in this order
-    table = SlotTable(made([(n, 8) for n in lengths]), RULES, IDS, 8, 64, budget)
-    everyone = torch.arange(8)
+    queue = Queue(made([(n, 8) for n in lengths]), RULES, IDS, (1, 1), budget)
+    books = SlotBooks(queue, 8, 64, Pages(range(9), 8, 64, 64), 1)
     waiting = deque(lengths)
     while waiting:
-        before = set(table.active(everyone).tolist())
-        table.admit(everyone)
-        joined = [
-            int(table.prompt_tokens[slot])
-            for slot in table.active(everyone).tolist()
-            if slot not in before
-        ]
+        admission = books.admit()
+        assert admission is not None
         expected = [waiting.popleft()]
         while waiting and sum(expected) + waiting[0] <= budget:
             expected.append(waiting.popleft())
-        assert joined == expected
-    assert not table.waiting
+        assert books.known[admission.slots.numpy()].tolist() == expected
+        assert admission.rows == sum(n // 4 + 1 for n in expected)
+        assert admission.draws == sum(4 - n % 4 for n in expected)
+    assert books.admit() is None
 
 
 def test_what_joins_together_changes_no_token(models: TinyModels):
@@ -95,18 +93,48 @@ def test_what_joins_together_changes_no_token(models: TinyModels):
     assert alone.trajectories == together.trajectories
 
 
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "fixed-size"])
+def test_sequences_that_outgrow_the_pages(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch, graphs: bool
+):
+    """Claim: pages hold what sequences use: more sequences are at work than the budget has room for
+    at their full lengths; where pages run out the youngest leave and go on later from their last
+    finished block. Tokens and passes are those of a cache with room for everybody."""
+    monkeypatch.setattr(cache_budget, "PAGE_TOKENS", 8)
+    left: list[int] = []
+    leave = SlotBooks._leave
+    monkeypatch.setattr(
+        SlotBooks, "_leave", lambda books, slot: (left.append(slot), leave(books, slot))
+    )
+    model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
+    asked = [request(i, 3 + i, limit=30) for i in range(6)]
+    for shift in (False, True):
+        rules = Decoding(block_size=4, denoising_steps=3, temperature=1.0, logit_shift=shift)
+        vocabulary = jobs.without_end(IDS)
+        expected = generate(model, asked, rules, vocabulary, key=(1, 1)).trajectories
+        options = EngineOptions(attention="rows", kv_cache_tokens=96, slots=5)
+        with jobs.fixed_size_forwards(graphs):
+            made = generate(model, asked, rules, vocabulary, key=(1, 1), options=options)
+        assert made.trajectories == expected
+        # 96 positions hold two of them, of 36 to 40 positions, at full length
+        assert made.slot_utilisation * made.slots > 2.2
+        assert left
+        left.clear()
+
+
 def test_operations_of_padded_forwards_are_counted(models: TinyModels):
-    """Claim: a forward of fixed size counts all that it runs: padding rows too, and in the last
-    layer every row. One request of two blocks in one pass runs in the size of four rows."""
+    """Claim: passes of fixed size count all that they run: padding rows too, in the last layer
+    every row, and the pass that was under way when the last sequence ended. One request of two
+    blocks in one pass runs as two rows of one slot with room for four drawn tokens."""
     model_dir = models.hf("student", tied=True, layers=2)
     model = jobs.load(Layout(), model_dir)
     rules = Decoding(block_size=4, denoising_steps=1)
     with jobs.fixed_size_forwards(True):
         options = EngineOptions(attention="rows")
         made = generate(model, [request(0, 4, limit=4)], rules, IDS, key=(1, 1), options=options)
-    pairs = 4 * (4 + 8) + 2 * 4 * 4
-    expected = forward_flops(
-        model.shape, tokens=16, attended_pairs=pairs, projected_rows=4, read_rows=16
+    expected = sum(
+        forward_flops(model.shape, tokens=8, attended_pairs=pairs, projected_rows=4, read_rows=8)
+        for pairs in (4 * (4 + 8), 2 * 4 * 4)
     )
     assert made.trajectories[0].forwards == 1
     assert made.flops == expected

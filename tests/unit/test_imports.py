@@ -43,7 +43,10 @@ PROGRAMS = (
     *("checkpoint_tools.serve_check", "checkpoint_tools.inspect"),
 )
 # What the losses may import: no process group, no model.
-MATHS = ("torch", "megatron_opdlm.diffusion.truncation", "megatron_opdlm.diffusion.denoising")
+MATHS = (
+    "torch",
+    *(f"megatron_opdlm.diffusion.{name}" for name in ("denoising", "truncation", "wide_product")),
+)
 # Read before anything slow is loaded.
 LIGHT = ("config", "configuration", *LIGHT_GROUND)
 # Copied into exported directories, so they stand alone.

@@ -1,6 +1,7 @@
 """What the optimizer is asked for is refused where the machine or the model's type cannot do it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from megatron_opdlm import optimizer
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import select_hardware
-from megatron_opdlm.optimizer import fuse_gradients, optimizer_config
+from megatron_opdlm.optimizer import fuse_gradients, gradient_sums, optimizer_config
 
 # isort: split
 from megatron.core.tensor_parallel import layers
@@ -48,14 +49,22 @@ def test_narrow_states_beside_float32_weights(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_gradients_are_fused_only_where_the_kernel_is(monkeypatch: pytest.MonkeyPatch):
-    """Claim: Megatron's linears are told, and nothing else is touched."""
+    """Claim: Megatron's linears are told where Apex is, Transformer Engine's always, nothing else
+    is touched, and what is said is of the layers that there are. Transformer Engine's linear hands
+    its attribute to the kernel in every forward (transformer_engine/pytorch/module/linear.py,
+    ``self.fuse_wgrad_accumulation``), so it may be set after the layer is made."""
     linear = RowParallelLinear.__new__(RowParallelLinear)
     torch.nn.Module.__init__(linear)
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), linear)
+    fused: Any = torch.nn.Identity()
+    fused.fuse_wgrad_accumulation = False
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), linear, fused)
     if not layers._grad_accum_fusion_available:
-        assert "not here" in fuse_gradients(model)
+        fuse_gradients(model)
         assert not hasattr(linear, "gradient_accumulation_fusion")
+        assert "Apex's fused kernel is not here" in gradient_sums("local")
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
-    assert fuse_gradients(model) == "added to the float32 sums by Apex's fused kernel"
-    assert linear.gradient_accumulation_fusion
+    fuse_gradients(model)
+    assert linear.gradient_accumulation_fusion and fused.fuse_wgrad_accumulation
     assert not hasattr(model[0], "gradient_accumulation_fusion")
+    assert gradient_sums("local") == "added to the float32 sums by Apex's fused kernel"
+    assert "Transformer Engine" in gradient_sums("te") and "Apex" not in gradient_sums("te")

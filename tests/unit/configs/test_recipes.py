@@ -1,12 +1,14 @@
 """Every file under configs/ is a recipe that works on a machine without GPUs as far as it can.
 
-The published values are written down here a second time, from the published launchers.
+Every published value stands in tests/fixtures/reference/launchers.yaml, from the launchers.
 """
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from megatron_opdlm import train
@@ -21,70 +23,37 @@ from tests.forking import ForkServer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml") if path.stem != "tiny_cpu")
-PUBLISHED = [stem for stem in RECIPES if stem.startswith("opdlm_")]
 RANKS = 8
 
-# What all eight published launchers share.
-COMMON = {
-    "rollout.block_size": 4,
-    "rollout.denoising_steps": 4,
-    "rollout.remasking": "low_confidence_dynamic",
-    "rollout.threshold": 0.9,
-    "rollout.temperature": 1.0,
-    "rollout.top_p": 1.0,
-    "rollout.top_k": 0,
-    "rollout.prompts_per_step": 128,
-    "rollout.responses_per_prompt": 1,
-    "threshold_schedule.enabled": False,
-    "states.mode": "one_per_block",
-    "loss.kind": "forward_kl",
-    "loss.top_k_tail": "drop",
-    "loss.exclude_eos": True,
-    "optimizer.lr": 1e-5,
-    "optimizer.min_lr": 1e-6,
-    "optimizer.warmup_steps": 5,
-    "optimizer.batch_size": 8,
-    "optimizer.clip_grad": 1.0,
-    "optimizer.beta1": 0.9,
-    "optimizer.beta2": 0.999,
-    "optimizer.eps": 1e-8,
-    "optimizer.weight_decay": 0.0,
-    "train.inner_epochs": 1,
-    "train.seed": 10086,
-    "curriculum.kind": "cos",
-    "curriculum.start": 100,
-    "data.max_prompt_tokens": 2000,
-    "checkpoint.every": 10,
-    "evaluation.every": 10,
-    "evaluation.tasks": ["GSM8K"],
-    "evaluation.remasking": "low_confidence_static",
-    "evaluation.temperature": 0.0,
-}
-# stem: (top-k, curriculum's end, its steps, thinking, epochs, training steps)
-DIFFERENT = {
-    "opdlm_0.6b": (0, 4000, 100, False, 1, 483),
-    "opdlm_1.7b": (0, 4000, 100, False, 1, 483),
-    "opdlm_4b": (16, 4000, 100, False, 1, 483),
-    "opdlm_8b": (16, 4000, 100, False, 1, 483),
-    "opdlm_math_4b": (0, 2000, 100, False, 10, -1),
-    "opdlm_math_8b": (0, 2000, 100, False, 10, -1),
-    "opdlm_math_thinking_4b": (0, 8000, 200, True, 10, -1),
-    "opdlm_math_thinking_8b": (0, 8000, 200, True, 10, -1),
-}
-CAPS = {"math": 4096, "code": 2048, "chat": 2048, "science": 1024}
-# Response tokens at steps 1, 10, 50 and 100 of the three published curricula.
-BUDGETS = {4000: (100, 148, 1244, 4000), 2000: (100, 124, 656, 2000), 8000: (100, 124, 700, 2412)}
+# What the released launchers set, by our keys.
+REFERENCE = yaml.safe_load(
+    (Path(__file__).parents[2] / "fixtures" / "reference" / "launchers.yaml").read_text()
+)
+PUBLISHED, VARIANTS = sorted(REFERENCE["launchers"]), REFERENCE["variants"]
 
 
 def recipe(stem: str, *overrides: str) -> Config:
     return load_config(CONFIGS / f"{stem}.yaml", list(overrides))
 
 
-def h100_overrides(stem: str) -> list[str]:
-    """What the recipe's own header says for eight GPUs of 80 GB."""
+def layout_of(stem: str, machine: str) -> list[str]:
+    """What the recipe's own header says for a machine."""
     lines = (CONFIGS / f"{stem}.yaml").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("#   8xH100-80GB: ")]
-    return shlex.split(line.partition(": ")[2])
+    (line,) = [line for line in lines if line.startswith(f"#   {machine}: ")]
+    return shlex.split(line.partition(": ")[2].partition("(")[0])
+
+
+def h100_overrides(stem: str) -> list[str]:
+    return layout_of(stem, "8xH100-80GB")
+
+
+def held_of(description: str) -> dict[str, float]:
+    """GiB that a rank of a dry run holds, by phase."""
+    return {
+        line.split()[2]: float(line.split()[3])
+        for line in description.splitlines()
+        if line.startswith(("  in the rollout", "  in the update"))
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -93,41 +62,53 @@ def somewhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_every_published_run_has_a_recipe():
-    assert set(PUBLISHED) == set(DIFFERENT)
-    assert {stem for stem in RECIPES if stem not in PUBLISHED} == {
-        "proposal_14b",
-        "proposal_32b",
-        "proposal_30b_a3b",
-    }
+def test_every_recipe_is_published_or_says_what_it_differs_in():
+    proposals = {stem for stem in RECIPES if stem.startswith("proposal_")}
+    assert {*PUBLISHED, *VARIANTS} == {*RECIPES} - proposals
+
+
+def published(stem: str) -> dict[str, Any]:
+    """What a launcher sets, by our keys."""
+    own = REFERENCE["launchers"][stem]
+    values = {key: value for key, (_, value) in REFERENCE["common"].items()}
+    return values | {REFERENCE["keys"][name][0]: value for name, value in own.items()}
 
 
 @pytest.mark.parametrize("stem", PUBLISHED)
-def test_values_are_the_published_ones(stem):
+def test_every_value_is_the_published_one(stem):
+    """Claim: every key of a recipe has the launcher's value; one without a counterpart has its
+    default, but for places and speed."""
     values = flatten(recipe(stem))
-    top_k, end, ramp, thinking, epochs, steps = DIFFERENT[stem]
-    expected = COMMON | {
-        "loss.top_k": top_k,
-        "curriculum.end": end,
-        "rollout.max_new_tokens": end,
-        "curriculum.steps": ramp,
-        "data.enable_thinking": thinking,
-        "data.epochs": epochs,
-        "train.steps": steps,
-        "rollout.max_new_tokens_by_domain": CAPS if "math" not in stem else {},
-        "states.block_alignment": "absolute",
-        "evaluation.max_new_tokens": 500 if thinking else 1000,
-    }
-    assert {key: values[key] for key in expected} == expected
+    expected = flatten(Config()) | published(stem)
+    expected |= {key: values[key] for key in REFERENCE["ours"]}
+    expected |= {"model.dtype": "bf16", "teacher.dtype": "bf16"}
+    assert values == expected
     size = stem.rpartition("_")[2].upper()
     assert public_name(values["model.path"]) == f"Qwen3-{size}"
+
+
+@pytest.mark.parametrize("stem", VARIANTS)
+def test_a_variant_differs_in_what_it_says_alone(stem):
+    own = dict(VARIANTS[stem])
+    other = flatten(recipe(own.pop("of"))) | own | {"train.out": f"runs/{stem}/run"}
+    assert flatten(recipe(stem)) == other
 
 
 @pytest.mark.parametrize("stem", PUBLISHED)
 def test_the_curriculum_is_the_published_one(stem):
     config = recipe(stem)
     budgets = [generation_budget(s, config.curriculum, config.rollout) for s in (1, 10, 50, 100)]
-    assert tuple(budgets) == BUDGETS[config.curriculum.end]
+    assert budgets == REFERENCE["budgets"][config.curriculum.end]
+
+
+@pytest.mark.parametrize("stem", ["opdlm_0.6b", "opdlm_1.7b"])
+def test_small_models_fit_two_cards_of_48_gb(stem):
+    """Claim: with what the recipe's header says for them, half of a card is left for activations
+    and the cache, and all of a step's responses have a slot."""
+    overrides = layout_of(stem, "2x48GB")
+    held = held_of(dry_run.describe(recipe(stem, *overrides), 2))
+    assert max(held.values()) < 24
+    assert recipe(stem, *overrides).rollout.slots * 2 >= 128
 
 
 @pytest.mark.parametrize("stem", [*RECIPES, "tiny_cpu"])
@@ -139,11 +120,7 @@ def test_every_recipe_dry_runs_without_gpu_weights_or_data(stem, machine):
     why = "the public shape of Qwen3-" if stem in RECIPES else "launch/quickstart.sh makes it"
     assert f"is not there yet: {why}" in text
     assert f"ranks        {RANKS} = tensor" in text
-    held = {
-        line.split()[2]: float(line.split()[3])
-        for line in text.splitlines()
-        if line.startswith(("  in the rollout", "  in the update"))
-    }
+    held = held_of(text)
     assert set(held) == {"rollout", "update"}
     assert max(held.values()) < (62 if machine == "8xH100-80GB" else 95)
 

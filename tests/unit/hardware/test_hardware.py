@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from megatron_opdlm.errors import InputError
+from megatron_opdlm.hardware import gpu
 from tests.forking import REPOSITORY
 
 # A GPU as far as the choice of hardware asks for one; Transformer Engine and Apex are not here.
@@ -39,3 +44,34 @@ def test_a_gpu_without_fused_kernels_in_an_image_that_asks_for_tf32():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split("\n")[:2] == ["high highest", "GroupAdam GroupAdam False True"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "expected"), [(8, 3, 3), (1, 0, 0), (1, 3, 0), (4, 4, None)]
+)
+def test_the_gpu_of_a_rank(
+    monkeypatch: pytest.MonkeyPatch, visible: int, local_rank: int, expected: int | None
+):
+    """Claim: a rank takes the GPU of its number on the machine, or the only one that it is shown,
+    as by Slurm's ``--gpus-per-task=1``; too few are named."""
+    bound: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    if expected is None:
+        with pytest.raises(InputError, match="LOCAL_RANK=4, but this process sees 4 GPUs"):
+            gpu.set_device(local_rank)
+        return
+    assert gpu.set_device(local_rank) == torch.device("cuda", expected)
+    assert bound == [expected]
+
+
+def test_captures_share_a_stream(monkeypatch: pytest.MonkeyPatch):
+    """Claim: however many forwards are captured, one stream is made for their first runs."""
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: made.append(object()) or made[-1])
+    gpu._side_stream.cache_clear()
+    try:
+        assert gpu._side_stream() is gpu._side_stream()
+    finally:
+        gpu._side_stream.cache_clear()
+    assert len(made) == 1

@@ -58,10 +58,11 @@ def test_each_part_names_its_kernel_and_why():
     assert (
         "student         local layers with dense attention: FlexAttention has no backward" in text
     )
-    assert "buckets (rollout.attention=auto), without captured graphs" in text
-    capturing = replace(hardware, capture=lambda run: lambda: run())
+    assert "decoding by buckets (preferred here) for heads of 128" in text
+    assert "(rollout.attention=auto), without captured graphs" in text
+    capturing = replace(hardware, captures=lambda: lambda run: lambda: run())
     rows = lines(machine.kernels(load_config(None, ["rollout.attention=rows"]), capturing))
-    assert "rows (rollout.attention=rows), with captured graphs" in rows
+    assert "(rollout.attention=rows), with captured graphs" in rows
     with pytest.raises(InputError, match=r"attention\.backend=te needs Transformer Engine"):
         lines(machine.kernels(load_config(None, ["attention.backend=te"]), hardware))
 

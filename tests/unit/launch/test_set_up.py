@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from launch.environment import constraints_for_container, pins
+from launch.environment import constraints_for_container, make_torchrun, pins
 
 REPOSITORY = Path(__file__).parents[3]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -136,3 +136,24 @@ def test_damage_is_seen(tmp_path):
     assert damage() == "['thing: thing.py']"
     (site / "thing.py").unlink()
     assert damage() == "['thing: thing.py']"
+
+
+def test_torchrun_runs_this_environment_s_python(tmp_path, monkeypatch):
+    """Claim: where pip made no torchrun, one of .venv stands before a container's, and starts ranks
+    with .venv's Python; one that pip made stays."""
+    own, container = tmp_path / "my venv", tmp_path / "container"
+    for directory, text in ((own, 'echo own "$@"'), (container, "echo container")):
+        directory.mkdir()
+        for name in ("python", "torchrun")[: 1 if directory == own else 2]:
+            (directory / name).write_text(f"#!/bin/sh\n{text}\n")
+            (directory / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{own}:{container}:{os.environ['PATH']}")
+    command = ["torchrun", "--nproc-per-node", "8", "-m", "a b"]
+    assert subprocess.check_output(command, text=True) == "container\n"
+    make_torchrun(own)
+    expected = "own -m torch.distributed.run --nproc-per-node 8 -m a b\n"
+    assert subprocess.check_output(command, text=True) == expected
+    make_torchrun(container)
+    assert "echo container" in (container / "torchrun").read_text()
+    steps = (REPOSITORY / "launch/setup.sh").read_text()
+    assert 'in_venv "$environment" torchrun\n' in steps

@@ -1,6 +1,8 @@
 """Claims: what computes a model follows from the hardware and its type, and what cannot run is
 refused in one line with value, rule and remedy."""
 
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.hardware import Hardware, select_hardware
+from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.kernels import Kernels, choose_kernels
 from megatron_opdlm.run import build
 from tests.conftest import MASK, TinyModels
@@ -87,3 +90,40 @@ def test_one_line_for_the_log(tmp_path: Path):
     )
     assert "2.9.0" in line and "\n" not in line
     assert "no backward pass" in build.describe_kernels(Config(), CPU)
+
+
+GPU_DECODING = replace(GPU, decode_attention=("triton", "flash", "rows"))
+
+
+def test_what_attends_while_decoding(monkeypatch: pytest.MonkeyPatch):
+    """Claim: a kernel is chosen because it can be imported and takes this type and head size, in
+    the hardware's order, and the line for the log says what ruled the others out; one that was
+    asked for and cannot run is refused."""
+    bf16 = torch.bfloat16
+    flash = types.ModuleType("flash_attn")
+    vars(flash)["flash_attn_with_kvcache"] = lambda *args, **kwargs: None
+    own = types.ModuleType("megatron_opdlm.model.decode_kernel")
+    vars(own)["attend"] = lambda *args: None
+
+    def chosen(name: str, dtype: torch.dtype, width: int, hardware: Hardware = GPU_DECODING) -> str:
+        return str(choose_decode_attention(name, dtype, width, hardware))
+
+    monkeypatch.setitem(sys.modules, "megatron_opdlm.model.decode_kernel", own)
+    assert chosen("auto", bf16, 128) == "decoding by triton (preferred here)"
+    assert chosen("auto", torch.float32, 128).startswith("decoding by triton")
+    # a package of that name that has no kernel, and one that cannot be loaded
+    for broken in (types.ModuleType("flash_attn"), None):
+        monkeypatch.setitem(sys.modules, "flash_attn", broken)
+        with pytest.raises(InputError, match=r"attention=flash cannot run here: flash-attn cannot"):
+            chosen("flash", bf16, 128)
+    monkeypatch.setitem(sys.modules, "megatron_opdlm.model.decode_kernel", None)
+    assert "triton cannot be imported" in chosen("auto", bf16, 128)
+    assert chosen("auto", bf16, 128).startswith("decoding by rows")
+    monkeypatch.setitem(sys.modules, "flash_attn", flash)
+    assert chosen("auto", bf16, 128).startswith("decoding by flash")
+    assert chosen("auto", torch.float32, 128).startswith("decoding by rows")
+    assert chosen("auto", bf16, 100).startswith("decoding by rows")
+    assert chosen("auto", bf16, 512).startswith("decoding by rows")
+    assert chosen("auto", bf16, 128, CPU) == "decoding by buckets (preferred here)"
+    with pytest.raises(InputError, match="needs a GPU; use rollout"):
+        chosen("triton", bf16, 128, CPU)

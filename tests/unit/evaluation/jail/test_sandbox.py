@@ -3,6 +3,7 @@
 Every attack runs under the layers that this machine grants, with small limits.
 """
 
+import json
 import os
 import site
 import socket
@@ -15,11 +16,13 @@ import pytest
 
 from evaluation.jail import sandbox as sandbox_module
 from evaluation.jail import seccomp as sandbox_seccomp
+from evaluation.jail.doors import DANGERS, NUISANCES, open_doors
 from evaluation.jail.new_root import work_directory
 from evaluation.jail.packages import package_directories
 from evaluation.jail.sandbox import Jail, JailLost, Limits, Outcome, Sandbox
 from evaluation.jail.values import Opaque, decode, encode
 from megatron_opdlm.errors import RunError
+from tests import sandbox_doors
 
 CPU = 20.0  # seconds, where the limit is not the claim
 SMALL = Limits(memory=1 << 30, file_size=1 << 20, work_space=4 << 20, output=1 << 20)
@@ -161,6 +164,35 @@ def test_numpy_can_be_imported(jail):
     assert run(jail, "import numpy\nprint(numpy.ones((64, 64)).dot(numpy.ones(64))[0])").ok
 
 
+ORDINARY = """
+import asyncio, concurrent.futures, mmap, os, queue, select, shutil, signal, sys, tempfile
+import threading, time, uuid
+async def main(): return [x async for x in ticks()]
+async def ticks():
+    for i in range(2): await asyncio.sleep(0); yield i
+assert asyncio.run(main()) == [0, 1]
+with concurrent.futures.ThreadPoolExecutor(4) as pool: assert list(pool.map(abs, [-1])) == [1]
+with tempfile.TemporaryDirectory() as place, open(f'{place}/a', 'w+') as file:
+    file.write('x'); file.truncate(0); os.fsync(file.fileno())
+    shutil.copyfile(f'{place}/a', f'{place}/b'); os.rename(f'{place}/b', f'{place}/c')
+    assert sorted(os.listdir(place)) == ['a', 'c'] and not os.isatty(0)
+m = mmap.mmap(-1, 4096); m[:2] = b'ab'
+got = []; signal.signal(signal.SIGALRM, lambda *_: got.append(1))
+signal.setitimer(signal.ITIMER_REAL, 0.01); time.sleep(0.05); assert got
+r, w = os.pipe(); os.write(w, b'x'); assert select.select([r], [], [], 1)[0] == [r]
+assert os.cpu_count() and os.sched_getaffinity(0) and uuid.uuid4() and os.uname()
+try: os.kill(os.getpid(), 0); signal.raise_signal(signal.SIGALRM)
+finally: print('fine')
+"""
+
+
+@pytest.mark.parametrize("without", [set(), {"mount_namespace"}])
+def test_ordinary_programs_meet_no_filter(sandbox, without):
+    with Sandbox(limits=SMALL, layers=sandbox.layers - without).open() as jail:
+        outcome = run(jail, ORDINARY)
+    assert outcome.stdout == "fine\n", outcome.stderr
+
+
 def test_runs_do_not_see_each_other(jail):
     jail.load("import os\nprint(os.path.exists('left'), open('left', 'w').write('x'))")
     first = jail.stdio("", cpu=CPU)
@@ -258,13 +290,14 @@ def test_many_empty_files_are_bounded_like_full_ones(jail, sandbox):
 NESTED = """
 import os
 open('file', 'w').close()
-for depth in range(3000):
+for depth in range(1200):
     os.mkdir('d' * 20)
     os.symlink('/', 'link')
     os.chdir('d' * 20)
 for _ in range(30):
     os.chdir('..')
-    os.chmod('d' * 20, 0)
+    try: os.chmod('d' * 20, 0)
+    except PermissionError: pass  # where files lie among the machine's
 print('nested')
 """
 
@@ -483,6 +516,20 @@ def judge(jail: Jail, source: str, tests: str, *snippets: str, collect: bool = F
             "from solution import *",
             ["p = f(2)\nassert isinstance(p, P) and p == P(2) and p != P(3) and len(p) == p.x"],
         ),
+        (
+            "class Bag(list):\n    pass\nclass Own:\n    def __init__(s, *a): s.a = a\n"
+            "    def __iter__(s): return iter(s.a)\n    def __len__(s): return 2\n"
+            "    def __float__(s): return 2.5\n    def __getitem__(s, i): return s.a[i]\n"
+            "def f(kind): return Bag([1, 2]) if kind == 'bag' else Own(1, 2)",
+            "import math\nimport numpy as np\nfrom solution import *",
+            [
+                "assert f('bag') == [1, 2] and 1 in f('bag') and f('bag') + [3] == [1, 2, 3]",
+                "x = f('own')\nassert 2 in x and 3 not in x and list(x) == [1, 2] and x[0] == 1",
+                "assert len(x) == 2 and float(x) == 2.5 and math.isclose(x, 2.5)",
+                "assert x == f('own') and x != Own(1, 3) and x != Own([1, 2])",
+                "assert np.allclose(f('bag'), [1, 2]) and sorted(x) == [1, 2]",
+            ],
+        ),
         ("def f(a, *, b=1): return [a, b]", "", ["assert f(1, b=2) == [1, 2]"]),
         ("def f(a): return a", "def check(c):\n    assert c(3) == 3", ["check(f)"]),
         # what the tests define stays theirs, what they test is the program's
@@ -541,6 +588,58 @@ def test_cheats_do_not_pass_their_tests(fresh, source):
     snippets = ["assert abs(f() - 2) < 1e-6", "assert math.isclose(f(), 2)", "assert f() == 2"]
     outcome = judge(fresh, source, "", *snippets)
     assert not (outcome.ok and outcome.failure is None)
+
+
+LIAR = """
+class Liar:
+    def agree(self, *_): return True
+    def itself(self, *_): return self
+    __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __contains__ = agree
+    __sub__ = __rsub__ = __add__ = __radd__ = __abs__ = __round__ = __mod__ = __and__ = itself
+    __neg__ = __mul__ = __rmul__ = __truediv__ = __pow__ = itself
+    __hash__ = object.__hash__
+    startswith = issubset = isdigit = agree
+    def __iter__(self):
+        n = 0
+        while True: yield (n := n + 1)
+def f(*_): return Liar()
+"""
+TESTS_OF_VALUES = [
+    "assert abs(f(1.33) - 0.33) < 1e-6",
+    "assert 5 in f(2)",
+    "assert f(2) >= 3",
+    "assert 3 <= f(2)",
+    "assert 1 < f(2) < 3",
+    "assert f(2) == f(3)",
+    "assert f(2) - 2 == f(2)",
+    "assert (f(2) & 1) == f(2)",
+    "assert f('ab').startswith('a')",
+    "assert f({1}).issubset({1, 2})",
+    "assert max(f(1), f(2)) == f(2)",
+    "assert sorted([f(1), f(2)])[0] == f(1)",
+    *(
+        f"import unittest\nunittest.TestCase().{check}"
+        for check in (
+            *("assertAlmostEqual(f(1), 0.33)", "assertIn(5, f(2))", "assertGreater(f(2), 1)"),
+            *("assertEqual(f(2), 3)", "assertLessEqual(f(2), 1)", "assertCountEqual(f(2), [1])"),
+        )
+    ),
+    "import numpy as np\nassert np.isclose(f(1), 0.33)",
+    "import numpy as np\nassert np.allclose(f(1), [0.33])",
+    "import numpy as np\nassert (np.array([1, 2]) <= f(1)).all()",
+]
+
+
+def test_an_object_that_always_agrees_passes_no_test(sandbox):
+    """Claim: whatever a test compares or calculates with is a plain value of the judge."""
+
+    def failure(snippet: str) -> str | None:
+        with sandbox.open() as jail:
+            jail.load(LIAR)
+            outcome = jail.judge(setup=[], functions=["f"], snippets=[snippet], cpu=CPU)
+        return outcome.failure if outcome.ok else outcome.status
+
+    assert [test for test in TESTS_OF_VALUES if failure(test) is None] == []
 
 
 def test_a_jail_that_has_held_tests_runs_no_further_program(fresh):
@@ -641,7 +740,7 @@ def test_what_is_in_force_is_described(sandbox):
     bare = Sandbox.__new__(Sandbox)
     bare.layers, bare.limits, bare.workers = set(), SMALL, 1
     described = bare.describe()
-    assert len(described["warnings"]) == 7
+    assert len(described["warnings"]) == 9
     assert any("fill the disk" in warning for warning in described["warnings"])
     held = {name for name, value in described["limits"].items() if value is not None}
     assert held == set(described["limits"]) - {"work_space", "threads"}
@@ -651,15 +750,17 @@ def test_a_machine_without_a_sandbox_is_told_once_asked(monkeypatch, capsys):
     """The question prints nothing; the first use prints what is open, once."""
     monkeypatch.setattr(sandbox_module, "_default", None)
     monkeypatch.setattr(sandbox_module, "_warned", False)
-    monkeypatch.setattr(sandbox_module, "Sandbox", lambda: _raise(RunError("cannot run; do x")))
-    assert sandbox_module.sandbox_problem() == "cannot run; do x"
+    refuse = RunError("cannot run; do x")
+    monkeypatch.setattr(sandbox_module, "Sandbox", lambda best_effort: _raise(refuse))
+    assert sandbox_module.sandbox_problem() == sandbox_module.sandbox_problem() == str(refuse)
+    monkeypatch.setattr(sandbox_module, "_default", None)
     bare = Sandbox.__new__(Sandbox)
     bare.layers, bare.limits, bare.workers = {"seccomp"}, SMALL, 1
-    monkeypatch.setattr(sandbox_module, "Sandbox", lambda: bare)
+    monkeypatch.setattr(sandbox_module, "Sandbox", lambda best_effort: bare)
     assert sandbox_module.sandbox_problem() is None
     assert capsys.readouterr().err == ""
     assert sandbox_module.default_sandbox() is sandbox_module.default_sandbox() is bare
-    assert capsys.readouterr().err.count("warning: the sandbox is open here") == 4
+    assert capsys.readouterr().err.count("warning: the sandbox is open here") == 2
 
 
 def _raise(error: Exception) -> None:
@@ -671,15 +772,52 @@ def test_a_machine_that_cannot_run_programs_is_refused(monkeypatch):
         "evaluation.jail.sandbox._FIRST_PROGRAM", "raise RuntimeError('nothing works')"
     )
     with pytest.raises(RunError, match="nothing works"):
-        Sandbox(limits=SMALL)
+        Sandbox(limits=SMALL, layers={"seccomp"})
+
+
+def test_programs_that_nothing_confines_are_run_for_those_who_mean_it_only(monkeypatch):
+    monkeypatch.setattr(sandbox_module, "_default", None)
+    monkeypatch.setattr(sandbox_module, "_warned", True)
+    monkeypatch.setattr(sandbox_module, "LAYERS", {})
+    monkeypatch.setattr(Sandbox.__init__, "__kwdefaults__", {**DEFAULTS, "layers": ()})
+    assert "use the network" in (problem := sandbox_module.sandbox_problem() or "")
+    assert problem.endswith("(training: evaluation.sandbox=best-effort)")
+    sandbox_module.use_sandbox("best-effort")
+    assert sandbox_module.sandbox_problem() is None
+    described = sandbox_module.default_sandbox().describe()
+    assert described["layers"] == [] and len(described["warnings"]) == 9
+    sandbox_module.use_sandbox("required")
+    assert sandbox_module.sandbox_problem() == problem
+
+
+DEFAULTS = Sandbox.__init__.__kwdefaults__
+
+
+@pytest.mark.parametrize(("user", "number"), sandbox_doors.USERS.items())
+def test_doors_are_closed_as_the_documentation_says(user, number):
+    """Claim: what programs can do under each combination of layers is what the code warns of and
+    refuses, and docs/sandbox.md holds a line for each, as ``tests.sandbox_doors`` prints it."""
+    if os.geteuid() and number != os.geteuid():
+        if user == "root":
+            pytest.skip("needs root")
+        number = os.geteuid()
+    documented = (sandbox_doors.REPOSITORY / "docs/sandbox.md").read_text().splitlines()
+    rows = sandbox_doors.measured_as(number)
+    if not rows:
+        pytest.skip(f"no interpreter that {user} may use")
+    for name, line in sandbox_doors.lines(user, rows).items():
+        layers = sandbox_doors.layers_of(name, root=number == 0)
+        foreseen = open_doors(DANGERS | NUISANCES, layers)
+        assert set(rows[name]) == set(foreseen), name
+        assert line in documented
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_every_jump_of_the_filter_lands_inside_it(machine):
-    program = sandbox_seccomp.filter_program(machine, 7)
+    program = sandbox_seccomp.filter_program(machine, 7, {"mount_namespace"})
     for place, (code, on_true, on_false, _) in enumerate(program):
         assert place + 1 + max(on_true, on_false) < len(program) or code == 0x06
-    assert program[-1] == (0x06, 0, 0, 0x7FFF0000)
+    assert program[-1] == (0x06, 0, 0, 0x00050001)  # deny by default
 
 
 @pytest.mark.parametrize(
@@ -706,6 +844,23 @@ def test_plain_values_cross_unchanged(value):
 def test_what_is_no_value_is_refused(text):
     with pytest.raises(ValueError):
         decode(text)
+
+
+PRIME = 2**61 - 1  # Python hashes a number to its remainder by this
+
+
+def test_no_reply_takes_the_grader_long_to_rebuild():
+    texts = [
+        {"t": "set", "v": [n * PRIME for n in range(60_000)]},
+        {"t": "dict", "v": [[n * PRIME + 7, 0] for n in range(60_000)]},
+        {"t": "Fraction", "v": [hex(3 << 9_000_000), hex(7 << 8_000_001)]},
+        {"t": "ndarray", "v": [{"t": "range", "v": [0, 9_999, 1]}] * 300_000},
+    ]
+    for text in map(json.dumps, texts):
+        start = time.process_time()
+        with pytest.raises(ValueError):
+            decode(text)
+        assert time.process_time() - start < 3
 
 
 def test_values_that_never_end_are_opaque():
