@@ -84,7 +84,7 @@ def main() -> None:
                 passes[0] += 1
                 return launch(*arguments)
 
-            FixedPasses.launch = counted
+            FixedPasses.launch = counted  # pyright: ignore[reportAttributeAccessIssue]
             start = time.thread_time()
             engine = EngineOptions(slots=slots, attention="rows", kv_cache_tokens=10**6)
             rollout.generate(model, requests, rules, vocabulary, key=(1, 1), options=engine)
