@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.data.chat import with_messages
 from megatron_opdlm.data.checks import (
     MANIFEST,
     EvaluationProblems,
@@ -56,14 +57,15 @@ class Prepared:
 
 
 def as_training_row(fields: dict[str, Any], template: str) -> dict[str, Any]:
-    """The row with its question as the model is asked it; other keys as they are. InputError for
-    keys of another type than text.
+    """The row with its question as the model is asked it, a chat as messages; other keys as they
+    are. InputError for keys of another type than text.
     """
+    fields = with_messages(fields)
     for key in ("domain", "response"):
         if key in fields and not isinstance(fields[key], str):
             raise InputError(f"{key} must be text, not {type(fields[key]).__name__}")
     if "question" not in fields or template == "none":
-        return dict(fields)
+        return fields
     question, domain = fields["question"], fields.get("domain")
     if not isinstance(question, str) or not question.strip():
         raise InputError("question must be text that is not empty")
