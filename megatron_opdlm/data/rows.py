@@ -137,8 +137,24 @@ def _read_parquet(path: Path, where: str) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{where}: not a readable Parquet file: {error}") from error
-    for number, value in enumerate(table.to_pylist(), start=1):
-        yield f"row {number}", value
+    columns = [_values(table, i, where) for i in range(table.num_columns)]
+    for number in range(table.num_rows):
+        row = {
+            name: column[number] for name, column in zip(table.column_names, columns, strict=True)
+        }
+        yield f"row {number + 1}", row
+
+
+def _values(table: Any, index: int, where: str) -> list[Any]:
+    """A column of an Arrow table as Python's own values; InputError where there are none of them,
+    such as a date after the year 9999.
+    """
+    try:
+        return table.column(index).to_pylist()
+    except (ArithmeticError, ValueError) as error:
+        raise InputError(
+            f"{where}: column {table.column_names[index]} cannot be read: {error}; leave it out"
+        ) from error
 
 
 def _read_dataset(path: Path, where: str) -> Iterator[tuple[str, Any]]:
@@ -152,5 +168,8 @@ def _read_dataset(path: Path, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(map(str, dataset))
         raise InputError(f"{where}: holds the splits {splits}; give the directory of one of them")
-    for number, value in enumerate(dataset, start=1):
-        yield f"row {number}", value
+    try:
+        for number, value in enumerate(dataset, start=1):
+            yield f"row {number}", value
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:  # as it decodes columns
+        raise InputError(f"{where}: a column cannot be read: {error}; remove it") from error
