@@ -59,7 +59,6 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
     from megatron_opdlm import parallel
     from megatron_opdlm.packing import pack_step
     from megatron_opdlm.planning.layout import model_layout
-    from megatron_opdlm.reporting import accounting
     from megatron_opdlm.run import build
     from megatron_opdlm.run.session import my_share, packing_of
     from megatron_opdlm.states import make_state
@@ -106,7 +105,7 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
         "loss": sum(losses) / len(losses),
         "per_sequence": losses,
         "grad_norm": report.grad_norm,
-        "loss_tokens": accounting.state_counts(states)["loss_tokens"],
+        "loss_tokens": sum(sum(state.counted) for state in states),
         "response_tokens": sum(len(state.response_ids) for state in states),
     }
 
