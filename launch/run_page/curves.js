@@ -48,7 +48,7 @@ function short(value) {
 function ticks(low, high, count) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough);
   const first = Math.ceil(low / step - 1e-9);
   const last = Math.floor(high / step + 1e-9);
   return Array.from({ length: Math.max(last - first + 1, 0) }, (_, i) => (first + i) * step);
@@ -131,11 +131,11 @@ function figure(panel, title, drawn, shared, axis) {
   const { left, right, low, high } = shared;
   const toX = (x) => MARGIN.left + ((x - left) / (right - left)) * (width - MARGIN.left - MARGIN.right);
   const toY = (y) => HEIGHT - MARGIN.bottom - ((y - low) / (high - low)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
-  for (const y of ticks(low, high, 4)) {
+  for (const y of ticks(low, high, 5)) {
     plot.append(make("svg:line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: toY(y), y2: toY(y) }));
     plot.append(make("svg:text", { x: MARGIN.left - 6, y: toY(y) + 4, "text-anchor": "end" }, short(y)));
   }
-  for (const x of ticks(left, right, Math.max(2, Math.floor(width / 110))))
+  for (const x of ticks(left, right, Math.max(2, Math.floor(width / 70))))
     if (axis !== "step" || Number.isInteger(x))
       plot.append(make("svg:text", { x: toX(x), y: HEIGHT - 6, "text-anchor": "middle" }, short(x)));
   for (const curve of drawn) drawCurve(plot, curve, toX, toY);

@@ -2,6 +2,7 @@
 responses with the pass at which each token was committed. Runs that still go on are read too.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opdlm.data.json_text import parse, problem
+from megatron_opdlm.data.json_text import problem
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.metrics import EVALUATION, METRICS, SAMPLES, scalars
 from megatron_opdlm.model_files.manifest import CONFIG
@@ -52,7 +53,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = parse(line.decode("utf-8"))
+            row = json.loads(line)
         except ValueError as error:
             raise InputError(
                 f"{file} line {number}: not JSON ({problem(error)}); restore the file"
@@ -76,9 +77,7 @@ def columns(rows: Any) -> Columns:
     """
     flat = [dict(scalars(row)) for row in rows]
     tags = list(dict.fromkeys(tag for row in flat for tag in row))
-    return {
-        tag: [float(f"{row[tag]:.6g}") if tag in row else None for row in flat] for tag in tags
-    }
+    return {tag: [float(f"{row[tag]:.6g}") if tag in row else None for row in flat] for tag in tags}
 
 
 def _accuracies(row: Mapping[str, Any]) -> dict[str, Any]:

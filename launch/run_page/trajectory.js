@@ -76,7 +76,7 @@ function list(run) {
   const select = part("response");
   select.replaceChildren();
   run.samples.forEach((sample, i) => {
-    const name = `step ${sample.step} · sample ${sample.sample} · ${sample.response_tokens} tokens · ${sample.finish_reason}`;
+    const name = `step ${sample.step} · sample ${sample.sample} · length ${sample.response_tokens} · ${sample.finish_reason}`;
     select.append(make("option", { value: i }, name));
   });
   select.value = run.samples.length - 1; // of the latest step
@@ -105,7 +105,7 @@ function beginTrajectory() {
   part("back").addEventListener("click", () => step(view.done - 1));
   part("on").addEventListener("click", () => step(view.done + 1));
   document.addEventListener("keydown", onKey);
-  list(recorded.at(-1));
+  list(recorded[0]);
 }
 
 beginTrajectory();
