@@ -11,7 +11,7 @@ const MARGIN = { left: 52, right: 10, top: 8, bottom: 22 };
 const PANELS = [
   { title: "loss", keys: ["loss"] },
   { title: "KL", unit: "nats", keys: ["kl"] },
-  { title: "KL by masked share of the block", unit: "nats", group: "kl_by_masked_fraction/", ramp: true, split: true },
+  { title: "KL by masked share", unit: "nats", group: "kl_by_masked_fraction/", ramp: true, split: true },
   { title: "accuracy", from: "evaluation", group: "", split: true, all: 1 },
   { title: "tokens a pass", keys: ["tokens_per_denoising_step", "tokens_per_forward"] },
   { title: "responses that end by an end token", unit: "share", keys: ["eos_fraction"], all: 1 },

@@ -44,7 +44,7 @@ def test_curves_are_drawn_and_nothing_is_wider_than_the_window(browser, tmp_path
     for width, dark in ((390, False), (1600, True)):
         browser.open(file, width=width, dark=dark)
         assert browser.evaluate(DRAWN.format("loss")) == 2
-        assert browser.evaluate(DRAWN.format("KL by masked share of the block")) == 4
+        assert browser.evaluate(DRAWN.format("KL by masked share")) == 4
         assert browser.evaluate(inside) is True
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
