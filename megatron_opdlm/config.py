@@ -21,6 +21,7 @@ from megatron_opdlm.configuration.learning import (
     LoggingConfig,
     LossConfig,
     OptimizerConfig,
+    ProfileConfig,
     TrainConfig,
     UpdateConfig,
 )
@@ -64,6 +65,7 @@ class Config:
     evaluation: EvaluationConfig = section(EvaluationConfig, may_change=True)
     distributed: DistributedConfig = section(DistributedConfig, may_change=True)
     logging: LoggingConfig = section(LoggingConfig, may_change=True)
+    profile: ProfileConfig = section(ProfileConfig, may_change=True)
 
 
 def load_config(file: Path | None, overrides: list[str]) -> Config:

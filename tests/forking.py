@@ -245,12 +245,18 @@ def serve(connection: Connection) -> None:
 
 def _fork(connection: Connection, birth: _Birth) -> int:
     handles = [recv_handle(connection) for _ in range(birth.handles)]
+    ready, born = os.pipe()
     pid = os.fork()
     if pid == 0:
         connection.close()
+        os.setpgid(0, 0)
+        die_with_parent()
+        os.close(ready)
+        os.close(born)
         _live(birth, handles)
-    os.setpgid(pid, pid)  # by whoever comes first: signals go to groups from now on
-    for handle in handles:
+    os.close(born)
+    os.read(ready, 1)  # nothing comes: it ends once the fork can be stopped and ended as a group
+    for handle in (ready, *handles):
         os.close(handle)
     return pid
 
@@ -271,8 +277,6 @@ def _wait(codes: dict[int, int], pid: int, seconds: float) -> int | None:
 def _live(birth: _Birth, handles: list[int]) -> NoReturn:
     """A fork's life."""
     try:
-        os.setpgid(0, 0)
-        die_with_parent()
         for number, file in ((1, birth.output), (2, birth.errors)):
             if file is None:
                 os.dup2(1, number)

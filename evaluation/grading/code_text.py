@@ -72,15 +72,20 @@ def defines(source: str, name: str) -> bool:
 
 
 def called_function(assertions: list[str]) -> str | None:
-    """The function that assertions are about: the first called name that is no built-in."""
+    """The function that assertions are about: the first called name that is no built-in. Where all
+    are, the solution has a built-in's name (Mbpp/126: ``sum``): the innermost that all call.
+    """
+    called: list[list[str]] = []  # by assertion, from the outside in
     for assertion in assertions:
         try:
             tree = ast.parse(assertion)
         except SyntaxError:
             continue
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        names = [called.id for called in calls if isinstance(called, ast.Name)]
+        called.append([name.id for name in calls if isinstance(name, ast.Name)])
+    for names in called:
         own = [name for name in names if name not in dir(builtins)]
         if own:
             return own[0]
-    return None
+    common = [name for name in (called or [[]])[0] if all(name in names for names in called)]
+    return common[-1] if common else None

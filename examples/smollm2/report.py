@@ -24,7 +24,7 @@ MODELS = {
 PARTS = ("rollout", "teacher", "update")
 SHOWN = 4  # questions whose answers are printed
 BLOCKS = 6  # of the trajectory
-HIDDEN = "▁"  # a masked token
+HIDDEN, NEW_LINE = "▁", "⏎"  # a masked token, and a line's end, as they are shown
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def trajectory(row: dict[str, Any], tokenizer: Any, block_size: int) -> str:
                 tokenizer.decode([ids[i]]) if i < own[0] or committed[i] <= step else HIDDEN
                 for i in range(own[-1] + 1)
             )
-            lines.append(f"{' '.join(shown.split())}")
+            lines.append(shown.replace("\n", NEW_LINE))
     return "\n".join([*lines, "```"])
 
 

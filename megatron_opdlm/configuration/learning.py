@@ -166,3 +166,18 @@ class LoggingConfig:
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Literal["none", "offline", "online"] = key("none", "Weights & Biases")
     wandb_project: str = key("megatron-opdlm", "project of the run's page")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """A profile of a few steps (docs/profiling.md)."""
+
+    steps: list[int] = key(
+        [], "first and last step that are profiled; empty: none", unit="steps", at_least=1
+    )
+    ranks: list[int] = key([0], "global ranks that are profiled", at_least=0)
+    kind: Literal["torch", "nsys", "memory"] = key(
+        "torch",
+        "torch: operators and kernels in time; nsys: a capture for NVIDIA Nsight Systems; memory: "
+        "allocations",
+    )

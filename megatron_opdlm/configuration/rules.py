@@ -22,6 +22,7 @@ def check(values: Values) -> None:
     _check_schedules(values)
     _check_mixing(values)
     _check_evaluation(values)
+    _check_profile(values)
 
 
 def _check_layout(values: Values) -> None:
@@ -160,4 +161,13 @@ def _check_evaluation(values: Values) -> None:
         raise InputError(
             f"evaluation.best_by={best} is none of evaluation.tasks={tasks}; use one of them, or "
             "evaluation.best_by= for the mean over all" + nearest(best, tasks)
+        )
+
+
+def _check_profile(values: Values) -> None:
+    steps = values["profile.steps"]
+    if steps and (len(steps) != 2 or steps[0] > steps[1]):
+        raise InputError(
+            f"profile.steps={steps} must be the first and the last step of one profile; use "
+            "[FIRST,LAST], or [] for none"
         )

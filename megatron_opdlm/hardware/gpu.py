@@ -3,6 +3,8 @@
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +74,34 @@ def libraries() -> str:
     nccl = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
     engine = transformer_engine() or "not installed"
     return f"CUDA {torch.version.cuda}, NCCL {nccl}, Transformer Engine {engine}"
+
+
+def start_capture() -> None:
+    """Begin what a profiler outside the process records."""
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+
+
+def stop_capture() -> None:
+    """End it when the GPU has done all that was asked of it."""
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def named_range(name: str) -> AbstractContextManager[None]:
+    """The body is an NVTX range."""
+    return torch.cuda.nvtx.range(name)
+
+
+def record_memory() -> None:
+    """Keep every allocation from now on, with the Python lines that made it."""
+    torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+
+
+def write_memory(file: Path) -> None:
+    """Write what ``record_memory`` kept, and keep nothing from now on."""
+    torch.cuda.memory._dump_snapshot(str(file))
+    torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def set_device(local_rank: int) -> torch.device:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,11 +140,12 @@ def paper_flops(shape: ModelShape, trained_tokens: int) -> float:
 @dataclass
 class Stopwatch:
     """Wall-clock seconds by phase of one step, on this rank. ``before`` is called with the name of
-    each phase before it begins.
+    each phase before it begins; ``around`` gives what the phase runs in.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
     before: Callable[[str], None] = lambda name: None
+    around: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -152,7 +153,8 @@ class Stopwatch:
         self.before(name)
         start = time.perf_counter()
         try:
-            yield
+            with self.around(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

@@ -10,6 +10,7 @@ from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.offload import HOST, move_layers
 from megatron_opdlm.planning.layout import model_layout
+from megatron_opdlm.reporting.profiling import Profiler
 from megatron_opdlm.reporting.tracking import Tracker, open_tracker
 from megatron_opdlm.run.build import (
     build_checkpoints,
@@ -45,6 +46,7 @@ def open_session(config: Config) -> Session:
     )
     on_cpu = hardware.device.type == "cpu"  # where gloo's calls are waited for in Python
     calls = None if on_cpu else calls_made
+    profiler = Profiler(config, hardware, parallel.rank())
     watchdog.start(timeout_seconds, parallel.broadcast_object, calls)
     preemption.stop_at_once()
     hold_run_directory(Path(config.train.out))
@@ -88,6 +90,7 @@ def open_session(config: Config) -> Session:
             tracker=tracker,
         ),
         progress=progress,
+        profiler=profiler,
         saved_step=progress.step,
     )
     if teacher is not None and session.teacher_waits:

@@ -26,6 +26,7 @@ from megatron_opdlm.packing import (
 from megatron_opdlm.planning import balance
 from megatron_opdlm.records import Rollout, State, Trajectory, UpdateReport
 from megatron_opdlm.reporting import accounting
+from megatron_opdlm.reporting.profiling import Profiler
 from megatron_opdlm.reporting.sample_texts import sample_rows
 from megatron_opdlm.rollout import generate_over_copies
 from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
@@ -54,11 +55,13 @@ class Session:
     checkpoints: Checkpoints
     metrics: MetricsWriter
     progress: Progress
+    profiler: Profiler
     saved_step: int  # of the newest checkpoint; 0: there is none
 
     def watch(self, step: int) -> accounting.Stopwatch:
         """The clock of a step; the begin of each phase is a point where the run can stop."""
-        return accounting.Stopwatch(before=partial(self._begin, step))
+        self.profiler.begin(step)
+        return accounting.Stopwatch(before=partial(self._begin, step), around=self.profiler.phase)
 
     def _begin(self, step: int, phase: str) -> None:
         watchdog.enter(phase, step)
@@ -189,6 +192,8 @@ class Session:
             "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
         }
         self.metrics.write(step, row)
+        watchdog.enter("profile", step)
+        self.profiler.end(step)
         every = self.config.logging.samples_every
         if every and (step % every == 0 or step == 1):
             chosen = rollout.trajectories[: self.config.logging.samples]
@@ -233,6 +238,7 @@ class Session:
 
     def close(self) -> None:
         """End of the run."""
+        self.profiler.close()
         self.checkpoints.finish()
         self.metrics.close()
         parallel.barrier()

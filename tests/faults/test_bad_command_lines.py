@@ -55,7 +55,7 @@ PIPELINE = ["configs/opdlm_8b.yaml", "--hf", "MODEL", "--data", "{}/data", "--ou
 FLAGS: list[Case] = [
     # nothing, or not enough, or too much
     *(
-        (name, [], ("required|not set|usage|needs", "--help|add"))
+        (name, [], ("required|not set|usage|needs|no results", "--help|add|give"))
         for name in sorted(COMMANDS)
         if name != "quickstart"
     ),

@@ -1,9 +1,12 @@
 """Golden tables: what is taken out of a response, by the paper's rule and by the strict one."""
 
 import json
+import time
 
+import math_verify.parser
 import pytest
 
+from evaluation.grading import mathematics
 from evaluation.grading.house_grid import first_object, last_grid, solves
 from evaluation.grading.mathematics import grade_math
 from evaluation.grading.multiple_choice import (
@@ -245,3 +248,25 @@ def test_nothing_of_the_engine_reaches_a_grader():
     """Text ends at the first end token, and holds no control token."""
     assert without_control_tokens('"a"<|im_end|><|endoftext|>') == '"a"'
     assert without_control_tokens("a<|MASK|>b<|im_start|>") == "ab"
+
+
+def test_a_busy_machine_turns_no_right_answer_wrong(monkeypatch):
+    """Claim: the limit is CPU time, not the clock's, and what runs into it is tried once more."""
+    monkeypatch.setattr(mathematics, "SECONDS", 1)
+    real, late = mathematics.parse, [lambda: time.sleep(1.5), lambda: _burn(1.5)]
+
+    def slow(*arguments, **keywords):
+        if late:
+            math_verify.parser.timeout(keywords["parsing_timeout"])(late.pop())()
+        return real(*arguments, **keywords)
+
+    mathematics._warm_up()
+    monkeypatch.setattr(mathematics, "parse", slow)
+    assert grade_math("\\boxed{\\frac{1}{2}}", "0.5").correct
+    assert late == []
+
+
+def _burn(seconds):
+    start = time.process_time()
+    while time.process_time() - start < seconds:
+        pass

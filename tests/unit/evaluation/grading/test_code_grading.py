@@ -88,6 +88,7 @@ def test_the_function_under_test_is_read_from_assertions():
     assert called_function(["assert set(similar((3, 4))) == {4}"]) == "similar"
     assert called_function(["assert (", "assert not check(1)"]) == "check"
     assert called_function(["x = 1"]) is None
+    assert called_function(["assert sum(10, 15) == 6", "assert abs(sum(5, 9)) == 1"]) == "sum"
 
 
 SPANS = [
@@ -505,6 +506,9 @@ def test_mbpp_inputs_have_their_types_back_and_rows_may_carry_assertions():
         "test_list": ["assert twice(2) == 4", "assert twice(0) == 0"],
     }
     tuples = "def similar_elements(a, b):\n    return [x for x in a + (b and ()) if x in b]\n"
+    summed = {**carried, "test_list": ["assert sum(10, 15) == 6"]}
+    [[grade]] = MBPP().grade_all([summed], [["def sum(a, b):\n    return 6\n"]])
+    assert grade.correct
     twice = ["def twice(x):\n    return 2 * x\n", "def twice(x):\n    return 4\n"]
     grades = MBPP().grade_all([problem, carried], [[tuples], twice])
     assert [[g.correct for g in row] for row in grades] == [[True], [True, False]]

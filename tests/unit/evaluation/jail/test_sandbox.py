@@ -601,7 +601,7 @@ class Liar:
     startswith = issubset = isdigit = agree
     def __iter__(self):
         n = 0
-        while True: yield (n := n + 1)
+        while n < 1_200: yield (n := n + 1)
 def f(*_): return Liar()
 """
 TESTS_OF_VALUES = [
@@ -630,16 +630,15 @@ TESTS_OF_VALUES = [
 ]
 
 
-def test_an_object_that_always_agrees_passes_no_test(sandbox):
+def test_an_object_that_always_agrees_passes_no_test(jail):
     """Claim: whatever a test compares or calculates with is a plain value of the judge."""
-
-    def failure(snippet: str) -> str | None:
-        with sandbox.open() as jail:
-            jail.load(LIAR)
-            outcome = jail.judge(setup=[], functions=["f"], snippets=[snippet], cpu=CPU)
-        return outcome.failure if outcome.ok else outcome.status
-
-    assert [test for test in TESTS_OF_VALUES if failure(test) is None] == []
+    all_of_them = (
+        f"passed = []\nfor test in {[*TESTS_OF_VALUES, 'assert f(2)']!r}:\n"
+        "    try: exec(test)\n    except Exception: continue\n    passed.append(test)\n"
+        "assert passed == ['assert f(2)'], passed"
+    )
+    outcome = judge(jail, LIAR, "", all_of_them)
+    assert (outcome.status, outcome.failure, outcome.passed) == ("ok", None, 1)
 
 
 def test_a_jail_that_has_held_tests_runs_no_further_program(fresh):
