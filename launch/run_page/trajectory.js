@@ -47,6 +47,7 @@ function open(sample) {
   }
   part("pass").max = Math.max(...sample.passes, 0);
   step(Number(part("pass").max));
+  box.scrollTop = 0; // reading begins at the beginning
 }
 
 const isMade = (i) => view.sample.passes[i] <= view.done;
@@ -67,16 +68,26 @@ function step(done) {
     token.className = names.join(" ");
     token.style.background = isMade(i) ? passColour(sample.committed_at[i], most) : "";
   });
+  const fresh = tokens.find((token) => token.classList.contains("fresh"));
+  if (fresh) bringIntoView(fresh);
   part("pass").value = view.done;
   const made = sample.passes.filter((_, i) => isMade(i)).length;
   part("pass-said").textContent = `pass ${view.done} of ${part("pass").max} · block ${begun + 1} of ${sample.passes_of_block.length} · ${made} of ${sample.ids.length} tokens`;
+}
+
+/** Scroll the response, not the page. */
+function bringIntoView(token) {
+  const box = part("tokens");
+  const [frame, place] = [box.getBoundingClientRect(), token.getBoundingClientRect()];
+  if (place.top < frame.top || place.bottom > frame.bottom)
+    box.scrollTop += place.top - frame.top - box.clientHeight / 2;
 }
 
 function list(run) {
   const select = part("response");
   select.replaceChildren();
   run.samples.forEach((sample, i) => {
-    const name = `step ${sample.step} · sample ${sample.sample} · length ${sample.response_tokens} · ${sample.finish_reason}`;
+    const name = `step ${sample.step} · sample ${sample.sample} · ${sample.response_tokens} token${sample.response_tokens === 1 ? "" : "s"} · ${sample.finish_reason}`;
     select.append(make("option", { value: i }, name));
   });
   select.value = run.samples.length - 1; // of the latest step

@@ -89,6 +89,24 @@ def test_keys_step_through_the_passes(browser, tmp_path):
     assert browser.said == []
 
 
+def test_a_long_response_follows_the_pass(browser, tmp_path):
+    """Claim: it opens at its beginning, and a step shows the token that it committed."""
+    many = 400
+    long = {name: [1] * many for name in ("response_ids", "committed_at")}
+    file = page_of(tmp_path, "run", samples=[sample(**long, response_texts=["word\n"] * many)])
+    browser.open(file, width=390)
+    box = "document.getElementById('tokens')"
+    assert browser.evaluate(f"{box}.scrollTop") == 0
+    browser.press("ArrowLeft")
+    assert browser.evaluate(f"{box}.scrollTop") > 0
+    inside = (
+        f"(frame => (place => place.top >= frame.top && place.bottom <= frame.bottom)"
+        f"({box}.querySelector('.fresh').getBoundingClientRect()))({box}.getBoundingClientRect())"
+    )
+    assert browser.evaluate(inside) is True
+    assert browser.said == []
+
+
 def test_a_hostile_response_is_text(browser, tmp_path):
     """Claim: markup in a response is shown as it is written and runs nowhere; and what the page's
     policy should stop, it stops."""
