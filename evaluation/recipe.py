@@ -61,7 +61,9 @@ class RecipeRun:
 
 
 def read_recipe(path: Path) -> list[RecipeRun]:
-    """The runs of a recipe file, ``thresholds`` spread out. InputError names file, run and key."""
+    """The runs of a recipe file, ``thresholds`` spread out: those of its base come first, and a run
+    of its own replaces the base's of the same name. InputError names file, run and key.
+    """
     where = f"evaluation recipe {path}"
     common: dict[str, Any] = {}
     entries: list[Any] = []

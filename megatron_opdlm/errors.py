@@ -53,7 +53,7 @@ def _argument(read: Callable[[str], Any]) -> Callable[[str], Any]:
         try:
             return read(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} {error}") from error
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} {error}") from error
 
     return convert
 
@@ -84,7 +84,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     """Suggestion for a mistyped name: ``" (did you mean 'x'?)"``, or an empty string when nothing
     is close.
     """
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:80], list(valid), n=1, cutoff=0.5)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 

@@ -151,7 +151,7 @@ _TYPE_NAMES = {
 
 def _given(shown: str, value: Any) -> str:
     """A value as users wrote it."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = str(value) if isinstance(value, str | float) else json.dumps(value, default=str)
     text = text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
     return f"{shown} {text}" if shown.startswith("--") else f"{shown}={text}"
 

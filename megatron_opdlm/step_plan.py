@@ -2,7 +2,9 @@
 rates, and which responses are recorded ones. Nothing here needs a checkpoint to resume.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from megatron_opdlm import curriculum
@@ -70,11 +72,12 @@ class StepPlan:
     def _longest_request(self) -> Request | None:
         """The one that takes most positions of all that any step can make; None: none makes one."""
         steps = range(1, self.total_steps + 1)
-        mixing = self.config.mixing
-        own = [step for step in steps if curriculum.off_policy_fraction(step, mixing) < 1]
-        if not own:
+        recorded = partial(curriculum.off_policy_fraction, mixing=self.config.mixing)
+        # Lengths never fall over the steps; the share of recorded responses may rise to 1.
+        all_generate = recorded(self.total_steps) < 1
+        last = self.total_steps if all_generate else bisect_left(steps, 1.0, key=recorded)
+        if last == 0:
             return None
-        last = max(own, key=self.budget)
         block_size = self.config.rollout.block_size
         return max(
             (

@@ -6,16 +6,21 @@ Every function raises ValueError with the rule that the text breaks.
 import math
 import os
 
+_LARGEST = 2**31 - 1
+_NAME, _PATH = 230, 4000  # bytes that leave room for the names that we add
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _NOTHING = ("null", "none", "~", "")
 
 
 def integer(text: str) -> int:
-    """Decimal: ``010`` is ten, ``12:30`` is nothing."""
+    """Decimal and within 32 bits: ``010`` is ten, ``12:30`` is nothing."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
         raise ValueError("must be an integer") from None
+    if abs(value) > _LARGEST:
+        raise ValueError(f"must be an integer of at most {_LARGEST:,}")
+    return value
 
 
 def number(text: str) -> float:
@@ -57,6 +62,9 @@ def path(text: str) -> str:
     if expanded.startswith("~"):
         name = text.partition("/")[0]
         raise ValueError(f"begins with the home of {name[1:]}, who is no user here; write ./{name}")
-    if "~" in expanded.split("/"):
+    parts = expanded.split("/")
+    if "~" in parts:
         raise ValueError("names a directory ~, which stands for your home at the begin only")
+    if max(len(part.encode()) for part in parts) > _NAME or len(expanded.encode()) > _PATH:
+        raise ValueError(f"is too long for a file system; use names of at most {_NAME} bytes")
     return expanded

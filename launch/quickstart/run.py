@@ -227,6 +227,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     ):
         if path is not None and not is_right(path):
             raise InputError(f"{flag} {path}: no such file or directory; check the path")
+    if args.hf is not None:
+        read_shape(args.hf)
     if args.test is not None:
         if args.test.suffix != ".jsonl":
             raise InputError(f"--test {args.test}: a name that ends in .jsonl is needed; rename it")

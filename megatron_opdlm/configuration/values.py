@@ -75,7 +75,7 @@ def read_override(kind: type, text: str) -> Tree:
     section, _, rest = path.strip().partition(".")
     name, _, inner = rest.partition(".")
     if not equals or not section:
-        raise InputError(f"override {text!r} is not of the form section.key=value")
+        raise InputError(f"override {text[:80]!r} is not of the form section.key=value")
     sections = keys.types_of(kind)
     if section not in sections or (rest and name not in keys.types_of(sections[section])):
         raise unknown_key(kind, path.strip())

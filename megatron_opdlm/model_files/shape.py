@@ -66,6 +66,14 @@ class ModelShape:
         return self.parameters - self.layers * idle * 3 * self.hidden * self.experts.ffn
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"a key stands twice: {next(n for n in names if names.count(n) > 1)!r}")
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError when the file is missing or holds something else."""
     if not path.is_file():
@@ -74,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if kind is not None:
         raise InputError(f"{path} is {kind}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):

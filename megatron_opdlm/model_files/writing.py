@@ -30,7 +30,8 @@ def check_place(out: Path, what: str) -> None:
     nearest = next(path for path in above if os.path.lexists(path))
     if not nearest.is_dir():
         raise InputError(f"{what}: {nearest} is no directory; choose a place in a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    kernels_own = nearest.parts[1:2] in (("proc",), ("sys",))  # writable by their modes only
+    if kernels_own or not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"{what}: {nearest} may not be written to; choose another place")
 
 

@@ -52,6 +52,11 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
     if config.teacher.path:  # never reads a mask token, so it needs none of its own
         teacher = open_model(config.teacher.path, "teacher.path", need_mask=False)
     require_same_tokens(student, teacher)
+    if config.loss.top_k > student.shape.vocab_size:
+        raise InputError(
+            f"loss.top_k={config.loss.top_k} exceeds the vocabulary of {student.shape.vocab_size}; "
+            "use less, or 0 for all of it"
+        )
     kernels_of(config, select_hardware())
     ranks = launcher.world_size() if world_size is None else world_size
     for source, key in ((student, "model.path"), (teacher, "teacher.path")):

@@ -63,7 +63,8 @@ from megatron_opdlm.model import decode_kernel
 made = {}
 for architecture in (80, 90):
     for element in ("bf16", "fp32"):
-        for block, ratio, groups, width in ((4, 2, 8, 128), (32, 4, 8, 128)):
+        for block, ratio in ((4, 2), (32, 4)) if element == "bf16" else ((4, 2),):
+            groups, width = 8, 128
             constants = decode_kernel.shapes(block * ratio, groups, width, 256)
             pointers = dict.fromkeys(("query", "keys", "values", "out"), "*" + element)
             indices = dict.fromkeys(("slot", "visible", "table"), "*i32")
@@ -100,11 +101,11 @@ def test_kernel_computes_the_definition():
 
 
 def test_kernel_compiles_for_real_gpus(tmp_path: Path):
-    """Claim: machine code for A100 (sm_80) and H100 (sm_90) comes out for Qwen3's heads at blocks
-    of 4 and 32, in 16 and 32 bits; its shared memory fits; in 16 bits the products are matrix
-    instructions."""
+    """Claim: machine code for A100 (sm_80) and H100 (sm_90) comes out for Qwen3's heads in 16 bits
+    at blocks of 4 and 32 and in 32 bits at blocks of 4; its shared memory fits; in 16 bits the
+    products are matrix instructions."""
     made = json.loads(run(COMPILED, TRITON_CACHE_DIR=str(tmp_path)))
-    assert len(made) == 8
+    assert len(made) == 6
     for name, (size, shared, products) in made.items():
         assert size > 1000
         assert shared <= (164 if "sm_80" in name else 227) * 1024
