@@ -9,6 +9,7 @@ FILE.jsonl.manifest.json with the content's SHA-256, which a run records. docs/d
 """
 
 import argparse
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,7 @@ def main() -> None:
     if args.ngram < 1 or args.max_prompt_tokens < 0:
         raise InputError("--ngram is 1 or more and --max-prompt-tokens 0 or more; correct it")
     others = evaluation_files(args.evaluation_data) if args.evaluation_data is not None else []
-    local = Path(args.source)
+    local = Path(os.path.expanduser(args.source))
     path = local if local.exists() else fetch(args.source, args.revision, args.cache)
     problems = EvaluationProblems.read(others, args.ngram, path) if others else None
     published = PUBLISHED.get(args.source) if path is not local else None
