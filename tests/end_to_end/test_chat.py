@@ -15,6 +15,8 @@ import pytest
 from evaluation.chat import Screen
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine import cache_budget
+from megatron_opdlm.engine.slots import SlotBooks
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Block
 from megatron_opdlm.rollout import generate
@@ -28,31 +30,45 @@ SECONDS = 120
 COLOUR = re.compile(r"\x1b\[(\d+)m")
 
 
-def test_blocks_are_the_response_and_change_nothing(models: TinyModels):
+def test_blocks_are_the_response_and_change_nothing(
+    models: TinyModels, monkeypatch: pytest.MonkeyPatch
+):
     """Claim: with a listener every token and pass is what it is without; the blocks of a sample,
-    joined, are what its user gets: nothing of the prompt, nothing after the end. Also where slots
-    and pages are few and a sequence has to leave, in blocks and autoregressive."""
-    model = jobs.load(Layout(), models.hf("student", tied=True))
-    requests = [request(3 * i, 5 + 3 * i, limit=6 + 5 * i) for i in range(5)]
-    tight = EngineOptions(slots=3, kv_cache_tokens=96)
-    for rules in (
-        Decoding(block_size=4, denoising_steps=3, temperature=1.0),
-        Decoding(mode="ar", temperature=1.0),
+    joined, are what its user gets: nothing of the prompt, nothing after the end. Also where pages
+    are few, so that a sequence has to leave and goes on later, and autoregressive."""
+    monkeypatch.setattr(cache_budget, "PAGE_TOKENS", 8)
+    left: list[int] = []
+    leave = SlotBooks._leave
+    monkeypatch.setattr(
+        SlotBooks, "_leave", lambda books, slot: (left.append(slot), leave(books, slot))
+    )
+    model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
+    requests = [request(i, 3 + i, limit=30) for i in range(6)]
+    tight = EngineOptions(attention="rows", kv_cache_tokens=96, slots=5)
+    blocks = Decoding(block_size=4, denoising_steps=3, temperature=1.0)
+    for rules, vocabulary in (
+        (blocks, jobs.without_end(IDS)),
+        (blocks, IDS),
+        (Decoding(mode="ar", temperature=1.0), IDS),
     ):
-        silent = generate(model, requests, rules, IDS, key=(7, 3), options=tight)
-        heard: dict[int, list[Block]] = {}
+        silent = generate(model, requests, rules, vocabulary, key=(1, 1), options=tight)
+        heard: dict[int, list[Block]] = {one.sample: [] for one in requests}
 
         def listen(block: Block, heard: dict[int, list[Block]] = heard) -> None:
-            heard.setdefault(block.sample, []).append(block)
+            heard[block.sample].append(block)
 
-        spoken = generate(model, requests, rules, IDS, key=(7, 3), options=tight, committed=listen)
+        spoken = generate(
+            model, requests, rules, vocabulary, key=(1, 1), options=tight, committed=listen
+        )
         assert spoken.trajectories == silent.trajectories
         for made in spoken.trajectories:
-            blocks = heard[made.sample]
-            assert [i for block in blocks for i in block.ids] == made.user_ids
-            passes = [n for block in blocks for n in block.committed_at]
+            ids = [token for block in heard[made.sample] for token in block.ids]
+            passes = [number for block in heard[made.sample] for number in block.committed_at]
+            assert ids == made.user_ids
             assert passes == made.committed_at[: made.response_tokens]
-            assert len(blocks) >= len(made.response_ids) // rules.block_size
+            size = 1 if rules.mode == "ar" else rules.block_size
+            assert len(heard[made.sample]) == -(-len(made.response_ids) // size)
+    assert left
 
 
 class Bytes:

@@ -52,7 +52,7 @@ def test_scores_are_replays(models: TinyModels, tmp_path: Path):
 
 def test_the_notebook_runs(models: TinyModels, monkeypatch: pytest.MonkeyPatch):
     """Claim: its code cells, in order, run on any model with a chat template; none holds output."""
-    monkeypatch.setenv("MODEL", str(models.imported("student", tied=True)))
+    monkeypatch.setenv("MODEL", str(models.imported("teacher", tied=True)))
     cells = json.loads((ROOT / "examples" / "first_look.ipynb").read_text())["cells"]
     names: dict[str, object] = {}
     for cell in cells:
