@@ -23,7 +23,7 @@ from evaluation.prompting import prompt_from
 from evaluation.sample import open_generator
 from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.errors import Arguments, InputError, Stopped, command
+from megatron_opdlm.errors import Arguments, InputError, Stopped, command, report_failure
 from megatron_opdlm.records import Block
 
 _PASS_COLOURS = (32, 36, 33, 35, 31, 34)  # ANSI: green, cyan, yellow, ...; later passes repeat
@@ -212,7 +212,14 @@ def main() -> None:
     for question in _questions(terminal):
         messages.append({"role": "user", "content": question})
         screen = Screen(generator.tokenizer, _write, terminal=terminal, coloured=coloured)
-        text = answer(generator, messages, decoding, screen, thinking=args.thinking)
+        try:
+            text = answer(generator, messages, decoding, screen, thinking=args.thinking)
+        except InputError as error:  # a question that the model cannot take
+            if not sys.stdin.isatty():
+                raise
+            report_failure(str(error))
+            messages.pop()
+            continue
         print(flush=True)
         messages.append({"role": "assistant", "content": text})
 

@@ -121,7 +121,7 @@ def read_until(terminal: int, pattern: str, seconds: float = SECONDS) -> str:
 
 def test_a_talk_on_a_terminal(model: Path):
     """Claim: on a terminal tokens come in colours by their pass, Ctrl-C ends an answer and not the
-    talk, Ctrl-D ends it with code 0."""
+    talk, nor does a question that is too long, Ctrl-D ends it with code 0."""
     ours, theirs = pty.openpty()
     flags = ["--show-passes", "--max-new-tokens=3900", "--temperature=1"]
     with subprocess.Popen(
@@ -135,6 +135,11 @@ def test_a_talk_on_a_terminal(model: Path):
             assert len(set(COLOUR.findall(shown)) - {"0"}) > 1
             process.send_signal(signal.SIGINT)
             read_until(ours, "> $")
+            for _ in range(7):  # more than there are positions, in pieces that a terminal holds
+                os.write(ours, b"1" * 600)
+                read_until(ours, "1")
+            os.write(ours, b"\n")
+            read_until(ours, r"error: .*shorten it\s+> $")
             os.write(ours, b"\x04")
             assert process.wait(SECONDS) == 0
         finally:
