@@ -27,6 +27,7 @@ COMMANDS = {
     "sweep": ("evaluation.sweep", "accuracy over decoding settings and checkpoints"),
     "score": ("evaluation.score", "grades of responses that were made anywhere"),
     "report": ("evaluation.report", "the paper's tables and figures, measured beside published"),
+    "page": ("launch.run_page.page", "runs as one HTML file: curves, responses pass by pass"),
     "doctor": ("launch.doctor.run", "whether a machine and a configuration are ready for a run"),
     "pipeline": ("launch.pipeline", "import, train, export, evaluate and report, each stage once"),
     "quickstart": ("launch.quickstart.run", "all of it on two CPU processes with a tiny model"),
