@@ -91,7 +91,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
 
     Called only once every flag and file has been checked: the import brings torch.
     """
-    from evaluation.generation.load import load_generator
+    from megatron_opdlm.generator import load_generator
 
     return load_generator(
         model,
