@@ -294,6 +294,6 @@ PINNED_ORDER = [6, 0, 8, 3, 5, 7, 9, 4, 2, 1]
 
 def test_a_character_without_a_token_is_an_input_error():
     """Claim: where a tokenizer has no token for the unknown, as the quickstart's, that is said."""
-    with pytest.raises(InputError, match="cannot read 'question'.*use characters that it knows"):
+    with pytest.raises(InputError, match=r"cannot read 'question'.*use characters that it knows"):
         render({"question": "hello"}, build_tokenizer(), False)
     assert render({"question": "1+2="}, build_tokenizer(), False)
