@@ -35,11 +35,12 @@ from checkpoint_tools.quantization.export import (
 from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import compare
+from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.families import FORMATS
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
-from megatron_opdlm.model_files.writing import check_free
+from megatron_opdlm.model_files.writing import check_free, check_outside
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -48,7 +49,12 @@ def main() -> None:
     """Check arguments and files before torch is imported, then convert."""
     arguments = _parser().parse_args()
     team = start("export_hf")
+    check_outside(arguments.out, "--out", {"--checkpoint": arguments.checkpoint})
     check_free(arguments.out)
+    try:
+        written_values.one_line(arguments.base_model)
+    except ValueError as error:
+        raise InputError(f"--base-model {arguments.base_model!r:.80} {error}") from error
     if arguments.shard_bytes < 1:
         raise InputError(f"--shard-bytes {arguments.shard_bytes}: a number of bytes; use 1 or more")
     manifest = read_manifest(arguments.checkpoint)

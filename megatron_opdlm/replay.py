@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm import launcher
-from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.config import Config, load_config, path_override
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place
@@ -43,14 +43,21 @@ def replay(config: Config, trajectories: Path) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, compute, write ``--out`` whole or not at all."""
     parser = Arguments(description=__doc__)
-    parser.add_argument("--student", required=True, help="HF directory or Megatron checkpoint")
-    parser.add_argument("--teacher", required=True, help="HF directory or Megatron checkpoint")
+    parser.add_argument(
+        "--student", required=True, type=Path, help="HF directory or Megatron checkpoint"
+    )
+    parser.add_argument(
+        "--teacher", required=True, type=Path, help="HF directory or Megatron checkpoint"
+    )
     parser.add_argument("--trajectories", required=True, type=Path, metavar="FILE.jsonl")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--config", type=Path, help="YAML recipe whose model, loss and layout hold")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     options = parser.parse_args(arguments)
-    paths = [f"model.path={options.student}", f"teacher.path={options.teacher}"]
+    paths = [
+        path_override("model.path", options.student),
+        path_override("teacher.path", options.teacher),
+    ]
     config = load_config(options.config, [*options.overrides, *paths])
     if options.out.is_dir():
         raise InputError(f"--out={options.out} is a directory; name a file")

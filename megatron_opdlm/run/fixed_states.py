@@ -8,7 +8,6 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.packing import pack_step
 from megatron_opdlm.planning.layout import model_layout
-from megatron_opdlm.reporting import accounting
 from megatron_opdlm.run import build
 from megatron_opdlm.run.session import my_share, packing_of
 from megatron_opdlm.states import make_state
@@ -96,6 +95,6 @@ def measure_states(
         "loss": sum(losses) / len(losses),
         "per_sequence": losses,
         "grad_norm": report.grad_norm,
-        "loss_tokens": accounting.state_counts(states)["loss_tokens"],
+        "loss_tokens": sum(sum(state.counted) for state in states),
         "response_tokens": sum(len(state.response_ids) for state in states),
     }
