@@ -23,7 +23,7 @@ from evaluation.generation.task_run import sample_key
 from evaluation.grading.response import without_thinking
 from evaluation.prompting import prompt_from, response_text
 from evaluation.sample import open_generator
-from megatron_opdlm import launcher
+from megatron_opdlm import launcher, written_values
 from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import InputError, RunError, command, nearest
 from megatron_opdlm.records import Prompt
@@ -87,6 +87,10 @@ class OpdlmModel(LM):
         _refuse_unknown(settings)
         if not pretrained:
             raise InputError("--model_args needs pretrained=DIR: an export or Megatron checkpoint")
+        try:
+            pretrained = written_values.path(pretrained)
+        except ValueError as error:
+            raise InputError(f"pretrained={pretrained} {error}") from error
         check_model(Path(pretrained))
         decoding = Decoding(**_of(settings, _DECODING)).validate()
         self.generator = open_generator(Path(pretrained), Loading(**_of(settings, _LOADING)))

@@ -1,12 +1,14 @@
 """Generate responses for a prompts file.
 
-    torchrun ... -m evaluation.sample --model HF_DIR --prompts FILE.jsonl --out FILE.jsonl [decoding
+    torchrun ... -m evaluation.sample --model HF_DIR --prompts FILE --out FILE.jsonl [decoding
     flags]
 
-A prompt is ``{"prompt_ids": [...]}``, ``{"prompt": "raw text"}``, ``{"messages": [...]}`` or
-``{"question": "..."}``. Each output row is the input row with ``response_ids``, ``response``,
-``committed_at`` (denoising pass of each token within its block, from 1; all 1 under --mode ar),
-``forwards`` (model forwards the sample took part in), ``passes`` and ``finish_reason``.
+Prompts are read as training reads them (docs/data.md): JSONL, JSON, Parquet or a directory written
+by datasets; rows of ``prompt_ids``, ``messages``, ``question`` or plain ``prompt`` text. Messages
+that end with the assistant's are gone on with. Each output row is the input row with
+``response_ids``, ``response``, ``committed_at`` (denoising pass of each token within its block,
+from 1; all 1 under --mode ar), ``forwards`` (model forwards the sample took part in), ``passes``
+and ``finish_reason``.
 """
 
 from dataclasses import replace
@@ -21,22 +23,26 @@ from evaluation.decoding_flags import (
     loading_from,
 )
 from evaluation.generation.progress import Progress
-from evaluation.jsonl import read_jsonl
-from evaluation.prompting import problem_of, prompt_from, response_text
+from evaluation.prompting import prompt_from, response_text
+from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.model_files.writing import check_new_file, write_jsonl
+from megatron_opdlm.model_files.writing import check_new_file, check_outside, write_jsonl
+from megatron_opdlm.prompts import what_is_asked
 from megatron_opdlm.records import Trajectory
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Every row of the prompts file, checked as far as that goes without a tokenizer."""
-    rows = read_jsonl(path, "--prompts")
-    for index, row in enumerate(rows):
-        problem = problem_of(row)
-        if problem:
-            raise InputError(f"--prompts {path}: row {index}: {problem}")
-    return rows
+    rows = read_rows(path, "--prompts")
+    for row in rows:
+        try:
+            asked = what_is_asked(row.fields)
+        except InputError as error:
+            raise InputError(f"{row.place}: {error}") from error
+        if not asked:
+            raise InputError(f"{row.place}: the prompt is empty; write some text, or leave it out")
+    return [row.fields for row in rows]
 
 
 def output_row(row: dict[str, Any], trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
 
     Called only once every flag and file has been checked: the import brings torch.
     """
-    from evaluation.generation.load import load_generator
+    from megatron_opdlm.generator import load_generator
 
     return load_generator(
         model,
@@ -99,12 +105,13 @@ def open_generator(model: Path, loading: Loading) -> Any:
 def main() -> None:
     parser = Arguments(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
     add_decoding_flags(parser)
     args = parser.parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
     check_model(args.model)
+    check_outside(args.out, "--out", {"--model": args.model, "--prompts": args.prompts})
     check_new_file(args.out, "--out")
     rows = read_prompts(args.prompts)
     generator = open_generator(args.model, loading)

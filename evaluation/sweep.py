@@ -39,7 +39,7 @@ from evaluation.run import (
 )
 from evaluation.sample import open_generator
 from evaluation.sandbox_flag import add_sandbox_flag
-from megatron_opdlm import launcher
+from megatron_opdlm import launcher, written_values
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place, write_json
@@ -94,9 +94,12 @@ def models_by_name(arguments: Sequence[str]) -> dict[str, Path]:
     """``[NAME=]DIR`` -> directories by name, which is the directory's own by default."""
     found: dict[str, Path] = {}
     for argument in arguments:
-        name, separator, path = argument.partition("=")
-        directory = Path(path if separator else argument)
-        name = name if separator else directory.resolve().name
+        try:
+            name, path = written_values.named_path(argument)
+        except ValueError as error:
+            raise InputError(f"--models {argument} {error}") from error
+        directory = Path(path)
+        name = name or directory.resolve().name
         if not name or "/" in name or name.startswith("."):
             raise InputError(f"--models {argument}: {name!r} names a directory; use a plain name")
         if name in found:

@@ -44,6 +44,7 @@ if [[ -z "$ranks" ]]; then
     ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
     [[ "$ranks" -ge 1 ]] || ranks=1
 fi
+logs="${logs/#\~\//$HOME/}" # quoted, or of a variable: no shell has expanded it
 refuse() { echo "error: --$1 ${!1}: a number; use $2 or more" >&2; exit 2; }
 for flag in nodes ranks; do [[ "${!flag}" =~ ^[1-9][0-9]*$ ]] || refuse "$flag" 1; done
 for flag in restarts grace; do [[ "${!flag}" =~ ^[0-9]+$ ]] || refuse "$flag" 0; done

@@ -36,6 +36,7 @@ if [[ -z "$ranks" ]]; then
     ranks=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
     [[ "$ranks" -ge 1 ]] || ranks=1
 fi
+logs="${logs/#\~\//$HOME/}" # quoted, or of a variable: no shell has expanded it
 [[ "$ranks" =~ ^[1-9][0-9]*$ ]] || {
     echo "error: --ranks $ranks: a number of ranks; use 1 or more" >&2
     exit 2

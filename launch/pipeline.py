@@ -61,7 +61,7 @@ def stages(settings: Settings) -> list[Stage]:
         return [*settings.launcher, "evaluation.recipe", *arguments]
 
     def report() -> list[str]:
-        named = f"{settings.recipe.stem}={settings.results}"
+        named = f"{settings.recipe.stem.replace('=', '-')}={settings.results}"
         return python("evaluation.report", named, "--out", str(partial))
 
     return [

@@ -12,12 +12,12 @@ from typing import Any
 from checkpoint_tools.export.formats import check_format
 from evaluation.recipe import RecipeRun, read_recipe
 from launch.stages import ROOT
-from megatron_opdlm.config import Config, load_config
+from megatron_opdlm.config import Config, load_config, path_override
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.families import FORMATS, QWEN3
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
-from megatron_opdlm.model_files.writing import check_place
+from megatron_opdlm.model_files.writing import check_outside, check_place
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.public_shapes import public_name, public_shape
 
@@ -75,8 +75,9 @@ class Settings:
 
     def training(self, model: Path) -> list[str]:
         """Arguments of the training command."""
-        keys = [*keys_of(self.data, self.overrides), f"train.out={self.run}", f"model.path={model}"]
-        return ["--config", str(self.recipe), *keys]
+        keys = keys_of(self.data, self.overrides)
+        paths = [path_override("train.out", self.run), path_override("model.path", model)]
+        return ["--config", str(self.recipe), *keys, *paths]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: a whole number; use {least} or more")
     recipe = load_config(args.recipe, keys_of(args.data.resolve(), args.overrides))
+    check_outside(args.out, "--out", {"--hf": args.hf, "--data": args.data})
     check_place(args.out, f"--out {args.out}")
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")
@@ -137,7 +139,7 @@ def keys_of(data: Path, overrides: list[str]) -> list[str]:
     training, too, unless key=value names another.
     """
     named = any(pair.startswith("evaluation.data=") for pair in overrides)
-    return [*([] if named else [f"evaluation.data={data}"]), *overrides]
+    return [*([] if named else [path_override("evaluation.data", data)]), *overrides]
 
 
 def _shape(args: argparse.Namespace) -> ModelShape | None:

@@ -97,6 +97,11 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
+def path_override(key: str, path: Path) -> str:
+    """The override that gives a key this path, whatever its name holds."""
+    return f"{key}={_without_references(str(path))}"
+
+
 def _without_references(value: Any) -> Any:
     """Text that looks like a reference to another key, so written that it is none."""
     if isinstance(value, dict):

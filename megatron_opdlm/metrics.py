@@ -42,6 +42,7 @@ class MetricsWriter:
     ) -> None:
         self._run_dir = run_dir
         self._enabled = enabled
+        self._said: set[str] = set()
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -66,6 +67,12 @@ class MetricsWriter:
         self._show(step, metrics)
         self._bar.set_postfix(_postfix(metrics), refresh=False)
         self._bar.update(1)
+
+    def say_once(self, note: str) -> None:
+        """A line for people above the progress bar, unless this run has said it."""
+        if self._enabled and note not in self._said:
+            self._said.add(note)
+            tqdm.write(f"note: {note}", file=sys.stderr)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Record sample texts of one step, one line each."""

@@ -1,8 +1,9 @@
 """Data file -> prompts, and the order in which training visits them.
 
-A row has ``messages``, or ``question`` (with optional ``system``), or ``prompt_ids``, or a plain
-``prompt`` text; ``domain`` and ``response`` are optional; other keys are carried along. The order
-is a pure function of (seed, epoch), so a resumed run needs nothing but its step.
+A row has ``messages`` (in the forms of data/chat.py), or ``question`` (with optional ``system``),
+or ``prompt_ids``, or a plain ``prompt`` text; ``domain`` and ``response`` are optional; other keys
+are carried along. The order is a pure function of (seed, epoch), so a resumed run needs nothing but
+its step.
 """
 
 import functools
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.data.chat import with_messages
 from megatron_opdlm.data.rows import Row, read_rows
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.records import Prompt
@@ -62,14 +64,44 @@ def load_prompts(
 
 def render(row: Mapping[str, Any], tokenizer: Any, enable_thinking: bool) -> list[int]:
     """Token ids [P] of one row. The errors say what is wrong with the row, not where it stands."""
+    asked = what_is_asked(row)
+    if isinstance(asked, str):
+        return _encode(tokenizer, asked, "prompt")
+    if not isinstance(asked, Chat):
+        return asked
+    if asked.messages[-1]["role"] == "assistant":
+        raise InputError(
+            "messages end with the assistant's; end with the user's, answer in 'response'"
+        )
+    _require_tokenizer(tokenizer, asked.source)
+    return _encode(tokenizer, _chat_text(asked.messages, tokenizer, enable_thinking), asked.source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """What goes into the chat template, and the key of the row that held it."""
+
+    messages: list[dict[str, Any]]  # {role, content, ...}, both text
+    source: str
+
+
+def what_is_asked(row: Mapping[str, Any]) -> list[int] | str | Chat:
+    """Token ids, a plain text or a chat: what the row asks by, checked as far as that goes without
+    a tokenizer. The errors say what is wrong with the row, not where it stands.
+    """
+    row = with_messages(row)
     source = _source(row)
     if source == "prompt_ids":
         return _checked_ids(row["prompt_ids"])
     if source == "prompt":
-        return _encode(tokenizer, _text(row, "prompt"), "prompt")
-    messages = _messages(row, source)
-    _require_tokenizer(tokenizer, source)
-    return _encode(tokenizer, _chat_text(messages, tokenizer, enable_thinking), source)
+        return _text(row, "prompt")
+    if source == "messages":
+        return Chat(messages=row["messages"], source=source)
+    system, question = _optional_text(row, "system"), _text(row, "question")
+    if not question.strip():
+        raise InputError("question is empty; write what is asked, or leave the row out")
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return Chat(messages=[*before, {"role": "user", "content": question}], source=source)
 
 
 def check_vocabulary(ids: list[int], vocab_size: int) -> None:
@@ -118,8 +150,8 @@ def _epoch_order(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def _prompt(row: Row, tokenizer: Any, enable_thinking: bool, vocab_size: int) -> Prompt:
-    fields = row.fields
     try:
+        fields = with_messages(row.fields)
         used = {_source(fields), "system", "domain", "response"}
         ids = render(fields, tokenizer, enable_thinking)
         if not ids:
@@ -144,35 +176,15 @@ def _source(row: Mapping[str, Any]) -> str:
     present = [key for key in SOURCES if key in row]
     if not present:
         keys = ", ".join(map(str, row)) or "nothing"
-        raise InputError(f"a row needs messages, question or prompt_ids; this one has {keys}")
+        raise InputError(
+            f"a row needs messages, question or prompt_ids; this one has {keys}; rename "
+            "the key that asks"
+        )
     if len(present) > 1 and present[1] != "prompt":
         raise InputError(f"a row has {' or '.join(present)}, not both; remove one")
     if "system" in row and present[0] != "question":
         raise InputError(f"'system' goes with 'question', not with {present[0]!r}; put it there")
     return present[0]
-
-
-def _messages(row: Mapping[str, Any], source: str) -> list[dict[str, Any]]:
-    if source == "messages":
-        return _checked_messages(row["messages"])
-    system = _optional_text(row, "system")
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return [*before, {"role": "user", "content": _text(row, "question")}]
-
-
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages must be a list of at least one {role, content}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise InputError(f"message {number} must have role and content, both text")
-    if messages[-1]["role"] == "assistant":
-        raise InputError(
-            "messages end with the assistant's; end with the user's, answer in 'response'"
-        )
-    return messages
 
 
 def _chat_text(messages: list[dict[str, Any]], tokenizer: Any, enable_thinking: bool) -> str:
@@ -203,12 +215,19 @@ def _require_tokenizer(tokenizer: Any, key: str) -> None:
 def _encode(tokenizer: Any, text: str, key: str) -> list[int]:
     """Ids of the text of ``key`` as it stands: templates bring their own special tokens."""
     _require_tokenizer(tokenizer, key)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except (
+        Exception
+    ) as error:  # a bare one, where a character is unknown and no token stands for it
+        raise InputError(
+            f"the model's tokenizer cannot read {key!r} ({error}); use characters that it knows"
+        ) from error
 
 
 def _checked_ids(ids: Any) -> list[int]:
-    if not isinstance(ids, list) or any(type(token) is not int for token in ids):
-        raise InputError("prompt_ids must be a list of integers")
+    if not isinstance(ids, list) or any(type(token) is not int or token < 0 for token in ids):
+        raise InputError("prompt_ids must be a list of token ids, integers from 0")
     return ids
 
 

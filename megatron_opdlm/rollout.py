@@ -40,7 +40,7 @@ from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
-from megatron_opdlm.records import Rollout, Trajectory, Vocabulary
+from megatron_opdlm.records import Block, Rollout, Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
 __all__ = ["Request", "generate", "generate_over_copies"]
@@ -57,11 +57,12 @@ def generate_over_copies(
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
     close: Callable[[], None] = lambda: None,
+    committed: Callable[[Block], None] | None = None,
 ) -> Rollout:
     """Share the requests out over all copies of the model, ``generate``, gather: trajectories are
     in the order of the requests, on every rank; a copy without work is legal. Not complete, and
     without trajectories, where any copy was told to stop. ``close``: called when this rank's copy
-    has made its share.
+    has made its share. ``committed``: given the blocks that this rank's copy makes.
     """
     mine = split_over_replicas(requests, parallel.generators(), decoding)[parallel.generator_rank()]
     made = generate(
@@ -73,6 +74,7 @@ def generate_over_copies(
         options=options,
         stop=stop,
         finished=finished,
+        committed=committed,
     )
     close()
     if not parallel.all_succeeded(made.complete):
@@ -97,6 +99,7 @@ def generate(
     options: EngineOptions = EngineOptions(),
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
+    committed: Callable[[Block], None] | None = None,
 ) -> Rollout:
     """Generate this model replica's requests; trajectories are in their order and the same on all
     its ranks.
@@ -105,6 +108,7 @@ def generate(
     depends neither on its batch nor on the layout. Requests that do not fit the budgets of
     ``options`` wait. ``stop``: asked after every forward on the rank that draws; True ends the call
     early on all ranks of the replica. ``finished``: given each trajectory as it ends.
+    ``committed``: given each block of a response when it is known to be finished, in order.
 
     Raises RunError for a cache that cannot hold the longest request (other replicas may not find
     it), InputError for an empty prompt where logits are read from the position before.
@@ -133,7 +137,7 @@ def generate(
         with without_sequence_parallel(model):
             capture = captures() if captures else None
             decoder = Decoder(model, rules, vocabulary, room, way.kernel, capture)
-            return _Engine(decoder, queue, stop, finished).run()
+            return _Engine(decoder, queue, stop, finished, committed).run()
     finally:
         model.train(was_training)
 
@@ -170,7 +174,9 @@ class _Engine:
         queue: Queue,
         stop: Callable[[], bool],
         finished: Callable[[Trajectory], None],
+        committed: Callable[[Block], None] | None,
     ) -> None:
+        self.committed = committed
         self.model, self.queue, self.stop, self.finished = decoder.model, queue, stop, finished
         self.keeps_step = parallel.expert_size() > 1
         self.room = decoder.room
@@ -185,9 +191,8 @@ class _Engine:
         group.state.begin(self.queue.rules.threshold)
         pages = Pages(group.pages, slots, room.page_tokens, room.positions)
         ahead = 1 + group.passes.lag
-        return _Group(
-            device=group, books=SlotBooks(self.queue, slots, room.positions, pages, ahead)
-        )
+        books = SlotBooks(self.queue, slots, room.positions, pages, ahead, self.committed)
+        return _Group(device=group, books=books)
 
     def run(self) -> Rollout:
         """Admit, denoise and retire, group by group, until every request has its trajectory, or

@@ -67,6 +67,13 @@ class StepPlan:
                 f"{self.total_steps} steps at data.epochs={epochs}: the run ends there; for more, "
                 "raise data.epochs"
             )
+        mask, prompts = self.vocabulary.mask_id, self.prompts.prompts
+        if masked := [prompt.index for prompt in prompts if mask in prompt.ids]:
+            notes.append(
+                f"note: {len(masked)} of {len(prompts)} prompts hold the mask token {mask}, first "
+                f"row {masked[0]} (from 0): the model reads it there as unknown text; leave such "
+                "rows out, or choose another model.mask_token_id"
+            )
         return notes
 
     def _longest_request(self) -> Request | None:

@@ -56,9 +56,26 @@ def plain_text(text: str) -> str:
     return text
 
 
+def one_line(text: str) -> str:
+    """Text for a line of a table or a log, or a name on one."""
+    if "\n" in text or "\r" in text:
+        raise ValueError("holds a line break; remove it")
+    return plain_text(text)
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """``[NAME=]PATH`` -> name and path; the name is empty where none is given. What is there as it
+    stands is a path, whatever it holds.
+    """
+    name, equals, rest = text.partition("=")
+    if not equals or os.path.lexists(path(text)):
+        return "", path(text)
+    return one_line(name), path(rest)
+
+
 def path(text: str) -> str:
     """A path, with ``~`` at its begin for the user's home: no directory is ever called that."""
-    expanded = os.path.expanduser(plain_text(text))
+    expanded = os.path.expanduser(one_line(text))
     if expanded.startswith("~"):
         name = text.partition("/")[0]
         raise ValueError(f"begins with the home of {name[1:]}, who is no user here; write ./{name}")

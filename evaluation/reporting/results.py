@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.reporting.parallelism import Point
+from megatron_opdlm import written_values
 from megatron_opdlm.errors import InputError
 
 SUMMARY = "summary.json"
@@ -122,9 +123,10 @@ def read_results(arguments: Iterable[str]) -> list[Result]:
     """
     results = []
     for argument in arguments:
-        name, separator, path = argument.partition("=")
-        if not separator or not name:
-            name, path = "", argument.removeprefix("=")
+        try:
+            name, path = written_values.named_path(argument)
+        except ValueError as error:
+            raise InputError(f"{argument} {error}") from error
         for file in _summaries(Path(path)):
             results += [Result(model=name or _own_name(row), row=row) for row in read_summary(file)]
     return [_marked(result) for result in results]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.doctor.finding import Finding
 from launch.stages import ask, torchrun
+from megatron_opdlm.config import path_override
 
 SECONDS = 600  # generous: compiling kernels takes minutes on a cold GPU
 KEYS = (
@@ -34,10 +35,10 @@ def self_test(ranks: int) -> Iterator[Finding]:
             ranks,
             "megatron_opdlm.train",
             *("--config", "configs/tiny_cpu.yaml", *KEYS),
-            f"model.path={place / 'model'}",
+            path_override("model.path", place / "model"),
             f"model.mask_token_id={MASK_ROW}",
-            f"data.path={place / 'data' / task.FILES['train']}",
-            f"train.out={place / 'run'}",
+            path_override("data.path", place / "data" / task.FILES["train"]),
+            path_override("train.out", place / "run"),
         )
         ask(argv, SECONDS)
         seconds = time.monotonic() - start

@@ -14,7 +14,7 @@ from typing import Any
 from evaluation.tasks import get_task
 from launch.quickstart import task
 from launch.stages import Stages, checkpoints, python, stop, torchrun
-from megatron_opdlm.config import load_config
+from megatron_opdlm.config import load_config, path_override
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.manifest import HUGGINGFACE
 from megatron_opdlm.model_files.shape import read_shape
@@ -103,11 +103,11 @@ def _train(settings: Settings, stages: Stages, imported: Path) -> dict[str, Any]
         RANKS,
         "megatron_opdlm.train",
         *("--config", str(settings.config)),
-        f"model.path={imported}",
+        path_override("model.path", imported),
         f"model.tensor_parallel={LAYOUTS[settings.layout]}",
-        f"data.path={settings.data or settings.out / 'data' / task.FILES['train']}",
+        path_override("data.path", settings.data or settings.out / "data" / task.FILES["train"]),
         f"train.seed={settings.seed}",
-        f"train.out={run}",
+        path_override("train.out", run),
         *settings.overrides,
     )
     with stages.stage("train", f"c) on-policy distillation, {RANKS} ranks, {settings.layout}"):

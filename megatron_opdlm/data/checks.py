@@ -1,5 +1,6 @@
 """What is wrong with training rows as a set: copies of each other, and of evaluation problems."""
 
+import contextlib
 import json
 import re
 import unicodedata
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opdlm.data.chat import with_messages
 from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.data.sources import TRAINING_SETS
@@ -117,6 +119,8 @@ def questions(path: Path) -> Iterator[str]:
 
 def question_of(fields: dict[str, Any]) -> str:
     """The text that a row asks by; empty where it has token ids only."""
+    with contextlib.suppress(InputError):  # a row of another kind is compared by what it has
+        fields = with_messages(fields)
     if isinstance(fields.get("messages"), list):
         turns = (turn for turn in fields["messages"] if isinstance(turn, dict))
         return "\n".join(str(t.get("content", "")) for t in turns if t.get("role") == "user")

@@ -15,7 +15,9 @@ _COLUMNS = ("prompt", "reward_model")
 
 
 def is_dapo(path: Path) -> bool:
-    """Whether a file is DAPO-Math-17k's: Parquet with its two columns, prompts as messages."""
+    """Whether a file is DAPO-Math-17k's: Parquet with its two columns, the first prompt between its
+    instructions. Other files for verl have the columns, too.
+    """
     if path.suffix != ".parquet" or not path.is_file():
         return False
     import pyarrow
@@ -26,7 +28,11 @@ def is_dapo(path: Path) -> bool:
     except (pyarrow.ArrowException, OSError):
         return False
     there = set(_COLUMNS) <= set(schema.names)
-    return there and pyarrow.types.is_list(schema.field("prompt").type)
+    if not there or not pyarrow.types.is_list(schema.field("prompt").type):
+        return False
+    first = next(_values(path), {"prompt": None})["prompt"]
+    text = first[-1].get("content") if first and isinstance(first[-1], dict) else None
+    return isinstance(text, str) and text.strip().startswith(_BEFORE)
 
 
 def dapo_rows(path: Path, option: str) -> list[Row]:

@@ -1,7 +1,8 @@
 """Rows of a data file, each with the place that an error message names.
 
-JSON list, JSONL, Parquet, or a directory written by ``datasets.Dataset.save_to_disk``. A key whose
-value is null counts as absent, because Parquet fills missing keys with nulls.
+JSON (a list, or one object after the other), JSONL, Parquet, or a directory written by
+``datasets.Dataset.save_to_disk``. A key whose value is null counts as absent, because Parquet fills
+missing keys with nulls.
 """
 
 import json
@@ -94,12 +95,13 @@ def _read_jsonl(path: Path, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path, where: str) -> Iterator[tuple[str, Any]]:
-    """Items of a JSON list, each with the line it starts on. One object a line is read as JSONL."""
+    """Items of a JSON list, or the objects that follow one another (one a line, or over as many
+    lines as they take), each with the line it starts on.
+    """
     text = _read_text(path, where)
-    if not text.lstrip().startswith("["):
-        yield from _read_jsonl(path, where)
-        return
-    position, line, counted = text.index("[") + 1, 1, 0
+    position = _skip_space(text, 0)
+    in_list = text[position : position + 1] == "["
+    position, line, counted = position + in_list, 1, 0
     try:
         while (position := _skip_space(text, position)) < len(text) and text[position] != "]":
             line += text.count("\n", counted, position)
@@ -107,17 +109,17 @@ def _read_json(path: Path, where: str) -> Iterator[tuple[str, Any]]:
             value, position = parse_at(text, position)
             yield f"line {line}", value
             position = _skip_space(text, position)
-            if text[position : position + 1] == ",":
+            if in_list and text[position : position + 1] == ",":
                 position += 1
-            elif text[position : position + 1] != "]":
+            elif in_list and text[position : position + 1] != "]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-        if text[position:].strip() != "]":
+        if text[position:].strip() != "]" * in_list:
             raise json.JSONDecodeError("Expecting the list's end", text, position)
     except ValueError as error:
         line = getattr(error, "lineno", line)
         raise InputError(
             f"{where}: line {line}: not valid JSON ({problem(error)}); "
-            "a .json file is one list of objects"
+            "a .json file is one list of objects, or one object after the other"
         ) from error
 
 
@@ -135,8 +137,24 @@ def _read_parquet(path: Path, where: str) -> Iterator[tuple[str, Any]]:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{where}: not a readable Parquet file: {error}") from error
-    for number, value in enumerate(table.to_pylist(), start=1):
-        yield f"row {number}", value
+    columns = [_values(table, i, where) for i in range(table.num_columns)]
+    for number in range(table.num_rows):
+        row = {
+            name: column[number] for name, column in zip(table.column_names, columns, strict=True)
+        }
+        yield f"row {number + 1}", row
+
+
+def _values(table: Any, index: int, where: str) -> list[Any]:
+    """A column of an Arrow table as Python's own values; InputError where there are none of them,
+    such as a date after the year 9999.
+    """
+    try:
+        return table.column(index).to_pylist()
+    except (ArithmeticError, ValueError) as error:
+        raise InputError(
+            f"{where}: column {table.column_names[index]} cannot be read: {error}; leave it out"
+        ) from error
 
 
 def _read_dataset(path: Path, where: str) -> Iterator[tuple[str, Any]]:
@@ -150,5 +168,8 @@ def _read_dataset(path: Path, where: str) -> Iterator[tuple[str, Any]]:
     if isinstance(dataset, datasets.DatasetDict):
         splits = ", ".join(map(str, dataset))
         raise InputError(f"{where}: holds the splits {splits}; give the directory of one of them")
-    for number, value in enumerate(dataset, start=1):
-        yield f"row {number}", value
+    try:
+        for number, value in enumerate(dataset, start=1):
+            yield f"row {number}", value
+    except (ArithmeticError, ImportError, OSError, ValueError) as error:  # as it decodes columns
+        raise InputError(f"{where}: a column cannot be read: {error}; remove it") from error

@@ -1,7 +1,7 @@
 """Tokens, floating-point operations and seconds of a step (definitions: ``docs/metrics.md``)."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,14 +174,29 @@ def rollout_counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     }
 
 
-def state_counts(states: Sequence[State], *, uses: int = 1) -> dict[str, int]:
+def state_counts(states: Sequence[State], *, mask_id: int, uses: int = 1) -> dict[str, int]:
     """What the updates are made on; tokens count once per use of a state (inner epochs)."""
     return {
         "sequences": len(states),
+        "sequences_without_loss": sum(not any(state.counted) for state in states),
+        "sequences_with_mask_token": sum(
+            mask_id in state.prompt_ids or mask_id in state.response_ids for state in states
+        ),
         "off_policy_sequences": sum(state.off_policy for state in states),
         "trained_tokens": uses * sum(state.trained_tokens for state in states),
         "loss_tokens": uses * sum(sum(state.counted) for state in states),
     }
+
+
+def nothing_to_learn(counts: Mapping[str, float]) -> str:
+    """What to say of a step without a counted position; empty where there is one."""
+    if counts["loss_tokens"]:
+        return ""
+    return (
+        "a step had no sequence with a position under loss, so nothing was learned from it: its "
+        "responses end at once, and with loss.exclude_eos an end token alone teaches nothing; look "
+        "at samples.jsonl and at loss_tokens in metrics.jsonl"
+    )
 
 
 def speeds(watch: Stopwatch, trained_tokens: int, rollout_tokens: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ def sample_rows(trajectories: Sequence[Trajectory], model_files: Path) -> list[d
             row |= {
                 "prompt": tokenizer.decode(t.prompt.ids),
                 "response": tokenizer.decode(t.user_ids),
+                "response_texts": [tokenizer.decode([token]) for token in t.response_ids],
             }
         row |= {
             "prompt_ids": t.prompt.ids,

@@ -167,7 +167,9 @@ class Session:
         watchdog.enter("metrics", step)
         flops = self._flops(batches) + rollout.flops
         counts = accounting.rollout_counts(rollout.trajectories) | accounting.state_counts(
-            states, uses=self.config.train.inner_epochs
+            states,
+            mask_id=self.source.vocabulary.mask_id,
+            uses=self.config.train.inner_epochs,
         )
         trained = int(counts["trained_tokens"])
         done = self.progress
@@ -192,6 +194,8 @@ class Session:
             "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
         }
         self.metrics.write(step, row)
+        if note := accounting.nothing_to_learn(counts):
+            self.metrics.say_once(note)
         watchdog.enter("profile", step)
         self.profiler.end(step)
         every = self.config.logging.samples_every

@@ -130,7 +130,7 @@ def test_bad_input_is_found_before_anything_runs(inputs, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for change, message in (
         (("--hf", "absent"), "--hf absent: no such directory"),
-        (("--evaluation", "absent.yaml"), r"absent\.yaml: no such file"),
+        (("--evaluation", "absent.yaml"), r"absent\.yaml does not exist"),
     ):
         in_process(monkeypatch, *command(inputs, out), *change)
         with pytest.raises(InputError, match=message):

@@ -310,7 +310,7 @@ def test_nothing_is_left_of_what_loses_too_much(
         (["--quantize", "fp8"], "give --calibration samples.jsonl"),
         (["--max-kl", "1"], "add --quantize fp8"),
         (["--quantize", "fp8", "--max-kl", "-1"], "is no divergence"),
-        (["--quantize", "fp8", "--max-kl", "nan"], "is no divergence"),
+        (["--quantize", "fp8", "--max-kl", "nan"], "must be a finite number"),
         (["--quantize", "fp8", "--calibration-samples", "0"], "is not positive"),
     ],
 )

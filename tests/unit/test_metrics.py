@@ -153,3 +153,16 @@ def test_tensorboard_has_every_scalar_of_every_step_once(tmp_path):
     [score] = events.Scalars("evaluation/addition/accuracy")
     assert (score.step, score.value) == (3, 0.25)
     assert events.Tags()["scalars"] == ["loss", "by/a", "evaluation/addition/accuracy"]
+
+
+def test_a_note_is_said_once(tmp_path, capsys):
+    """Claim: on the writer's terminal; other ranks say nothing."""
+    metrics, other = writer(tmp_path), writer(tmp_path, enabled=False)
+    for _ in range(3):
+        metrics.say_once("nothing to learn in this step")
+        other.say_once("nothing to learn in this step")
+    metrics.say_once("something else")
+    metrics.close()
+    said = capsys.readouterr().err
+    assert said.count("note: nothing to learn in this step") == 1
+    assert said.count("note: something else") == 1

@@ -1,7 +1,10 @@
 """Prepared data: every row is what the model is asked, and what was left out is counted."""
 
+import datetime
+import decimal
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pyarrow
@@ -13,8 +16,10 @@ from evaluation.tasks import get_task
 from megatron_opdlm import prepare_data
 from megatron_opdlm.data.checks import EvaluationProblems, Identity, duplicates, words
 from megatron_opdlm.data.dapo import dapo_rows
+from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.data.sources import TRAINING_SETS, ask, fetch
 from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.model_files.writing import write_jsonl
 from tests.conftest import TinyModels
 
 LONG = "a b c d e f g h i j k l m n o"
@@ -254,3 +259,63 @@ def test_dapo_is_asked_once_and_as_mathematics_is(models, tmp_path, monkeypatch)
 
 def _refuse(*_: object, **__: object) -> None:
     raise OSError("no route")
+
+
+def test_columns_that_json_has_no_form_of_are_written_as_text(
+    models: TinyModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Claim: they are carried along, nested ones too; NaN is null; training reads the file."""
+    fields = {
+        "question": "1+2",
+        "day": datetime.date(2026, 1, 2),
+        "at": datetime.datetime(2026, 1, 2, 3, 4, 5),
+        "exact": pyarrow.scalar(1_700_000_000_123_456_789, pyarrow.timestamp("ns", "UTC")),
+        "took": datetime.timedelta(seconds=90),
+        "price": decimal.Decimal("1.50"),
+        "thumb": b"\xff\x00",
+        "inner": {"days": [datetime.date(2026, 1, 2)], "odd": math.nan},
+        "odd": math.inf,
+    }
+    source, out = tmp_path / "rows.parquet", tmp_path / "data" / "out.jsonl"
+    columns = {name: pyarrow.array([value]) for name, value in fields.items()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), source)
+    model = models.hf("student", tied=True)
+    argv = ["--source", str(source), "--tokenizer", str(model), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["prepare_data", *argv])
+    prepare_data.main()
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        out.name,
+        f"{out.name}.manifest.json",
+    ]
+    (row,) = read_rows(out, "data.path")
+    assert row.fields == {
+        "question": "1+2",
+        "day": "2026-01-02",
+        "at": "2026-01-02 03:04:05",
+        "exact": "2023-11-14 22:13:20.123456789+00:00",
+        "took": "0:01:30",
+        "price": "1.50",
+        "thumb": "b'\\xff\\x00'",
+        "inner": {"days": ["2026-01-02"], "odd": None},
+    }
+
+
+def test_a_column_that_cannot_be_read_is_refused_in_a_line(tmp_path):
+    """Claim: a time that no Python date can be is named, not a traceback."""
+    path = tmp_path / "rows.parquet"
+    late = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"question": ["1"], "late": late}), path)
+    with pytest.raises(InputError, match=r"rows\.parquet: column late .*; leave it out"):
+        read_rows(path, "--source")
+
+
+def test_no_temporary_file_is_left_where_writing_fails(tmp_path):
+    """Claim: a value that cannot even be shown ends the write with nothing half-written."""
+
+    class Unspeakable:
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        write_jsonl(tmp_path / "out.jsonl", [{"a": 1}, {"a": Unspeakable()}])
+    assert not list(tmp_path.iterdir())

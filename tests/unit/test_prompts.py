@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.quickstart.teacher import build_tokenizer
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts, render
@@ -127,17 +128,17 @@ BAD_ROWS = [
     ({"question": "a", "domain": ["math"]}, "domain must be text, not list"),
     ({"question": "a", "response": 7}, "response must be text, not int"),
     ({"prompt_ids": [1], "system": "a"}, "'system' goes with 'question', not with 'prompt_ids'"),
-    ({"prompt_ids": "1 2"}, "prompt_ids must be a list of integers"),
-    ({"prompt_ids": [1, 2.0]}, "prompt_ids must be a list of integers"),
-    ({"prompt_ids": [1, True]}, "prompt_ids must be a list of integers"),
+    ({"prompt_ids": "1 2"}, "prompt_ids must be a list of token ids"),
+    ({"prompt_ids": [1, 2.0]}, "prompt_ids must be a list of token ids"),
+    ({"prompt_ids": [1, True]}, "prompt_ids must be a list of token ids"),
     ({"prompt_ids": []}, "the prompt is empty"),
     ({"prompt_ids": [1, 64]}, "token id 64 is not in the model's vocabulary; ids are 0 to 63"),
-    ({"prompt_ids": [-1]}, "token id -1 is not in the model's vocabulary"),
+    ({"prompt_ids": [-1]}, "integers from 0"),
     ({"messages": []}, "messages must be a list of at least one {role, content}"),
     ({"messages": "hi"}, "messages must be a list"),
     ({"messages": [{"role": "user"}]}, "message 1 must have role and content, both text"),
     (
-        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": ["b"]}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 5}]},
         "message 2 must have role and content, both text",
     ),
     (
@@ -289,3 +290,10 @@ def test_order_is_the_same_on_every_machine_and_version():
 
 
 PINNED_ORDER = [6, 0, 8, 3, 5, 7, 9, 4, 2, 1]
+
+
+def test_a_character_without_a_token_is_an_input_error():
+    """Claim: where a tokenizer has no token for the unknown, as the quickstart's, that is said."""
+    with pytest.raises(InputError, match=r"cannot read 'question'.*use characters that it knows"):
+        render({"question": "hello"}, build_tokenizer(), False)
+    assert render({"question": "1+2="}, build_tokenizer(), False)

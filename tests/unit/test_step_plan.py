@@ -74,6 +74,15 @@ def test_a_ramp_of_thresholds_needs_steps(plan_of):
     assert plan_of(*keys, "threshold_schedule.hold_steps=2").total_steps == 3
 
 
+def test_mask_tokens_in_prompts_are_said(plan_of, tmp_path):
+    """Claim: with the first row that has one, counted from 0, and how many there are."""
+    masked = tmp_path / "masked.jsonl"
+    rows = [{"prompt_ids": [1]}, {"prompt_ids": [1, MASK]}, {"prompt_ids": [MASK]}]
+    masked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [note] = plan_of(f"data.path={masked}", "train.steps=1").notes
+    assert note.startswith(f"note: 2 of 3 prompts hold the mask token {MASK}, first row 1 (from 0)")
+
+
 def test_a_capped_curriculum_is_said(plan_of):
     capped = plan_of("curriculum.end=24")
     assert capped.budget(10) == 20

@@ -231,11 +231,15 @@ def test_a_model_without_tokenizer_takes_and_gives_ids_only(data):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "x"}, "row 0: needs exactly one of prompt_ids, prompt, messages"),
-        ({"prompt": "a", "prompt_ids": [1]}, "row 0: .*has prompt_ids and prompt"),
-        ({"prompt_ids": []}, "row 0: 'prompt_ids' must be a list that is not empty"),
-        ({"prompt_ids": [1, "2"]}, "row 0: 'prompt_ids' must hold token ids"),
-        ({"prompt_ids": [-1]}, "row 0: 'prompt_ids' must hold token ids"),
+        ({"text": "x"}, "line 1: a row needs messages, question or prompt_ids; this one has text"),
+        (
+            {"question": "a", "prompt_ids": [1]},
+            "line 1: a row has question or prompt_ids, not both",
+        ),
+        ({"prompt_ids": []}, "line 1: the prompt is empty"),
+        ({"prompt": ""}, "line 1: the prompt is empty"),
+        ({"prompt_ids": [1, "2"]}, "line 1: prompt_ids must be a list of token ids"),
+        ({"prompt_ids": [-1]}, "line 1: prompt_ids must be a list of token ids"),
     ],
 )
 def test_bad_prompts_are_named(tmp_path, row, message):

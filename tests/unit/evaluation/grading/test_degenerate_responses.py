@@ -15,10 +15,10 @@ from evaluation.grading.multiple_choice import extract_letter, extract_letter_st
 from evaluation.grading.response import without_control_tokens, without_thinking
 from evaluation.tasks import get_task
 
-SHORT, LONG = 2_500, 20_000
+SHORT, LONG = 5_000, 40_000
 # What grows as the length costs 8 times as much, what grows as its square 64 times.
 MOST = 32
-NOISE = 0.1  # seconds
+NOISE = 0.2  # seconds
 KINDS = {
     "newlines": "\n",
     "dots": ".",

@@ -1,0 +1,1 @@
+"""A run's numbers and trajectories as one page for a browser."""
