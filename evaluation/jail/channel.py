@@ -18,13 +18,17 @@ class ChannelClosed(Exception):
 
 def send(descriptor: int, message: dict[str, Any]) -> None:
     """Write one frame. ChannelClosed: nobody reads any more."""
-    body = json.dumps(message).encode()
-    left = memoryview(len(body).to_bytes(_LENGTH_BYTES, "little") + body)
+    left = memoryview(frame(message))
     try:
         while left:
             left = left[os.write(descriptor, left) :]
     except OSError as error:
         raise ChannelClosed(f"cannot write: {error}") from error
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    body = json.dumps(message).encode()
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
 def receive(descriptor: int, *, limit: int, deadline: float | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from evaluation.jail import channel, isolation, judge, program
+from evaluation.jail.batch import Batch
 from evaluation.jail.child import (
     Cell,
     Child,
@@ -202,6 +203,22 @@ class Driver:
         names = {key: request[key] for key in ("name", "within") if key in request}
         return self._exchange({"op": "call", **names, "args": request["args"]}, request)
 
+    def calls(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Many calls: the first replies; ``more`` hands on the others."""
+        if self.server is None:
+            return {"replies": [{"status": "ended", "cpu": 0.0}]}
+        limit, (requests, replies) = self.cell.limits.output, self.ends
+        self.batch = Batch(self.server, requests, replies, limit, request, self.leave_if_abandoned)
+        return self.more(request)
+
+    def more(self, request: dict[str, Any]) -> dict[str, Any]:
+        found = self.batch.collect()
+        if found and found[-1]["status"] not in ("ok", "exception"):
+            self.stop()
+        return {"replies": found}
+
+    batch: Batch
+
     def _exchange(self, message: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         """One request to the server; it must answer once, with the request's secret, in time."""
         child = self.server
@@ -307,6 +324,8 @@ _REQUESTS: dict[str, Callable[[Driver, dict[str, Any]], dict[str, Any]]] = {
     "stdio": Driver.stdio,
     "start": Driver.start,
     "call": Driver.call,
+    "calls": Driver.calls,
+    "more": Driver.more,
     "stand_by": Driver.stand_by,
     "judge": Driver.judge,
 }

@@ -4,18 +4,19 @@ import contextlib
 import itertools
 import os
 import secrets
+import select
+import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from evaluation.jail import channel
+from evaluation.jail import channel, prepared
 
 _REPLY_LIMIT = 1 << 30
+_ENDING_SECONDS = 10.0
 _SLACK_SECONDS = 300.0  # beyond a run's wall limit before a jail counts as lost
 _WALL_FACTOR, _WALL_EXTRA = 6.0, 20.0
 
@@ -39,6 +40,7 @@ class Outcome:
     stderr: str = ""  # the end of it
     value: str = ""  # as evaluation.jail.values.decode reads it
     detail: str = ""
+    own: float = 0.0  # of ``calls``: CPU seconds by the program's own account
     failure: str | None = None  # of test code: the first failed test
     passed: int = 0  # of test code: tests passed
 
@@ -57,20 +59,19 @@ class Jail:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.work = "" if settings["own_root"] else tempfile.mkdtemp(prefix="program-")
-        ours, theirs = socket.socketpair()
-        self.channel = ours
-        script = Path(__file__).with_name("process.py")
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(script), str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            env={},
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
+        self.channel, theirs = socket.socketpair()
+        self.errors, errors = os.pipe()  # closed by the jail's end
+        os.set_blocking(self.errors, False)
+        try:
+            self.group = prepared.fork_jail(theirs.fileno(), errors)
+        except OSError as error:
+            self.channel.close()
+            os.close(self.errors)
+            self._remove_work()
+            raise JailLost(f"not made: {error}") from error
+        finally:
+            theirs.close()
+            os.close(errors)
         try:
             self.greeting = self._exchange({**settings, "work": self.work}, _SLACK_SECONDS)
         except JailLost:
@@ -86,13 +87,20 @@ class Jail:
     def close(self) -> None:
         """End everything in the jail and remove its directory."""
         self.channel.close()  # the trusted process ends, and with it its namespace
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-        if self.process.stderr:
-            self.process.stderr.close()
+        if not self._has_ended(_ENDING_SECONDS):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.group, signal.SIGKILL)
+            self._has_ended(_ENDING_SECONDS)
+        os.close(self.errors)
+        self._remove_work()
+
+    def _has_ended(self, seconds: float) -> bool:
+        """Whether all trusted processes have let go of their error output within this time."""
+        poll = select.poll()
+        poll.register(self.errors, 0)  # hang-ups are reported unasked
+        return bool(poll.poll(seconds * 1000))
+
+    def _remove_work(self) -> None:
         if self.work:
             remove_tree(self.work)
 
@@ -129,6 +137,32 @@ class Jail:
         """
         request = {"do": "call", "name": name, "args": arguments}
         return self._run({**request, "within": within} if within else request, cpu, wall)
+
+    def calls(
+        self,
+        name: str,
+        arguments: list[str],
+        *,
+        cpu: list[float],
+        total: float,
+        within: str | None = None,
+    ) -> Iterator[Outcome]:
+        """``call`` with each of many argument lists, up to the first that is not ``ok``. ``cpu``:
+        seconds of each; ``total``: of all together.
+        """
+        walls = [wall_limit(seconds) for seconds in cpu]
+        request = {"do": "calls", "name": name, "args": arguments, "cpus": cpu, "walls": walls}
+        request |= {"total": total} | ({"within": within} if within else {})
+        left = len(arguments)
+        while left > 0:
+            replies = self._exchange(request, sum(walls) + _SLACK_SECONDS)["replies"]
+            for reply in replies:
+                seconds = reply.pop("cpu", 0.0)
+                yield Outcome(cpu_seconds=seconds, **reply)
+                if reply["status"] != "ok":
+                    return
+            left -= len(replies)
+            request = {"do": "more"}
 
     def judge(
         self,
@@ -170,9 +204,10 @@ class Jail:
         return reply
 
     def _last_words(self) -> str:
-        if self.process.poll() is None or self.process.stderr is None:
+        try:
+            lines = os.read(self.errors, 1 << 16).decode(errors="replace").strip().splitlines()
+        except BlockingIOError:  # alive and silent
             return ""
-        lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         return f": {lines[-1]}" if lines else ""
 
 

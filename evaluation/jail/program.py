@@ -7,6 +7,7 @@ Standard library only.
 
 import builtins
 import sys
+import time
 import traceback
 import types
 from collections import deque
@@ -91,7 +92,20 @@ class Server:
                 request = channel.receive(self.requests, limit=_FRAME_LIMIT)
             except channel.ChannelClosed:
                 return
-            channel.send(self.replies, self._reply(request))
+            if "calls" in request:
+                self._call_each(request)
+            else:
+                channel.send(self.replies, self._reply(request))
+
+    def _call_each(self, request: dict[str, Any]) -> None:
+        """Call with one argument list after the other, replying to each, up to an exception."""
+        for number, arguments in enumerate(request.pop("calls")):
+            start = time.process_time()
+            answer = self._reply({**request, "args": arguments})
+            own = time.process_time() - start
+            channel.send(self.replies, {**answer, "number": number, "own": own})
+            if "raised" in answer:
+                return
 
     def _reply(self, request: dict[str, Any]) -> dict[str, Any]:
         self.current = request["id"]

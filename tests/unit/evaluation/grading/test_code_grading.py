@@ -404,15 +404,21 @@ class SlowJail:
         self.limits.append(cpu)
         return Outcome(status="ok", cpu_seconds=0.5)
 
-    def call(self, name, arguments, *, cpu, within):
-        self.limits.append(cpu)
-        return Outcome(status="ok", cpu_seconds=self.seconds, value="3")
+    def calls(self, name, arguments, *, cpu, total, within):
+        self.limits += cpu
+        used = 0.0
+        for _ in arguments:
+            used += self.seconds
+            if used > total:  # as the jail does
+                yield Outcome(status="cpu_time", cpu_seconds=self.seconds)
+                return
+            yield Outcome(status="ok", cpu_seconds=self.seconds, value="3")
 
 
 @pytest.mark.parametrize(
     ("tests", "seconds", "status", "ran"),
     [
-        (100, 0.9, "timeout", 68),  # 0.5 + 68 * 0.9 is the first above 61
+        (100, 0.9, "timeout", 67),  # 0.5 + 68 * 0.9 is the first above 61
         (100, 0.6, "passed", 100),
         (2, 0.9, "passed", 2),
     ],

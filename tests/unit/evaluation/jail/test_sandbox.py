@@ -5,6 +5,7 @@ Every attack runs under the layers that this machine grants, with small limits.
 
 import json
 import os
+import signal
 import site
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.jail import prepared
 from evaluation.jail import sandbox as sandbox_module
 from evaluation.jail import seccomp as sandbox_seccomp
 from evaluation.jail.doors import DANGERS, NUISANCES, open_doors
@@ -434,6 +436,69 @@ def test_leaving_is_no_answer(jail, source, status):
     assert outcome.status == status
 
 
+def calls(jail: Jail, source: str, given: list, cpu: float = CPU, total: float = 60.0) -> list:
+    """Values, then the status of the call that ended it."""
+    jail.load(source)
+    assert jail.start(cpu=CPU).ok
+    texts = [encode([item]) for item in given]
+    outcomes = jail.calls("f", texts, cpu=[cpu] * len(given), total=total)
+    return [decode(outcome.value) if outcome.ok else outcome.status for outcome in outcomes]
+
+
+AT_3 = "import os, sys, time\ndef f(x):\n    if x == 3: %s\n    return x"
+# Reads no request: the driver must not wait for it.
+DEAF = """
+import sys, time
+sys.modules["evaluation.jail.channel"].receive = lambda *_, **__: time.sleep(99)
+def f(x): return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [
+        ("raise ValueError", "exception"),
+        ("sys.exit(0)", "exception"),
+        ("os._exit(0)", "ended"),
+        ("os.closerange(0, 99)", "exit 120"),
+        ("os.kill(os.getpid(), 9)", "signal 9"),
+        ("\n        while True: pass", "cpu_time"),
+        ("return 'x' * (3 << 20)", "broken_channel"),
+        ("\n        for n in range(3, 64):\n            try: os.write(n, b'7' * 99)\n"
+         "            except OSError: pass", "broken_channel"),
+    ],
+)  # fmt: skip
+def test_many_calls_end_at_the_first_that_is_no_answer(jail, does, status):
+    """Claim: those before it have their values, and it has the status that it has alone."""
+    found = calls(jail, AT_3 % does, [0, 1, 2, 3, 4, 5], cpu=0.5)
+    assert found == [0, 1, 2, status]
+
+
+def test_many_calls_are_many_exchanges(jail):
+    """Claim: replies of more bytes than are held at once, and arguments longer than a pipe, arrive
+    in order; so does what follows; all calls have one limit of time together."""
+    texts = [str(i) + "x" * (1 << 20) for i in range(6)]
+    assert calls(jail, "def f(x): return x[:1 << 19] + x[-9:]", texts) == [
+        text[: 1 << 19] + text[-9:] for text in texts
+    ]
+    assert jail.call("f", encode(["ab"]), cpu=CPU).ok
+    busy = "import time\ndef f(x):\n    end = time.process_time() + 0.2\n"
+    busy += "    while time.process_time() < end: pass\n    return x"
+    assert calls(jail, busy, [*range(9)], total=0.7)[-2:] == [2, "cpu_time"]
+
+
+def test_replies_to_many_calls_cannot_be_made_up_by_number(jail):
+    """A program that knows the secret may answer for itself, once a call."""
+    assert calls(jail, FORGE + "def f(x): forge(2); return 1", [0, 1])[-1] == "broken_channel"
+
+
+def test_a_program_that_reads_nothing_makes_nobody_wait(jail, monkeypatch):
+    monkeypatch.setattr("evaluation.jail.jail._WALL_EXTRA", 0.5)
+    start = time.monotonic()
+    assert calls(jail, DEAF, ["x" * (1 << 20)], cpu=0.1) == ["wall_time"]
+    assert time.monotonic() - start < 15
+
+
 FORGE = """
 import json, os, sys
 def forge(number):
@@ -693,7 +758,7 @@ def test_no_tests_is_no_pass(fresh):
 def test_a_grader_that_dies_takes_its_jails_with_it():
     script = (
         "import os, sys\nfrom evaluation.jail.sandbox import Sandbox\n"
-        "jail = Sandbox().open()\nprint(jail.process.pid, flush=True)\n"
+        "jail = Sandbox().open()\nprint(jail.group, flush=True)\n"
         "jail.load('while True: pass')\njail.stdio('', cpu=1000.0)"
     )
     grader = subprocess.Popen(
@@ -726,11 +791,21 @@ def test_a_lost_jail_is_tried_again_then_given_up(sandbox):
 
     def job(jail: Jail) -> str:
         tried.append(jail)
-        jail.process.kill()
+        os.killpg(jail.group, signal.SIGKILL)
         raise JailLost("gone")
 
     assert sandbox.run(job, "lost") == "lost"
     assert len(tried) == 2
+
+
+def test_jails_outlive_the_process_they_are_forked_from(sandbox):
+    """Claim: where it dies, running jails go on and the next one is made by another."""
+    with sandbox.open() as running:
+        assert prepared._prepared
+        prepared._prepared.process.kill()
+        prepared._prepared.process.wait()
+        assert run(running, "print(1)").stdout == "1\n"
+        assert sandbox.run(lambda jail: run(jail, "print(2)").stdout, "lost") == "2\n"
 
 
 def test_what_is_in_force_is_described(sandbox):
