@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
-from evaluation.generation import mailbox
 from evaluation.generation.progress import Progress
 from evaluation.prompting import prompt_from
 from evaluation.run import evaluate, load_tasks, prompts_of
 from evaluation.sample import read_prompts, sample
 from evaluation.tasks import get_task
 from launch.quickstart.teacher import build_tokenizer
+from megatron_opdlm import mailbox
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.records import Prompt, Trajectory
