@@ -52,8 +52,8 @@ def main() -> None:
     """Check arguments and files before torch is imported, then convert."""
     arguments = _parser().parse_args()
     team = start("export_hf")
-    check_outside(arguments.out, "--out", {"--checkpoint": arguments.checkpoint})
     check_free(arguments.out)
+    check_outside(arguments.out, "--out", {"--checkpoint": arguments.checkpoint})
     try:
         written_values.one_line(arguments.base_model)
     except ValueError as error:

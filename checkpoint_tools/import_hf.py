@@ -28,8 +28,8 @@ def main() -> None:
     """Check everything that can be checked before torch is imported, then convert."""
     arguments = _parser().parse_args()
     team = start("import_hf")
-    check_outside(arguments.out, "--out", {"--hf": arguments.hf})
     check_free(arguments.out)
+    check_outside(arguments.out, "--out", {"--hf": arguments.hf})
     shape = read_shape(arguments.hf)
     with open_weights(arguments.hf, shape) as weights:
         mask = choose_mask(

@@ -191,7 +191,7 @@ def main() -> None:
     check_model(args.model)
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: a name that ends in .jsonl is needed")
-    check_outside(args.out, "--out", {"--model": args.model, "--prompts": args.prompts})
+    check_outside(args.out, "--out", {"--prompts": args.prompts})
     check_new_file(args.out, "--out")
     read_rows(args.prompts, "--prompts")  # before any model is loaded
     settings = {

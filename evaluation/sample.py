@@ -111,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
     check_model(args.model)
-    check_outside(args.out, "--out", {"--model": args.model, "--prompts": args.prompts})
+    check_outside(args.out, "--out", {"--prompts": args.prompts})
     check_new_file(args.out, "--out")
     rows = read_prompts(args.prompts)
     generator = open_generator(args.model, loading)

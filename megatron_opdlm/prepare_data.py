@@ -201,7 +201,7 @@ def main() -> None:
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists already; choose another name or remove it")
     local = Path(os.path.expanduser(args.source))
-    check_outside(args.out, "--out", {"--source": local, "--tokenizer": args.tokenizer})
+    check_outside(args.out, "--out", {"--source": local})
     check_place(args.out, f"--out {args.out}")
     if args.ngram < 1 or args.max_prompt_tokens < 0:
         raise InputError("--ngram is 1 or more and --max-prompt-tokens 0 or more; correct it")

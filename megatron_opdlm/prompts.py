@@ -217,9 +217,7 @@ def _encode(tokenizer: Any, text: str, key: str) -> list[int]:
     _require_tokenizer(tokenizer, key)
     try:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    except (
-        Exception
-    ) as error:  # a bare one, where a character is unknown and no token stands for it
+    except Exception as error:  # a bare one, for a character that no token stands for
         raise InputError(
             f"the model's tokenizer cannot read {key!r} ({error}); use characters that it knows"
         ) from error

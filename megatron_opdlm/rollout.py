@@ -31,7 +31,7 @@ from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine import slot_state
 from megatron_opdlm.engine.cache_budget import room_for
-from megatron_opdlm.engine.decoder import Decoder, Group
+from megatron_opdlm.engine.decoder import Decoder, DecoderKeeper, Group
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.passes import FixedPasses, Flight
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
@@ -58,6 +58,7 @@ def generate_over_copies(
     finished: Callable[[Trajectory], None] = lambda _: None,
     close: Callable[[], None] = lambda: None,
     committed: Callable[[Block], None] | None = None,
+    keeper: DecoderKeeper | None = None,
 ) -> Rollout:
     """Share the requests out over all copies of the model, ``generate``, gather: trajectories are
     in the order of the requests, on every rank; a copy without work is legal. Not complete, and
@@ -75,6 +76,7 @@ def generate_over_copies(
         stop=stop,
         finished=finished,
         committed=committed,
+        keeper=keeper,
     )
     close()
     if not parallel.all_succeeded(made.complete):
@@ -100,6 +102,7 @@ def generate(
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
     committed: Callable[[Block], None] | None = None,
+    keeper: DecoderKeeper | None = None,
 ) -> Rollout:
     """Generate this model replica's requests; trajectories are in their order and the same on all
     its ranks.
@@ -109,6 +112,8 @@ def generate(
     ``options`` wait. ``stop``: asked after every forward on the rank that draws; True ends the call
     early on all ranks of the replica. ``finished``: given each trajectory as it ends.
     ``committed``: given each block of a response when it is known to be finished, in order.
+    ``keeper``: given to several calls with a ``kv_cache_tokens``, it keeps the cache and what was
+    captured.
 
     Raises RunError for a cache that cannot hold the longest request (other replicas may not find
     it), InputError for an empty prompt where logits are read from the position before.
@@ -130,16 +135,19 @@ def generate(
         positions=max((r.positions(rules.block_size) for r in requests), default=rules.block_size),
         kv_cache_tokens=options.kv_cache_tokens,
     )
+    keeper = keeper or DecoderKeeper()
     queue = Queue(requests, rules, vocabulary, key, options.prefill_tokens)
     was_training = model.training
     model.eval()
     try:
         with without_sequence_parallel(model):
-            capture = captures() if captures else None
-            decoder = Decoder(model, rules, vocabulary, room, way.kernel, capture)
-            return _Engine(decoder, queue, stop, finished, committed).run()
+            decoder = keeper.take(model, rules, vocabulary, room, way.kernel, captures)
+            made = _Engine(decoder, queue, stop, finished, committed).run()
     finally:
         model.train(was_training)
+    if options.kv_cache_tokens is not None:
+        keeper.keep(decoder)
+    return made
 
 
 def _check_prompts(requests: Sequence[Request], rules: Decoding) -> None:

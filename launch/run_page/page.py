@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.run_page.records import read_run
+from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place, to_json, write_text
 
@@ -49,9 +50,10 @@ def name_runs(arguments: list[str]) -> dict[str, Path]:
     """``[NAME=]RUN`` -> name and directory. InputError where two have one name."""
     named = []
     for argument in arguments:
-        name, equals, path = argument.rpartition("=")
-        if not equals or Path(argument).exists():
-            name, path = "", argument
+        try:
+            name, path = written_values.named_path(argument)
+        except ValueError as error:
+            raise InputError(f"{argument} {error}") from error
         directory = Path(path)
         named.append((name or directory.resolve().name, directory))
     for name, count in Counter(name for name, _ in named).items():

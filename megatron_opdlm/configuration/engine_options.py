@@ -19,7 +19,8 @@ class EngineOptions:
     )
     kv_cache_tokens: int | None = key(
         None,
-        "cached positions of all slots; null: half of the free memory",
+        "cached positions of all slots (with graphs kept between rollouts); null: half of the "
+        "free memory",
         unit="tokens",
         at_least=1,
         may_change=True,

@@ -15,6 +15,7 @@ Definitions (they follow DESIGN 4b):
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 REMASKING = ("low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded")
@@ -87,13 +88,9 @@ def draw(
         local = torch.where(local_top == top, first, columns)[:, 0]
     else:
         shaped = weight if temperature == 1 else torch.exp((logits - top) / temperature)
-        if top_k > 0:
-            count = torch.full_like(total, top_k)
-            kept = largest(shaped, torch.ones_like(shaped), count, shard)
+        if top_k > 0 or top_p < 1:
+            kept = _truncated(shaped, top_k, top_p, shard)
             shaped = torch.where(kept, shaped, 0.0)
-        if top_p < 1:
-            mass = top_p * shard.sum(shaped.sum(-1, dtype=torch.float64))
-            shaped = torch.where(largest(shaped, shaped, mass, shard), shaped, 0.0)
         local = _invert(shaped, uniform_M, shard)
     token = shard.min(torch.where(local < columns, local + shard.start, _NOWHERE))
     place = token - shard.start
@@ -129,34 +126,80 @@ def _invert(weight_MV: Tensor, uniform_M: Tensor, shard: WholeVocabulary) -> Ten
     return torch.searchsorted(cumulative.add_(before[:, None]), target, right=True)[:, 0]
 
 
-def largest(value_MV: Tensor, measure_MV: Tensor, need_M: Tensor, shard: WholeVocabulary) -> Tensor:
-    """The smallest set of largest values whose measures sum to ``need_M``, ties broken towards the
-    lowest id.
-
-    Non-negative float32 numbers are ordered like their bit patterns, so the smallest value that is
-    kept is found by bisection over 31 bits, each step one sum over the vocabulary: exact, and
-    nothing is sorted or gathered.
+def _truncated(weight_MV: Tensor, top_k: int, top_p: float, shard: WholeVocabulary) -> Tensor:
+    """bool [M, columns]: the ``top_k`` largest weights (0: all), and of those the nucleus. Every
+    shard has the same number of columns.
     """
-    bits = value_MV.contiguous().view(torch.int32)
+    if top_k == 0:
+        need = top_p * shard.sum(weight_MV.sum(-1, dtype=torch.float64))
+        return heaviest(weight_MV, need, shard)
+    candidates = best_candidates(weight_MV, min(top_k, weight_MV.shape[-1]), top_k, shard)
+    count = candidates.shape[-1]
+    if top_p < 1:
+        cumulative = candidates.cumsum(-1, dtype=torch.float64)
+        need = top_p * cumulative[:, -1:]
+        count = (cumulative - candidates < need).sum(-1, keepdim=True)
+    return leading(weight_MV, candidates, count, shard)
 
-    def sum_where(chosen: Tensor) -> Tensor:
-        return shard.sum(torch.where(chosen, measure_MV, 0.0).double().sum(-1))
 
-    low = torch.zeros_like(need_M, dtype=torch.int32)  # keeping everything is always enough
-    for bit in range(30, -1, -1):
-        trial = low | (1 << bit)
-        low = torch.where(sum_where(bits >= trial[:, None]) >= need_M, trial, low)
-    above = bits > low[:, None]
-    tied = (bits == low[:, None]) & (value_MV > 0)
-    before, _ = shard.before(tied.double().sum(-1))
-    order = (
-        before[:, None] + tied.double().cumsum(-1) - tied.double()
-    )  # tied columns with a lower id
-    one = shard.max(
-        torch.where(tied, measure_MV, 0.0).amax(-1)
-    ).double()  # tied values have one measure
-    missing = need_M - sum_where(above)
-    return above | (tied & (order * one[:, None] < missing[:, None]))
+def best_candidates(value_MV: Tensor, width: int, k: int, shard: WholeVocabulary) -> Tensor:
+    """The k largest values over all shards, in falling order [M, at most k], found among the
+    ``width`` largest of every shard: ranks x width numbers a row are gathered.
+    """
+    own = value_MV.topk(min(width, value_MV.shape[-1]), sorted=False).values
+    own = F.pad(own, (0, width - own.shape[-1]), value=-torch.inf)
+    every = shard.gather_rows(own)
+    return every.topk(min(k, every.shape[-1])).values
+
+
+def leading(
+    value_MV: Tensor, candidates_MK: Tensor, count: int | Tensor, shard: WholeVocabulary
+) -> Tensor:
+    """bool [M, columns]: the first ``count`` (at least 1; or [M, 1]) of the largest values
+    ``candidates_MK``, ties to the lowest id.
+    """
+    if isinstance(count, int):
+        least = candidates_MK[:, count - 1 : count]
+    else:
+        least = candidates_MK.gather(1, (count - 1).clamp(min=0))
+    room = count - (candidates_MK > least).sum(-1, keepdim=True)
+    return _with_ties(value_MV > least, value_MV == least, room, shard)
+
+
+def _with_ties(
+    above_MV: Tensor, tied_MV: Tensor, room_M1: Tensor, shard: WholeVocabulary
+) -> Tensor:
+    """What is above, and as many of the tied as there is room for, lowest ids first."""
+    lower_shards, _ = shard.before(tied_MV.sum(-1))
+    order = lower_shards[:, None] + tied_MV.cumsum(-1, dtype=torch.int32)
+    return above_MV | (tied_MV & (order <= room_M1))
+
+
+def heaviest(weight_MV: Tensor, need_M: Tensor, shard: WholeVocabulary) -> Tensor:
+    """bool [M, columns]: the smallest set of largest float32 weights (none negative) that sums to
+    ``need_M``, ties to the lowest id.
+
+    Such numbers are ordered like their bit patterns, so the smallest weight that is kept is found
+    by a radix search over four digits, for each the sums from all its values on, which every shard
+    reads from the running sums of its sorted weights. Exact, and nothing is gathered.
+    """
+    ordered = weight_MV.sort(-1, descending=True).values
+    bits = -ordered.view(torch.int32)  # rising
+    running = F.pad(ordered.cumsum(-1, dtype=torch.float64), (1, 0))
+    least = torch.zeros_like(need_M, dtype=torch.int64)  # keeping everything is always enough
+    above = torch.zeros_like(need_M)
+    for shift in (24, 16, 8, 0):
+        digits = torch.arange((1 << min(8, 31 - shift)) + 1, device=bits.device) << shift
+        place = torch.searchsorted(bits, -(least[:, None] + digits).int(), right=True)
+        mass = shard.sum(running.gather(1, place))  # of the weights from each value on
+        enough = (mass[:, :-1] >= need_M[:, None]).sum(-1, keepdim=True)
+        digit = (enough - 1).clamp_(min=0)
+        least = least + (digit[:, 0] << shift)
+        above = mass.gather(1, digit + 1)[:, 0]
+    one = least.int().view(torch.float32)
+    room = ((need_M - above) / one).ceil()[:, None]
+    tied = (weight_MV == one[:, None]) & (weight_MV > 0)
+    return _with_ties(weight_MV > one[:, None], tied, room, shard)
 
 
 def quota(pass_index: Tensor, block_size: int, steps: int) -> Tensor:

@@ -7,10 +7,14 @@ The log-probability of an entry that is taken out is ``FLOOR``, not -inf: its pr
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.diffusion.denoising import WholeVocabulary, largest
+from megatron_opdlm.diffusion.denoising import (
+    WholeVocabulary,
+    best_candidates,
+    heaviest,
+    leading,
+)
 
 FLOOR = -1e30
 
@@ -35,31 +39,20 @@ def log_sum(log_x: Tensor, left_out: Tensor, reduction: WholeVocabulary) -> Tens
 
 def nucleus(log_p: Tensor, top_p: float, reduction: WholeVocabulary) -> Tensor:
     """The smallest set of likeliest entries that holds ``top_p`` of the probability, renormalised
-    (Holtzman et al., arXiv 1904.09751); in place. Entries are compared in float32, ties go to the
+    (Holtzman et al., arXiv 1904.09751); in place. Entries count in float32, ties go to the
     lowest id.
     """
-    p = log_p.exp()
-    need = top_p * reduction.sum(p.double().sum(-1))
-    left_out = ~largest(p.float(), p, need, reduction)
+    p = log_p.exp().float()
+    need = top_p * reduction.sum(p.sum(-1, dtype=torch.float64))
+    left_out = ~heaviest(p, need, reduction)
     return log_p.sub_(log_sum(log_p, left_out, reduction)).masked_fill_(left_out, FLOOR)
 
 
 def top_k(log_p: Tensor, k: int, reduction: WholeVocabulary) -> Tensor:
     """bool [m, columns]: the k largest entries over all shards, ties to the lowest id, without
     those at ``FLOOR``.
-
-    The k-th largest value is found among the k largest of every shard: ranks x k numbers a row are
-    gathered.
     """
     columns = log_p.shape[-1]
-    width = int(reduction.max(torch.tensor([columns], device=log_p.device)))
-    own = log_p.topk(min(k, columns), sorted=False).values
-    own = F.pad(own, (0, min(k, width) - own.shape[-1]), value=-torch.inf)
-    candidates = reduction.gather_rows(own)
-    least = candidates.topk(min(k, candidates.shape[-1])).values[:, -1:].clamp_min(FLOOR)
-    above = log_p > least
-    tied = (log_p == least) & (log_p > FLOOR)
-    missing = k - reduction.sum(above.sum(-1))
-    lower_shards, _ = reduction.before(tied.sum(-1))
-    order = lower_shards[:, None] + tied.cumsum(-1, dtype=torch.int32)
-    return above | (tied & (order <= missing[:, None]))
+    most = int(reduction.max(torch.tensor([columns], device=log_p.device)))
+    candidates = best_candidates(log_p, min(k, most), k, reduction)
+    return leading(log_p, candidates, candidates.shape[-1], reduction) & (log_p > FLOOR)

@@ -36,10 +36,13 @@ def room_for(
     kv_cache_tokens: int | None,
 ) -> Room:
     """Slots and pages for sequences of at most ``positions`` within ``kv_cache_tokens`` (None: half
-    of the free memory), at least for one. Without ``paged`` a whole sequence has a page of its own.
+    of the free memory), at least for one. Pages within a given budget are for somewhat longer
+    sequences, so that the next rollout finds the same room. Without ``paged`` a whole sequence has
+    a page of its own.
 
     Raises RunError for a budget that does not hold the longest sequence.
     """
+    fixed = kv_cache_tokens is not None
     if kv_cache_tokens is None:
         free = CACHE_SHARE * select_hardware().free_memory_bytes()
         kv_cache_tokens = parallel.least_over_replica(int(free) // _bytes_per_token(model))
@@ -51,9 +54,20 @@ def room_for(
     if not paged:
         slots = min(slots, max(1, kv_cache_tokens // positions))
         return Room(slots=slots, positions=positions, page_tokens=positions, pages=slots)
+    if fixed:
+        positions = _steady(positions, kv_cache_tokens)
     most = slots * -(-positions // PAGE_TOKENS)
     pages = min(most, max(kv_cache_tokens, positions + PAGE_TOKENS - 1) // PAGE_TOKENS)
     return Room(slots=slots, positions=positions, page_tokens=PAGE_TOKENS, pages=pages)
+
+
+def _steady(positions: int, kv_cache_tokens: int) -> int:
+    """At most a quarter or a page more positions, so that rollouts whose longest prompts differ
+    have the same room; unless the budget would hold fewer groups of slots for it.
+    """
+    step = max(PAGE_TOKENS, 1 << max(0, positions.bit_length() - 3))
+    rounded = -(-positions // step) * step
+    return rounded if rounded * parallel.pipeline_size() <= kv_cache_tokens else positions
 
 
 def open_cache(model: LanguageModel, room: Room, *, scratch: int) -> KVCache:

@@ -2,7 +2,8 @@
 and its passes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Decoder:
         """``kernel``: of block rows, None for buckets; ``capture``: None captures nothing."""
         self.model, self.rules, self.vocabulary, self.room = model, rules, vocabulary, room
         self.kernel, self.capture = kernel, capture
+        self._weights = _places(model)
         self.device = select_hardware().device
         shares = _shares(room)
         self.cache = open_cache(model, room, scratch=len(shares))
@@ -71,6 +73,62 @@ class Decoder:
             else FixedPasses(self.model, state, plans, self.capture)
         )
         return Group(state=state, passes=passes, table=table, pages=pages)
+
+    def serves(
+        self,
+        model: LanguageModel,
+        rules: Decoding,
+        vocabulary: Vocabulary,
+        room: Room,
+        kernel: RowKernel | None,
+    ) -> bool:
+        """Whether another one, made of these, would compute the same from the same memory. The
+        threshold is told at every call.
+        """
+        return (
+            self.model is model
+            and replace(self.rules, threshold=rules.threshold) == rules
+            and (self.vocabulary, self.room, self.kernel) == (vocabulary, room, kernel)
+            and self._weights == _places(model)
+        )
+
+
+class DecoderKeeper:
+    """Keeps a decoder, its cache and its captured passes from one rollout to the next."""
+
+    def __init__(self) -> None:
+        self._kept: Decoder | None = None
+
+    def take(
+        self,
+        model: LanguageModel,
+        rules: Decoding,
+        vocabulary: Vocabulary,
+        room: Room,
+        kernel: RowKernel | None,
+        captures: Callable[[], Capture] | None,
+    ) -> Decoder:
+        """The kept decoder if it serves, else a new one, made after the kept one's memory is free.
+        It is kept again by ``keep`` only: after a failure nobody knows what it holds.
+        """
+        decoder, self._kept = self._kept, None
+        arguments = model, rules, vocabulary, room, kernel
+        serves = decoder is not None and decoder.serves(*arguments)
+        # Capturing exchanges messages, so all ranks of the replica do it or none does.
+        if parallel.least_over_replica(int(serves)) and decoder is not None:
+            return decoder
+        del decoder
+        return Decoder(*arguments, captures() if captures else None)
+
+    def keep(self, decoder: Decoder) -> None:
+        """Keep one whose passes are captured; the others cost nothing to make."""
+        if decoder.capture is not None:
+            self._kept = decoder
+
+
+def _places(model: LanguageModel) -> list[int]:
+    """Addresses of the weights, which captured passes read there."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 def _shares(room: Room) -> list[tuple[int, int]]:

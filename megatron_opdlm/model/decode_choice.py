@@ -79,8 +79,19 @@ def _flash(dtype: torch.dtype, head_dim: int) -> RowKernel | str:
     except (ImportError, AttributeError) as error:
         return f"flash-attn cannot be imported ({error})"
 
-    def flash(query: Tensor, keys: Tensor, values: Tensor, rows: BlockRows, scale: float) -> Tensor:
-        return kernel(
+    return _Flash(kernel)
+
+
+@dataclass(frozen=True)
+class _Flash:
+    """flash-attn over pages; two of the same kernel are equal."""
+
+    kernel: Callable[..., Any]
+
+    def __call__(
+        self, query: Tensor, keys: Tensor, values: Tensor, rows: BlockRows, scale: float
+    ) -> Tensor:
+        return self.kernel(
             query,
             keys,
             values,
@@ -89,5 +100,3 @@ def _flash(dtype: torch.dtype, head_dim: int) -> RowKernel | str:
             softmax_scale=scale,
             causal=False,
         )
-
-    return flash

@@ -18,17 +18,13 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megatron_opdlm.diffusion.masks import block_causal_visible, two_stream_visible
+from megatron_opdlm.model.mask_tiles import Tokens, Visible, occupied_tiles
 from megatron_opdlm.model.packed_row import PackedRow
 
 TILE = 128  # tokens; FlexAttention's own default
-# (query, key) pairs whose visibility is computed at once while tiles are sorted: a few times 16 MiB
-_PAIRS_AT_ONCE = 2**24
 _SMALLEST = 1024  # tokens of the smallest row that kernels are compiled for
 # Compilations that one process may need: sizes, with and without gradients, of two masks.
 _COMPILATIONS = 128
-
-# (query index, key index) -> bool, for tensors of indices that broadcast against each other.
-Visible = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +46,9 @@ def padded_size(tokens: int) -> int:
 def flex_mask(row: PackedRow) -> FlexMask:
     """The row's mask, from the one predicate of each kind in ``diffusion/masks.py``."""
     size = padded_size(row.tokens)
-    visible = _visible(row, size)
-    some, every = _occupied_tiles(visible, size, row.device)
+    tokens = _tokens(row, size)
+    visible = _visible(row, tokens)
+    some, every = occupied_tiles(tokens, visible, TILE)
     block_mask = BlockMask.from_kv_blocks(
         *_listed(some & ~every),
         *_listed(every),
@@ -61,33 +58,33 @@ def flex_mask(row: PackedRow) -> FlexMask:
     return FlexMask(block_mask=block_mask, size=size)
 
 
-def _visible(row: PackedRow, size: int) -> Visible:
-    """Visibility between any two places of the padded row."""
-    document = row.documents(size).int().to(row.device)
+def _tokens(row: PackedRow, size: int) -> Tokens:
+    """What the padded row's tokens are; a causal row's are blocks of one clean token each."""
+    padding = size - row.tokens
+    document = row.documents(size).int()
     if row.block is None or row.clean is None:
+        block, clean = torch.arange(size), torch.ones(size, dtype=torch.bool)
+    else:
+        block = F.pad(row.block, (0, padding))
+        clean = F.pad(row.clean, (0, padding), value=True)
+    return Tokens(
+        document=document.to(row.device),
+        block=block.int().to(row.device),
+        clean=clean.to(row.device),
+    )
+
+
+def _visible(row: PackedRow, tokens: Tokens) -> Visible:
+    """Visibility between any two places of the padded row."""
+    document, block, clean = tokens.document, tokens.block, tokens.clean
+    if row.causal:
         return lambda query, key: (
             (document[query] == document[key]) & block_causal_visible(query, key, 1)
         )
-    padding = size - row.tokens
-    block = F.pad(row.block, (0, padding)).int().to(row.device)
-    clean = F.pad(row.clean, (0, padding), value=True).to(row.device)
     return lambda query, key: (
         (document[query] == document[key])
         & two_stream_visible(block[query], clean[query], block[key], clean[key])
     )
-
-
-def _occupied_tiles(visible: Visible, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """bool [T, T] twice: tiles in which some pair is visible, and those in which every pair is."""
-    key = torch.arange(size, device=device)
-    rows = max(1, _PAIRS_AT_ONCE // (TILE * size)) * TILE
-    some, every = [], []
-    for first in range(0, size, rows):
-        pairs = visible(key[first : first + rows, None], key[None, :])
-        tiles = pairs.view(-1, TILE, size // TILE, TILE)
-        some.append(tiles.any(dim=3).any(dim=1))
-        every.append(tiles.all(dim=3).all(dim=1))
-    return torch.cat(some), torch.cat(every)
 
 
 def _listed(tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from megatron_opdlm import parallel
 from megatron_opdlm.checkpoint import Checkpoints, Progress
 from megatron_opdlm.config import Config
+from megatron_opdlm.engine.decoder import DecoderKeeper
 from megatron_opdlm.errors import Stopped
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
@@ -57,6 +58,7 @@ class Session:
     progress: Progress
     profiler: Profiler
     saved_step: int  # of the newest checkpoint; 0: there is none
+    decoders: DecoderKeeper = field(default_factory=DecoderKeeper)
 
     def watch(self, step: int) -> accounting.Stopwatch:
         """The clock of a step; the begin of each phase is a point where the run can stop."""
@@ -95,6 +97,7 @@ class Session:
             key=key,
             options=self.config.rollout,
             stop=preemption.requested,
+            keeper=self.decoders,
         )
         if not made.complete:
             raise Stopped(preemption.reason())

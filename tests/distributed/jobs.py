@@ -141,12 +141,14 @@ def roll_out(
 
 
 @contextmanager
-def fixed_size_forwards(on: bool) -> Iterator[None]:
+def fixed_size_forwards(on: bool) -> Iterator[list[Callable[[], Tensor]]]:
     """Give hardware without graphs a ``capture`` that does what graphs do: run a function to warm
-    it up, then run it again into the same output.
+    it up, then run it again into the same output. Yields what was captured.
     """
+    captured: list[Callable[[], Tensor]] = []
 
     def capture(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        captured.append(run)
         run()
         output = run()
         return lambda: output.copy_(run())
@@ -155,7 +157,7 @@ def fixed_size_forwards(on: bool) -> Iterator[None]:
     if on and hardware.captures is None:
         rollout.select_hardware = lambda: replace(hardware, captures=lambda: capture)
     try:
-        yield
+        yield captured
     finally:
         rollout.select_hardware = select_hardware
 

@@ -4,6 +4,7 @@
 FlexAttention runs uncompiled here, but for the one test marked slow.
 """
 
+import random
 import threading
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from megatron_opdlm.model.flex_attention import (
     padded_size,
 )
 from megatron_opdlm.model.kernels import Kernels
+from megatron_opdlm.model.mask_tiles import Tokens, Visible, occupied_tiles
 from megatron_opdlm.model.packed_row import PackedRow
 from megatron_opdlm.model.te_attention import HIDDEN, biased, bounds
 from megatron_opdlm.parallel import Layout
@@ -196,8 +198,64 @@ def test_tiles_do_not_depend_on_how_many_are_computed_at_once(monkeypatch: pytes
     """Claim: long rows are sorted into tiles piece by piece, with the same result."""
     row = two_stream([(700, 240)]).row
     whole = flex_mask(row).block_mask.to_dense()
-    monkeypatch.setattr("megatron_opdlm.model.flex_attention._PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr("megatron_opdlm.model.mask_tiles._PAIRS_AT_ONCE", 1)
     assert torch.equal(flex_mask(row).block_mask.to_dense(), whole)
+
+
+def random_tokens(draw: random.Random, tokens: int) -> Tokens:
+    """Sequences of clean and noisy tokens in rising blocks; sometimes in no order at all."""
+    document, block, clean = [], [], []
+    while len(document) < tokens:
+        length, noisy, size = draw.randint(1, 40), draw.randint(0, 20), draw.randint(1, 9)
+        start = max(0, length - noisy)
+        document += [draw.choice([len(document), -len(document)])] * (length + noisy)
+        block += [p // size for p in [*range(length), *range(start, start + noisy)]]
+        clean += [True] * length + [False] * noisy
+    order = list(range(tokens))
+    if draw.random() < 0.3:
+        draw.shuffle(order)
+    number = torch.tensor([document[:tokens], block[:tokens]], dtype=torch.int32)[:, order]
+    return Tokens(document=number[0], block=number[1], clean=torch.tensor(clean)[order])
+
+
+def test_tiles_of_random_rows():
+    """Claim: empty, mixed and full tiles are those of the definition pair by pair, whatever the
+    tokens are, in tiles so small that every case of the ranges occurs."""
+    draw = random.Random(5)
+    kinds = torch.zeros(3)
+    for _ in range(150):
+        tile, count = draw.choice([1, 2, 4, 8]), draw.randint(1, 12)
+        tokens = random_tokens(draw, tile * count)
+
+        def visible(q: Tensor, k: Tensor, t: Tokens = tokens) -> Tensor:
+            earlier, same = t.block[k] < t.block[q], t.block[k] == t.block[q]
+            clean = t.clean[k] & (earlier | (t.clean[q] & same))
+            noisy = ~t.clean[k] & ~t.clean[q] & same
+            return (t.document[q] == t.document[k]) & (clean | noisy)
+
+        index = torch.arange(tile * count)
+        pairs = visible(index[:, None], index).view(count, tile, count, tile)
+        some, every = occupied_tiles(tokens, visible, tile)
+        assert torch.equal(some, pairs.any(3).any(1)) and torch.equal(every, pairs.all(3).all(1))
+        kinds += torch.stack([(~some).sum(), (some & ~every).sum(), every.sum()])
+    assert bool((kinds > 300).all())
+
+
+@pytest.mark.parametrize("packed", [causal([4000, 90, 4000]), two_stream([(2500, 2400)] * 2)])
+def test_few_pairs_are_looked_at(packed: Packed, monkeypatch: pytest.MonkeyPatch):
+    """Claim: of T x T tiles only a few times T are looked into."""
+    looked: list[int] = []
+
+    def counted(tokens: Tokens, visible: Visible, tile: int) -> tuple[Tensor, Tensor]:
+        def counting(q: Tensor, k: Tensor) -> Tensor:
+            looked.append(max(len(q), len(k)))
+            return visible(q, k)
+
+        return occupied_tiles(tokens, counting, tile)
+
+    monkeypatch.setattr(flex_attention, "occupied_tiles", counted)
+    tiles = flex_mask(packed.row).size // TILE
+    assert sum(looked) <= 5 * tiles
 
 
 def test_row_sizes_are_few():

@@ -2,12 +2,15 @@
 
 import random
 from collections import deque
+from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine import cache_budget
+from megatron_opdlm.engine.decoder import DecoderKeeper
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
@@ -120,6 +123,42 @@ def test_sequences_that_outgrow_the_pages(
         assert made.slot_utilisation * made.slots > 2.2
         assert left
         left.clear()
+
+
+def test_what_was_captured_serves_the_next_rollout(models: TinyModels):
+    """Claim: with a given cache budget a second rollout captures nothing, also where the longest
+    prompt is another one, the threshold too, and the weights have changed in place, and it
+    generates what a fresh decoder does. Other rules and weights that have moved get a new decoder;
+    without a budget nothing is kept."""
+    model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
+    rules = Decoding(block_size=4, denoising_steps=3, temperature=1.0)
+    options = EngineOptions(attention="rows", kv_cache_tokens=2048, slots=4)
+    keeper = DecoderKeeper()
+
+    def captured(rules: Decoding, *, longest: int = 9, options: EngineOptions = options) -> int:
+        """Captures of a rollout with the keeper."""
+        asked = [request(i, longest - i, limit=12) for i in range(6)]
+        before = len(pieces)
+        kept = generate(model, asked, rules, IDS, key=(1, 1), options=options, keeper=keeper)
+        count = len(pieces) - before
+        fresh = generate(model, asked, rules, IDS, key=(1, 1), options=options)
+        assert kept.trajectories == fresh.trajectories
+        return count
+
+    with jobs.fixed_size_forwards(True) as pieces:
+        assert captured(rules) > 3
+        assert captured(rules) == 0
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        assert captured(replace(rules, threshold=0.5)) == 0
+        keeps, new = captured(rules, longest=12), captured(replace(rules, denoising_steps=2))
+        assert keeps < new > 3
+        moved = next(model.parameters())
+        moved.data = moved.data.clone()
+        assert captured(replace(rules, denoising_steps=2)) > 3
+        unlimited = replace(options, kv_cache_tokens=None)
+        assert captured(rules, options=unlimited) > 3 and captured(rules, options=unlimited) > 3
 
 
 def test_operations_of_padded_forwards_are_counted(models: TinyModels):

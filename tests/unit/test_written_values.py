@@ -8,6 +8,7 @@ import pytest
 from checkpoint_tools import export_hf
 from evaluation import sweep
 from evaluation.reporting.results import read_results
+from launch.run_page import page
 from megatron_opdlm import written_values
 from megatron_opdlm.config import load_config, path_override
 from megatron_opdlm.errors import Arguments, InputError
@@ -33,7 +34,10 @@ def test_a_named_path(home, tmp_path):
 
 
 def test_commands_that_take_named_paths(home):
-    """Claim: sweep and report look in the home, and refuse a name over two lines in one line."""
+    """Claim: sweep, report and page look in the home, and refuse a name over two lines."""
+    assert page.name_runs(["x=~/run"]) == {"x": home / "run"}
+    with pytest.raises(InputError, match="line break"):
+        page.name_runs(["x\ny=m"])
     for read in (sweep.models_by_name, read_results):
         with pytest.raises(InputError, match=f"{home}/nowhere"):
             read(["x=~/nowhere"])

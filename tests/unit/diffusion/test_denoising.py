@@ -145,6 +145,40 @@ def test_draw_inverts_the_shaped_distribution(shaping: dict[str, Any]):
         assert float(found.entropy[row]) == pytest.approx(expected.entropy, rel=1e-5, abs=1e-6)
 
 
+class CountedReductions(denoising.WholeVocabulary):
+    """Counts what tensor ranks would have to agree on."""
+
+    count = 0
+
+    def _counted(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x
+
+    max = min = sum = gather_rows = _counted
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.count += 1
+        return super().before(x)
+
+
+@pytest.mark.parametrize(
+    ("shaping", "most"), [({"top_k": 20}, 2), ({"top_k": 20, "top_p": 0.9}, 2), ({"top_p": 0.9}, 6)]
+)
+def test_truncation_takes_few_reductions(shaping: dict[str, Any], most: int):
+    """Claim: one for the candidates or, with top-p alone, five sums of a few numbers; one for the
+    order of ties. The kept set of a real vocabulary's size is that of sorting."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 20_000, generator=generator).mul_(3).round_(decimals=1)  # with ties
+    uniform = torch.rand(4, generator=generator, dtype=torch.float64)
+    plain, counted = CountedReductions(), CountedReductions()
+    denoising.draw(logits, uniform, temperature=1.0, shard=plain)
+    found = denoising.draw(logits, uniform, temperature=1.0, shard=counted, **shaping)
+    assert counted.count - plain.count <= most
+    for row, u in enumerate(uniform.tolist()):
+        ours = rules(4, 4, "sequential", temperature=1.0, **shaping)
+        assert int(found.token[row]) == oracle.draw(logits[row], ours, u).token
+
+
 def chi_square(counts: Tensor, probability: Tensor) -> float:
     """Pearson's statistic over the ids that can be drawn, as standard deviations from its mean."""
     possible = probability > 0

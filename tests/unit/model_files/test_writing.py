@@ -29,8 +29,8 @@ def test_outside_is_beside_or_above(tmp_path: Path):
 COMMANDS = {
     "import": (import_hf.main, ["--hf", "{}", "--out", "{}/out", "--mask-token-id", str(MASK)]),
     "export": (export_hf.main, ["--checkpoint", "{}", "--out", "{}/out", "--format", "sdar"]),
-    "sample": (sample.main, ["--model", "{}", "--prompts", "ROWS", "--out", "{}/out.jsonl"]),
-    "answer": (answer.main, ["--model", "{}", "--prompts", "ROWS", "--out", "{}/out.jsonl"]),
+    "sample": (sample.main, ["--model", "{}", "--prompts", "{}", "--out", "{}/out.jsonl"]),
+    "answer": (answer.main, ["--model", "{}", "--prompts", "{}", "--out", "{}/out.jsonl"]),
     "prepare": (prepare_data.main, ["--source", "{}", "--tokenizer", "{}", "--out", "{}/o.jsonl"]),
     "pipeline": (
         pipeline,
