@@ -34,7 +34,7 @@ class Batch:
         self.child, self.still_wanted = child, still_wanted
         self.requests, self.replies = requests, replies
         self.cpus, self.walls = request["cpus"], request["walls"]
-        self.total = request["total"]
+        self.total = min(request["total"], sum(self.cpus))  # which may be infinite
         self.secret, self.number, self.used = os.urandom(16).hex(), 0, 0.0
         self.reader = channel.FrameReader(limit)
         self.poll = select.poll()
