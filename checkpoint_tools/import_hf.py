@@ -29,8 +29,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     team = start("import_hf")
     check_free(arguments.out)
-    check_outside(arguments.out, "--out", {"--hf": arguments.hf})
     shape = read_shape(arguments.hf)
+    check_outside(arguments.out, "--out", {"--hf": arguments.hf})
     with open_weights(arguments.hf, shape) as weights:
         mask = choose_mask(
             arguments.hf,

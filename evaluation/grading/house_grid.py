@@ -16,6 +16,8 @@ Grid = dict[str, Any]
 _FENCE = "```"
 _LABEL = re.compile(r"#?\d+")  # a house's key where it is only numbered
 _OBJECT = re.compile(r'\{(?=\s*+["}])')  # a brace that may open a JSON object
+# What no grid is: a decoder goes as deep as the process lets it, again from every brace.
+_DEEP = re.compile(r'(?:[{\[]\s*+(?:"[^"\\]{0,200}+"\s*+:\s*+)?+){32}')
 _DECODER = json.JSONDecoder()
 
 
@@ -114,7 +116,7 @@ def _objects(text: str) -> Iterator[Grid]:
     """Every JSON object of a text that lies in no other one."""
     end = 0
     for brace in _OBJECT.finditer(text):
-        if brace.start() < end:
+        if brace.start() < end or _DEEP.match(text, brace.start()):
             continue
         try:
             read, end = _DECODER.raw_decode(text, brace.start())

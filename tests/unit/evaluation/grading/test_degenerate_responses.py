@@ -4,8 +4,9 @@ Costs are in processor time of this process, and compared over lengths: what the
 grows with the square or the cube of the length.
 """
 
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -55,6 +56,15 @@ ROWS = {
     "addition": {"question": "2+2=", "answer": "4"},
     "exact_match": {"question": "2+2=", "answer": "4", "marker": "#"},
 }
+
+
+@pytest.fixture(autouse=True)
+def recursion_limit() -> Iterator[None]:
+    """As libraries raise it for the whole process."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    yield
+    sys.setrecursionlimit(before)
 
 
 def text_of(kind: str, length: int) -> str:
