@@ -4,7 +4,8 @@
 ``a2d-...`` ship their own code, with ``generate`` for block diffusion; ``qwen3``, ``qwen2`` and
 ``llama`` are the plain autoregressive layouts with the block contract noted in config.json. The
 tokenizer of all knows the mask token, and a model card says what the checkpoint records. An export
-gets its name after it has been compared with the checkpoint (see verify).
+gets its name after it has been compared with the checkpoint (see verify): every tensor as it is
+written, then logits and a sample of greedy tokens, or all that ``verify`` compares.
 """
 
 import math
@@ -34,21 +35,29 @@ from checkpoint_tools.quantization.export import (
 )
 from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
-from checkpoint_tools.verify import compare
+from checkpoint_tools.verify import FULL, SAMPLE, Extent, compare, compare_tensor
+from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.families import FORMATS
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
+from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
-from megatron_opdlm.model_files.writing import check_free
+from megatron_opdlm.model_files.writing import check_free, check_outside
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
+EXTENTS = {"sample": SAMPLE, "full": FULL}
 
 
 def main() -> None:
     """Check arguments and files before torch is imported, then convert."""
     arguments = _parser().parse_args()
     team = start("export_hf")
+    check_outside(arguments.out, "--out", {"--checkpoint": arguments.checkpoint})
     check_free(arguments.out)
+    try:
+        written_values.one_line(arguments.base_model)
+    except ValueError as error:
+        raise InputError(f"--base-model {arguments.base_model!r:.80} {error}") from error
     if arguments.shard_bytes < 1:
         raise InputError(f"--shard-bytes {arguments.shard_bytes}: a number of bytes; use 1 or more")
     manifest = read_manifest(arguments.checkpoint)
@@ -81,6 +90,7 @@ def main() -> None:
         shard_bytes=arguments.shard_bytes,
         card=CardFacts(base_model=arguments.base_model, evaluation=evaluation),
         quantization=quantization,
+        extent=EXTENTS[arguments.verify],
         team=team,
         quiet=arguments.quiet,
     )
@@ -104,6 +114,7 @@ def convert(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     card: CardFacts = CardFacts(),  # noqa: B008 -- frozen
     quantization: Quantization | None = None,
+    extent: Extent = SAMPLE,
     team: Team = Team(),  # noqa: B008 -- frozen
     quiet: bool = True,
 ) -> None:
@@ -142,14 +153,17 @@ def convert(
             ) as bar:
                 team.together(
                     lambda: _while_checking(
-                        lambda: _write(checkpoint, shape, exported, writer, team, bar),
+                        lambda: _write(checkpoint, shape, writer, team, bar),
                         lambda name: check_contents(checkpoint, manifest, [name]),
                         large,
                     )
                 )
         team.disband()
         if team.is_first:  # an export that differs gets no name
-            for result in compare(directory, checkpoint, manifest):
+            if quantization is None:
+                count = len(hf_names(exported))
+                print(f"verified weights: {count} tensors read back equal bit for bit in {dtype}")
+            for result in compare(directory, checkpoint, manifest, extent):
                 print(f"verified {result}", flush=True)
 
 
@@ -185,21 +199,26 @@ def _while_checking(
 def _write(
     checkpoint: Path,
     shape: ModelShape,
-    exported: ModelShape,
     writer: ShardWriter,
     team: Team,
     progress: Progress,
 ) -> None:
-    """Write this process's share of the tensors."""
+    """Write this process's share of the tensors, and read each back where the file's own header
+    says that it lies. Raises RunError where it is another than the checkpoint's.
+    """
     from checkpoint_tools.streaming.megatron_weights import read_weights
     from megatron_opdlm.model_files.names import hf_parts, megatron_names, sources
 
     get = with_explicit_head(read_weights(checkpoint, shape), shape)
+    exported, written = writer.shape, open_weights(writer.directory, writer.shape)
     names, sizes = megatron_names(exported), hf_names(exported)
     costs = [sum(math.prod(sizes[s]) for s in sources(name, exported)) for name in names]
     for number in team.share(costs):
         for name, tensor in hf_parts(names[number], exported, get(names[number])):
-            progress.update(writer.write(name, tensor))
+            size = writer.write(name, tensor)
+            compare_tensor(written, name, tensor, writer.dtype, checkpoint)
+            written.close()  # a mapping from before the next write need not show it
+            progress.update(size)
     writer.close()
 
 
@@ -225,6 +244,13 @@ def _parser() -> Arguments:
         type=int,
         default=DEFAULT_SHARD_BYTES,
         help="largest safetensors file, in bytes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--verify",
+        choices=EXTENTS,
+        default="sample",
+        help="what is compared beside the tensors: logits and tokens of one block, or all that "
+        "verify compares (default: %(default)s)",
     )
     _add_quantization(parser)
     add_quiet(parser)

@@ -21,13 +21,14 @@ from megatron_opdlm.model_files.manifest import HUGGINGFACE, WEIGHTS, BlockContr
 from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
-from megatron_opdlm.model_files.writing import check_free, write_json
+from megatron_opdlm.model_files.writing import check_free, check_outside, write_json
 
 
 def main() -> None:
     """Check everything that can be checked before torch is imported, then convert."""
     arguments = _parser().parse_args()
     team = start("import_hf")
+    check_outside(arguments.out, "--out", {"--hf": arguments.hf})
     check_free(arguments.out)
     shape = read_shape(arguments.hf)
     with open_weights(arguments.hf, shape) as weights:

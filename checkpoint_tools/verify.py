@@ -8,6 +8,9 @@
 
 Of a quantised export only the weights: they are the nearest numbers to the checkpoint's.
 
+An export compares each tensor as it is written, and then logits and a sample of the tokens: two
+passes of one block, at most eight prompts (``export_hf --verify full``: all of the above).
+
 The models are read layer by layer, so the memory is that of a layer and of the embedding. Every
 denoising pass reads the files once, for all prompts together.
 """
@@ -16,7 +19,7 @@ import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +45,27 @@ if TYPE_CHECKING:
 
 LOGITS_TOLERANCE = 1e-4  # of max |difference|, float32
 PROMPT_TOKENS = 24  # of the causal comparison; decoding prompts are shorter
-MOST_PASSES = 4  # per block: each reads the whole model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is compared. Every denoising pass reads the whole model."""
+
+    weights: bool  # False: they have been, while they were written
+    longest_prompt: int  # blocks; every prompt has more than one
+    most_prompts: int | None  # their lengths are spread evenly; None: one of every length
+    blocks: int  # that are decoded of each
+    most_passes: int  # per block
+
+    def lengths(self, block: int) -> list[int]:
+        """Of the prompts, in tokens: the longest is a multiple of the block."""
+        count = (self.longest_prompt - 1) * block
+        step = 1 if self.most_prompts is None else -(-count // self.most_prompts)
+        return list(range(self.longest_prompt * block, block, -step))[::-1]
+
+
+FULL = Extent(weights=True, longest_prompt=2, most_prompts=None, blocks=2, most_passes=4)
+SAMPLE = Extent(weights=False, longest_prompt=3, most_prompts=8, blocks=1, most_passes=2)
 
 
 def main() -> None:
@@ -60,8 +83,10 @@ def main() -> None:
         print(result, flush=True)
 
 
-def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]:
-    """Yield one line for each comparison that held.
+def compare(
+    hf_dir: Path, checkpoint: Path, manifest: Manifest, extent: Extent = FULL
+) -> Iterator[str]:
+    """Yield one line for each comparison that held. A quantised export's weights always are.
 
     Raises RunError at the first that does not, InputError for models of different shapes.
     """
@@ -82,11 +107,12 @@ def compare(hf_dir: Path, checkpoint: Path, manifest: Manifest) -> Iterator[str]
     with open_weights(hf_dir, shape) as weights:
         narrow = "bf16" if "bf16" in (weights.stored_dtype(), manifest.dtype) else "fp32"
         get = read_weights(checkpoint, stored)
-        found = with_explicit_head(get, stored)
-        yield "weights: " + compare_weights(weights, checkpoint, found, narrow)
+        if extent.weights:
+            found = with_explicit_head(get, stored)
+            yield "weights: " + compare_weights(weights, checkpoint, found, narrow)
         model = streamed_megatron(stored, get, narrow, str(checkpoint))
         yield "logits: " + compare_logits(weights, model, narrow)
-        yield "tokens: " + compare_tokens(weights, model, narrow)
+        yield "tokens: " + compare_tokens(weights, model, narrow, extent)
 
 
 def _compare_quantized(
@@ -106,19 +132,30 @@ def compare_weights(
     weights: HFWeights, checkpoint: Path, get: "Callable[[str], Tensor]", narrow: str
 ) -> str:
     """Bit equality in the narrower type. Raises RunError with the first tensor that differs."""
-    from checkpoint_tools.streaming.megatron_weights import DTYPES
     from megatron_opdlm.model_files.names import hf_from_megatron
 
-    dtype = DTYPES[narrow]
     for name, tensor in hf_from_megatron(weights.model_shape, get):
-        expected, found = _bits(weights.get(name).to(dtype)), _bits(tensor.to(dtype))
-        different = int((expected != found).sum())
-        if different:
-            raise RunError(
-                f"{name} differs in {different} of {tensor.numel()} values between "
-                f"{weights.directory} and {checkpoint}; export or import again"
-            )
+        compare_tensor(weights, name, tensor, narrow, checkpoint)
     return f"{len(weights.names())} tensors equal bit for bit in {narrow}"
+
+
+def compare_tensor(
+    weights: HFWeights, name: str, tensor: "Tensor", narrow: str, checkpoint: Path
+) -> None:
+    """Bit equality of one tensor of the checkpoint with the directory's in the narrower type.
+    Raises RunError where they differ.
+    """
+    import torch
+
+    from checkpoint_tools.streaming.megatron_weights import DTYPES
+
+    dtype = DTYPES[narrow]
+    found, expected = _bits(weights.get(name).to(dtype)), _bits(tensor.to(dtype))
+    if not torch.equal(found, expected):
+        raise RunError(
+            f"{name} differs in {int((found != expected).sum())} of {tensor.numel()} values "
+            f"between {weights.directory} and {checkpoint}; export or import again"
+        )
 
 
 def _bits(x: "Tensor") -> "Tensor":
@@ -175,7 +212,7 @@ def _transformers_own(weights: HFWeights) -> tuple[Any, Any]:
     return getattr(transformers, shape.family.plain.architecture), config
 
 
-def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> str:
+def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str, extent: Extent) -> str:
     """Greedy tokens of ``generate`` and of the rollout engine; RunError when they differ."""
     import torch
 
@@ -191,17 +228,21 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
     if foreign:
         return f"not compared ({foreign}; the directory's code was not run)"
     block = int(config["block_size"])
-    steps = min(block, MOST_PASSES)
+    steps = min(block, extent.most_passes)
     vocabulary = read_vocabulary(hf_dir)
     drawable = sorted(set(range(vocabulary.size)) - set(vocabulary.forbidden_ids))
-    lengths = range(block + 1, 2 * block + 1)  # every length modulo the block size
+    lengths = extent.lengths(block)
     prompts = [[drawable[(7 * i + n) % len(drawable)] for i in range(n)] for n in lengths]
-    found = _decode(model, vocabulary, prompts, block, steps)
+    limits = [extent.blocks * block - length % block for length in lengths]  # up to a block's end
+    found = _decode(model, vocabulary, prompts, limits, block, steps)
     reference, loading = streamed_transformers(*_exported_own(weights), weights, narrow)
     _set_end_tokens(reference, hf_dir)
     device = select_hardware().device
     expected = loading.run(
-        [partial(_generate, reference, torch.tensor([p], device=device), steps) for p in prompts]
+        [
+            partial(_generate, reference, torch.tensor([prompt], device=device), limit, steps)
+            for prompt, limit in zip(prompts, limits, strict=True)
+        ]
     )
     for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
         if ours != theirs:
@@ -212,9 +253,8 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
     return f"greedy, {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, equal"
 
 
-def _generate(reference: Any, ids: "Tensor", steps: int) -> list[int]:
-    """The response of an exported model, two blocks long."""
-    limit = 2 * reference.config.block_size
+def _generate(reference: Any, ids: "Tensor", limit: int, steps: int) -> list[int]:
+    """The response of an exported model, ``limit`` tokens at most."""
     made = reference.generate(ids, max_new_tokens=limit, denoising_steps=steps)
     return made[0, ids.shape[1] :].tolist()
 
@@ -242,17 +282,22 @@ def _exported_own(weights: HFWeights) -> tuple[Any, Any]:
 
 
 def _decode(
-    model: "LanguageModel", vocabulary: Vocabulary, prompts: list[list[int]], block: int, steps: int
+    model: "LanguageModel",
+    vocabulary: Vocabulary,
+    prompts: list[list[int]],
+    limits: list[int],
+    block: int,
+    steps: int,
 ) -> list[list[int]]:
     """Responses of the rollout engine to all prompts at once, static decoding."""
     from megatron_opdlm.configuration.engine_options import EngineOptions
     from megatron_opdlm.diffusion.decoding import Decoding
     from megatron_opdlm.rollout import Request, generate
 
-    rules = Decoding(block_size=block, denoising_steps=steps, max_new_tokens=2 * block)
+    rules = Decoding(block_size=block, denoising_steps=steps, max_new_tokens=max(limits))
     requests = [
-        Request(sample=i, prompt=Prompt(index=i, ids=ids), max_new_tokens=rules.max_new_tokens)
-        for i, ids in enumerate(prompts)
+        Request(sample=i, prompt=Prompt(index=i, ids=ids), max_new_tokens=limit)
+        for i, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
     made = generate(
         model,

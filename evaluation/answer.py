@@ -31,7 +31,13 @@ from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.model_files.writing import check_new_file, json_line, write_json, write_jsonl
+from megatron_opdlm.model_files.writing import (
+    check_new_file,
+    check_outside,
+    json_line,
+    write_json,
+    write_jsonl,
+)
 from megatron_opdlm.prompts import PromptSet, load_prompts
 from megatron_opdlm.records import Trajectory
 
@@ -185,6 +191,7 @@ def main() -> None:
     check_model(args.model)
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: a name that ends in .jsonl is needed")
+    check_outside(args.out, "--out", {"--model": args.model, "--prompts": args.prompts})
     check_new_file(args.out, "--out")
     read_rows(args.prompts, "--prompts")  # before any model is loaded
     settings = {

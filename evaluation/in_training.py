@@ -19,13 +19,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from evaluation.generation.load import Generator
 from evaluation.run import evaluate, load_training_tasks
 from evaluation.tasks import Row, Task, get_task
 from megatron_opdlm import parallel
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.generator import Generator
 from megatron_opdlm.metrics import EVALUATION
 from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.run.session import Session

@@ -86,7 +86,7 @@ def evaluate(
     """Evaluate every task: summary rows, the same on every rank, and predictions, on the writer
     only. A task that cannot be graded here is skipped; its row says why.
 
-    ``generator``: an ``evaluation.generation.load.Generator``. ``settings`` describe it in the
+    ``generator``: an ``megatron_opdlm.generator.Generator``. ``settings`` describe it in the
     summary. With ``out`` everything is streamed into that directory, and what is there already is
     not done again; without, nothing is written. ``show``: how far it is. Raises InputError for an
     ``out`` with other settings, and where no prompt fits the model.

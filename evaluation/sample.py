@@ -27,7 +27,7 @@ from evaluation.prompting import prompt_from, response_text
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.model_files.writing import check_new_file, write_jsonl
+from megatron_opdlm.model_files.writing import check_new_file, check_outside, write_jsonl
 from megatron_opdlm.prompts import what_is_asked
 from megatron_opdlm.records import Trajectory
 
@@ -91,7 +91,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
 
     Called only once every flag and file has been checked: the import brings torch.
     """
-    from evaluation.generation.load import load_generator
+    from megatron_opdlm.generator import load_generator
 
     return load_generator(
         model,
@@ -111,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
     check_model(args.model)
+    check_outside(args.out, "--out", {"--model": args.model, "--prompts": args.prompts})
     check_new_file(args.out, "--out")
     rows = read_prompts(args.prompts)
     generator = open_generator(args.model, loading)

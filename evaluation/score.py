@@ -4,26 +4,32 @@ Predictions: one object a line, ``{"index": row in the task's data file from 0, 
 ...]}``. Rows may be missing; the score is over those given. Rows with a ``task`` key of another
 task are passed over, so that the predictions.jsonl of ``evaluation.run`` can be graded again.
 A row may hold ``finish_reason``, a list with "stop" or "length" (ran into the limit) for each
-response. Writes ``summary.json`` and ``graded.jsonl`` into --out.
+response. Writes ``summary.json`` and ``graded.jsonl`` into --out, whole, at the end; the same
+command goes on where it was killed. An --out with other predictions, other data or another sandbox
+is refused.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from evaluation.grading.response import without_control_tokens, without_thinking
+from evaluation.generation.identity import hash_rows
+from evaluation.generation.predictions import SETTINGS, finished_rows, whole_lines
+from evaluation.generation.progress import Progress
+from evaluation.graded import grade_predictions, graded_row, summary_of, tell_scorer_errors
 from evaluation.jail.sandbox import use_sandbox
 from evaluation.jsonl import read_jsonl
 from evaluation.report import table
-from evaluation.reporting.summary import NOTHING_TO_VERIFY, Counts, SummaryRow, skipped, summarize
+from evaluation.reporting.results import SUMMARY
+from evaluation.reporting.summary import SummaryRow
 from evaluation.sandbox_flag import add_sandbox_flag
-from evaluation.tasks import NOT_SCORED, Grade, Row, Task, get_task
-from evaluation.tasks.guarded import grade_guarded
+from evaluation.tasks import Grade, Row, Task, get_task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
-from megatron_opdlm.model_files.writing import check_new_directory, write_json, write_jsonl
+from megatron_opdlm.model_files.writing import append_jsonl, write_json, write_jsonl
 
-PROMPT_TOO_LONG = "prompt_too_long"  # finish_reason where there was no room for a response
+GRADED, PARTIAL = "graded.jsonl", "graded.partial.jsonl"
+FIRST_PART, PART_SECONDS = 32, 20.0  # problems graded, then seconds' worth, before they are kept
 
 
 def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
@@ -63,124 +69,6 @@ def _is_texts(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
-def grade_predictions(task: Task, rows: list[Row], predictions: list[Row]) -> list[list[Grade]]:
-    """Grade ``predictions[i]["responses"]`` to ``rows[i]``, the whole task at once.
-
-    Control tokens and thinking never reach the task's grader. A thinking block that never ends
-    leaves no answer. ``finish_reason``, where given, flags the responses that ran into the limit,
-    and those that were never made because the prompt was too long.
-    """
-    read = [
-        [without_thinking(without_control_tokens(text)) for text in prediction["responses"]]
-        if PROMPT_TOO_LONG not in (prediction.get("finish_reason") or ())
-        else [None] * len(prediction["responses"])
-        for prediction in predictions
-    ]
-    answers = [[text for text in texts if text is not None] for texts in read]
-    grades = []
-    for prediction, texts, graded in zip(
-        predictions, read, grade_guarded(task, rows, answers), strict=True
-    ):
-        endings = prediction.get("finish_reason") or [None] * len(texts)
-        left = iter(graded)
-        grades.append(
-            [
-                _with_ending(_UNFINISHED_THINKING if text is None else next(left), ending)
-                for text, ending in zip(texts, endings, strict=True)
-            ]
-        )
-    return grades
-
-
-_UNFINISHED_THINKING = Grade(
-    correct=False, extracted=None, flags=["no_answer", "unfinished_thinking"]
-)
-
-
-def _with_ending(grade: Grade, ending: str | None) -> Grade:
-    if ending == PROMPT_TOO_LONG:
-        return replace(grade, flags=["no_answer", PROMPT_TOO_LONG])
-    return replace(grade, flags=[*grade.flags, "truncated"]) if ending == "length" else grade
-
-
-def truncation_rate(predictions: list[Row]) -> float | None:
-    """Share of the responses that ran into the limit; None when that was not recorded."""
-    endings = [row.get("finish_reason") for row in predictions]
-    if not all(endings):
-        return None
-    flat = [ending == "length" for row in endings for ending in row or []]
-    return sum(flat) / len(flat)
-
-
-def counts_of(predictions: list[Row]) -> Counts | None:
-    """What ``evaluation.run`` counted, from its predictions; None when it is not all there."""
-    kinds = {"response_ids": list, "passes": int, "forwards": int}
-    for row in predictions:
-        for key, kind in kinds.items():
-            values = row.get(key)
-            if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
-                return None
-    return Counts(
-        responses=sum(len(row["responses"]) for row in predictions),
-        response_tokens=sum(len(ids) for row in predictions for ids in row["response_ids"]),
-        passes=sum(sum(row["passes"]) for row in predictions),
-        forwards=sum(sum(row["forwards"]) for row in predictions),
-    )
-
-
-def graded_row(index: int, grades: list[Grade]) -> dict[str, Any]:
-    """The verdicts on one problem; ``strict`` and ``scores`` only where the task has them."""
-    row = {
-        "index": index,
-        "correct": [grade.correct for grade in grades],
-        "extracted": [grade.extracted for grade in grades],
-        "flags": [grade.flags for grade in grades],
-    }
-    if any(grade.strict is not None for grade in grades):
-        row["strict"] = [grade.strict for grade in grades]
-    if any(grade.scores for grade in grades):
-        row["scores"] = [grade.scores for grade in grades]
-    return row
-
-
-def summary_of(
-    task: Task,
-    rows: list[Row],
-    predictions: list[Row],
-    grades: list[list[Grade]],
-    *,
-    seconds: float,
-    settings: dict[str, Any],
-) -> SummaryRow:
-    """The summary row of graded predictions, with everything that they allow to be counted. Rows
-    without a verifiable answer are left out.
-    """
-    scored = [i for i, row in enumerate(grades) if not any(NOT_SCORED in g.flags for g in row)]
-    if not scored:
-        return skipped(task.name, NOTHING_TO_VERIFY, settings)
-    return summarize(
-        task.name,
-        [grades[i] for i in scored],
-        counts_of(predictions),
-        seconds=seconds,
-        settings=settings,
-        truncation_rate=truncation_rate(predictions),
-        divisions=[task.division(rows[i]) for i in scored],
-        pass_at_k=task.samples_pass_at_k,
-    )
-
-
-def tell_scorer_errors(summary: dict[str, Any]) -> None:
-    """Say on the terminal that a scorer failed on some responses."""
-    failed = summary.get("scorer_errors")
-    if failed:
-        print(
-            f"evaluation: {summary['task']}: the scorer failed on {failed} responses, which count "
-            "as wrong; their flags say scorer_error",
-            flush=True,
-        )
-
-
 def check_scorer(task: Task, rows: list[Row]) -> None:
     """RunError when this machine lacks what the task is graded with; the message installs it."""
     lacks = task.missing(rows)
@@ -188,24 +76,105 @@ def check_scorer(task: Task, rows: list[Row]) -> None:
         raise RunError(f"task {task.name}: {lacks}")
 
 
-def score(task: Task, data: Path, predictions: Path, out: Path) -> SummaryRow:
-    """Grade one predictions file and write the results."""
-    check_new_directory(out, "--out")
+class Verdicts:
+    """The grades of a scoring under way, by problem. OUT gets ``settings.json`` and a line in
+    ``graded.partial.jsonl`` for each graded problem; both make way for the results. Nothing is
+    there before the first verdicts.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        """InputError: --out holds anything else than a scoring of these settings."""
+        finished_rows(out, settings)  # one killed while it published is published again
+        self._out, self._settings = out, settings
+        self._grades: dict[int, list[Grade]] = {}
+        self.seconds = 0.0  # of grading, over all attempts
+        for row in whole_lines(out / PARTIAL, _is_verdict, _NO_VERDICT):
+            self._grades[row["index"]] = [Grade(**grade) for grade in row["grades"]]
+            self.seconds = row["seconds"]
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._grades
+
+    def __getitem__(self, index: int) -> list[Grade]:
+        return self._grades[index]
+
+    def add(self, grades: dict[int, list[Grade]], seconds: float) -> None:
+        """More problems are graded, which took this long. They are on disk afterwards."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        if not (self._out / SETTINGS).is_file():
+            write_json(self._out / SETTINGS, self._settings)
+        self.seconds += seconds
+        self._grades |= grades
+        rows = [
+            {"index": i, "grades": [asdict(grade) for grade in own], "seconds": self.seconds}
+            for i, own in grades.items()
+        ]
+        append_jsonl(self._out / PARTIAL, rows)
+
+    def publish(self, graded: list[dict[str, Any]], summary: SummaryRow) -> None:
+        """All are graded: ``summary.json`` comes last and says that the rest is there."""
+        write_jsonl(self._out / GRADED, graded)
+        write_json(self._out / SUMMARY, [summary.as_dict()])
+        (self._out / SETTINGS).unlink()  # first: what is left by a kill here is never gone on with
+        (self._out / PARTIAL).unlink()
+
+
+_NO_VERDICT = "not a verdict of evaluation.score; remove the line, and its problem is graded again"
+
+
+def _is_verdict(row: object) -> bool:
+    return isinstance(row, dict) and {"index", "grades", "seconds"} <= row.keys()
+
+
+def grade_in_parts(
+    task: Task, rows: list[Row], predictions: list[Row], verdicts: Verdicts, *, show: bool
+) -> None:
+    """Grade what has no verdict yet, as ``grade_predictions`` does, and keep it part by part: a
+    part takes about as long as a user would like to lose, and is large enough to fill the cores.
+    """
+    pairs = list(zip(rows, predictions, strict=True))
+    left = [pair for pair in pairs if pair[1]["index"] not in verdicts]
+    total, missing = (sum(len(given["responses"]) for _, given in some) for some in (pairs, left))
+    size = FIRST_PART
+    with Progress(f"{task.name}, graded", total, total - missing, show=show) as progress:
+        while left:
+            part, left = left[:size], left[size:]
+            start = time.monotonic()
+            given = [prediction for _, prediction in part]
+            grades = grade_predictions(task, [row for row, _ in part], given)
+            seconds = time.monotonic() - start
+            indices = (prediction["index"] for prediction in given)
+            verdicts.add(dict(zip(indices, grades, strict=True)), seconds)
+            progress.advance(responses=sum(map(len, grades)))
+            wanted = int(size * PART_SECONDS / max(seconds, 1e-6))
+            size = min(max(wanted, FIRST_PART), 4 * size)
+
+
+def score(
+    task: Task, data: Path, predictions: Path, out: Path, *, show: bool = False
+) -> SummaryRow:
+    """Grade one predictions file and write the results; goes on with what is in ``out`` of the same
+    scoring. ``show``: how far it is. InputError: ``out`` holds anything else.
+    """
     problems = task.load(data)
     given = read_predictions(predictions, task, len(problems))
     rows = [problems[row["index"]] for row in given]
     check_scorer(task, rows)
-    start = time.monotonic()
-    grades = grade_predictions(task, rows, given)
-    summary = summary_of(
-        task, rows, given, grades, seconds=time.monotonic() - start, settings=task.settings()
-    )
-    out.mkdir(parents=True, exist_ok=True)
+    settings = task.settings()
+    asked = {
+        "task": task.name,
+        "data": hash_rows(problems),
+        "predictions": hash_rows(given),
+        "sandbox": settings.get("sandbox", {}).get("layers"),
+    }
+    verdicts = Verdicts(out, asked)
+    grade_in_parts(task, rows, given, verdicts, show=show)
+    grades = [verdicts[row["index"]] for row in given]
+    summary = summary_of(task, rows, given, grades, seconds=verdicts.seconds, settings=settings)
     graded = [
         graded_row(row["index"], row_grades) for row, row_grades in zip(given, grades, strict=True)
     ]
-    write_jsonl(out / "graded.jsonl", graded)
-    write_json(out / "summary.json", [summary.as_dict()])
+    verdicts.publish(graded, summary)
     return summary
 
 
@@ -218,7 +187,7 @@ def main() -> None:
     add_sandbox_flag(parser)
     args = parser.parse_args()
     use_sandbox(args.sandbox)
-    summary = score(get_task(args.task), args.data, args.predictions, args.out)
+    summary = score(get_task(args.task), args.data, args.predictions, args.out, show=True)
     tell_scorer_errors(summary.as_dict())
     print(table([summary.as_dict()]))
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("megatron_opdlm.train", "on-policy distillation"),
     "replay": ("megatron_opdlm.replay", "loss and gradient norm of recorded states"),
     "sample": ("evaluation.sample", "responses for a file of prompts, with each token's pass"),
+    "chat": ("evaluation.chat", "a talk on the terminal, the answers block by block"),
     "answer": ("evaluation.answer", "a model's own answers to a training set, to train on them"),
     "download": ("evaluation.download", "data files of the benchmarks"),
     "eval": ("evaluation.run", "benchmarks: responses, grades and a summary"),

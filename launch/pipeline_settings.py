@@ -17,7 +17,7 @@ from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.families import FORMATS, QWEN3
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
-from megatron_opdlm.model_files.writing import check_place
+from megatron_opdlm.model_files.writing import check_outside, check_place
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.public_shapes import public_name, public_shape
 
@@ -103,6 +103,7 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: a whole number; use {least} or more")
     recipe = load_config(args.recipe, keys_of(args.data.resolve(), args.overrides))
+    check_outside(args.out, "--out", {"--hf": args.hf, "--data": args.data})
     check_place(args.out, f"--out {args.out}")
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")

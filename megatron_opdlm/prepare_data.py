@@ -29,7 +29,7 @@ from megatron_opdlm.data.dapo import dapo_rows, is_dapo
 from megatron_opdlm.data.rows import Row, read_rows
 from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, Published, ask, fetch, published_as
 from megatron_opdlm.errors import Arguments, InputError, command
-from megatron_opdlm.model_files.writing import check_place, write_json, write_jsonl
+from megatron_opdlm.model_files.writing import check_outside, check_place, write_json, write_jsonl
 from megatron_opdlm.prompts import check_vocabulary, render
 
 _SHOWN = 3  # faulty rows named in an error
@@ -200,11 +200,12 @@ def main() -> None:
         raise InputError(f"--out {args.out}: a name that ends in .jsonl is needed")
     if args.out.exists():
         raise InputError(f"--out {args.out}: exists already; choose another name or remove it")
+    local = Path(os.path.expanduser(args.source))
+    check_outside(args.out, "--out", {"--source": local, "--tokenizer": args.tokenizer})
     check_place(args.out, f"--out {args.out}")
     if args.ngram < 1 or args.max_prompt_tokens < 0:
         raise InputError("--ngram is 1 or more and --max-prompt-tokens 0 or more; correct it")
     others = evaluation_files(args.evaluation_data) if args.evaluation_data is not None else []
-    local = Path(os.path.expanduser(args.source))
     path = local if local.exists() else fetch(args.source, args.revision, args.cache)
     problems = EvaluationProblems.read(others, args.ngram, path) if others else None
     published = PUBLISHED.get(args.source) if path is not local else None

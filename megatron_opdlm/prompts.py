@@ -215,7 +215,14 @@ def _require_tokenizer(tokenizer: Any, key: str) -> None:
 def _encode(tokenizer: Any, text: str, key: str) -> list[int]:
     """Ids of the text of ``key`` as it stands: templates bring their own special tokens."""
     _require_tokenizer(tokenizer, key)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    try:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except (
+        Exception
+    ) as error:  # a bare one, where a character is unknown and no token stands for it
+        raise InputError(
+            f"the model's tokenizer cannot read {key!r} ({error}); use characters that it knows"
+        ) from error
 
 
 def _checked_ids(ids: Any) -> list[int]:

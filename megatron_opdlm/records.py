@@ -63,6 +63,17 @@ class Trajectory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Block:
+    """What one finished block adds to a response, as users get it: nothing of the prompt, and
+    nothing after the first end token or the limit. It can be empty.
+    """
+
+    sample: int  # of its request
+    ids: list[int]  # [at most B]
+    committed_at: list[int]  # as long: 1-based denoising pass of each token
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """What generating requests made and what it cost."""
 

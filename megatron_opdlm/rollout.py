@@ -40,7 +40,7 @@ from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
-from megatron_opdlm.records import Rollout, Trajectory, Vocabulary
+from megatron_opdlm.records import Block, Rollout, Trajectory, Vocabulary
 from megatron_opdlm.supervision import activity
 
 __all__ = ["Request", "generate", "generate_over_copies"]
@@ -57,12 +57,13 @@ def generate_over_copies(
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
     close: Callable[[], None] = lambda: None,
+    committed: Callable[[Block], None] | None = None,
     keeper: DecoderKeeper | None = None,
 ) -> Rollout:
     """Share the requests out over all copies of the model, ``generate``, gather: trajectories are
     in the order of the requests, on every rank; a copy without work is legal. Not complete, and
     without trajectories, where any copy was told to stop. ``close``: called when this rank's copy
-    has made its share.
+    has made its share. ``committed``: given the blocks that this rank's copy makes.
     """
     mine = split_over_replicas(requests, parallel.generators(), decoding)[parallel.generator_rank()]
     made = generate(
@@ -74,6 +75,7 @@ def generate_over_copies(
         options=options,
         stop=stop,
         finished=finished,
+        committed=committed,
         keeper=keeper,
     )
     close()
@@ -99,6 +101,7 @@ def generate(
     options: EngineOptions = EngineOptions(),
     stop: Callable[[], bool] = lambda: False,
     finished: Callable[[Trajectory], None] = lambda _: None,
+    committed: Callable[[Block], None] | None = None,
     keeper: DecoderKeeper | None = None,
 ) -> Rollout:
     """Generate this model replica's requests; trajectories are in their order and the same on all
@@ -107,8 +110,10 @@ def generate(
     ``key`` = (seed, step): with the sample's number it decides every random draw, so a response
     depends neither on its batch nor on the layout. Requests that do not fit the budgets of
     ``options`` wait. ``stop``: asked after every forward on the rank that draws; True ends the call
-    early on all ranks of the replica. ``finished``: given each trajectory as it ends. ``keeper``:
-    given to several calls with a ``kv_cache_tokens``, it keeps the cache and what was captured.
+    early on all ranks of the replica. ``finished``: given each trajectory as it ends.
+    ``committed``: given each block of a response when it is known to be finished, in order.
+    ``keeper``: given to several calls with a ``kv_cache_tokens``, it keeps the cache and what was
+    captured.
 
     Raises RunError for a cache that cannot hold the longest request (other replicas may not find
     it), InputError for an empty prompt where logits are read from the position before.
@@ -137,7 +142,7 @@ def generate(
     try:
         with without_sequence_parallel(model):
             decoder = keeper.take(model, rules, vocabulary, room, way.kernel, captures)
-            made = _Engine(decoder, queue, stop, finished).run()
+            made = _Engine(decoder, queue, stop, finished, committed).run()
     finally:
         model.train(was_training)
     if options.kv_cache_tokens is not None:
@@ -177,7 +182,9 @@ class _Engine:
         queue: Queue,
         stop: Callable[[], bool],
         finished: Callable[[Trajectory], None],
+        committed: Callable[[Block], None] | None,
     ) -> None:
+        self.committed = committed
         self.model, self.queue, self.stop, self.finished = decoder.model, queue, stop, finished
         self.keeps_step = parallel.expert_size() > 1
         self.room = decoder.room
@@ -192,9 +199,8 @@ class _Engine:
         group.state.begin(self.queue.rules.threshold)
         pages = Pages(group.pages, slots, room.page_tokens, room.positions)
         ahead = 1 + group.passes.lag
-        return _Group(
-            device=group, books=SlotBooks(self.queue, slots, room.positions, pages, ahead)
-        )
+        books = SlotBooks(self.queue, slots, room.positions, pages, ahead, self.committed)
+        return _Group(device=group, books=books)
 
     def run(self) -> Rollout:
         """Admit, denoise and retire, group by group, until every request has its trajectory, or

@@ -49,7 +49,7 @@ class ShardWriter:
         shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
         """``dtype``: "fp32" or "bf16". A shard exceeds ``shard_bytes`` for one tensor only."""
-        self._directory, self._dtype = directory, dtype
+        self.directory, self.shape, self.dtype = directory, shape, dtype
         self._sizes = hf_names(shape)
         self._shards = plan_shards(self._sizes, _NAMES[dtype], shard_bytes)
         self._place = {
@@ -60,14 +60,14 @@ class ShardWriter:
     def create_files(self) -> None:
         """Headers and index, once; the files have their full length from the start."""
         for shard in self._shards:
-            with (self._directory / shard.file).open("xb") as file:
+            with (self.directory / shard.file).open("xb") as file:
                 file.write(shard.header)
                 file.truncate(shard.bytes)
         if len(self._shards) > 1:
             total = sum(stop - start for _, start, stop in self._place.values())
             weight_map = {name: shard.file for name, (shard, _, _) in self._place.items()}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def write(self, name: str, tensor: "Tensor") -> int:
         """Put one tensor into its place, rounded to the type of the export; returns its bytes.
@@ -78,7 +78,7 @@ class ShardWriter:
 
         shard, start, stop = self._place[name]
         assert tuple(tensor.shape) == self._sizes[name], (name, tuple(tensor.shape))
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self._dtype]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
         flat, position = tensor.reshape(-1), start
         for block in flat.split(_BLOCK_VALUES) if flat.dtype != dtype else (flat,):
             data = block.to(dtype).view(torch.uint8).numpy().data
@@ -97,7 +97,7 @@ class ShardWriter:
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
-            self._open[file] = os.open(self._directory / file, os.O_WRONLY)
+            self._open[file] = os.open(self.directory / file, os.O_WRONLY)
         return self._open[file]
 
 

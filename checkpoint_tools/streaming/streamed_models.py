@@ -1,9 +1,10 @@
 """The two implementations that ``verify`` compares, with one layer's weights in memory at a time.
 
 Both are built without memory for their weights (on the meta device). Before a layer runs, its
-weights are read from the files and converted to float32; those of the layer before are dropped. So
-a forward costs one pass over the files and the memory of one layer; of our model the embedding and
-the output layer stay.
+weights are read from the files and converted to float32, in the memory that those of the layer
+before had: fresh memory costs more time than the conversion. So a forward costs one pass over the
+files and the memory of one layer; of our model the embedding and the output layer stay, and
+transformers' has memory for one of the two.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from megatron_opdlm.model_files.names import EMBEDDING, OUTPUT
 from megatron_opdlm.model_files.safetensors_dir import HFWeights
 from megatron_opdlm.model_files.shape import ModelShape
 
-Loader = Callable[[], Tensor]
+Loader = Callable[[], Tensor]  # the tensor as it is stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +36,28 @@ class Precision:
     narrow: str  # "bf16" | "fp32": both sides are rounded to the narrower of their stored types
     device: torch.device
 
-    def __call__(self, stored: Tensor) -> Tensor:
-        return stored.to(DTYPES[self.narrow]).to(device=self.device, dtype=torch.float32)
+    def __call__(self, stored: Tensor, memory: Tensor | None = None) -> Tensor:
+        """In ``memory`` of the same shape or in new one; ``stored`` itself if nothing changes."""
+        rounded = stored.to(DTYPES[self.narrow])
+        if rounded.dtype is torch.float32 and rounded.device == self.device:
+            return rounded
+        if memory is None:
+            memory = torch.empty(stored.shape, dtype=torch.float32, device=self.device)
+        return memory.copy_(rounded)
 
 
 class WeightStream:
     """Fills each part of a model when it is about to run, and empties the one before."""
 
-    def __init__(self, parts: Sequence[tuple[nn.Module, Mapping[str, Loader]]]) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[nn.Module, Mapping[str, Loader]]], precision: Precision
+    ) -> None:
         """``parts``: modules in the order in which they run, each with the loaders of its
         parameters by their names inside the module.
         """
         self.loading = SharedLoading()
+        self._precision = precision
+        self._memory: dict[tuple[str, torch.Size], Tensor] = {}  # by name in a part, and shape
         self._filled: tuple[nn.Module, dict[str, Any]] | None = None
         for module, loaders in parts:
             module.register_forward_pre_hook(self._hook(module, loaders))
@@ -62,7 +73,15 @@ class WeightStream:
             _set(*self._filled)
         self._filled = module, {name: module.get_parameter(name) for name in loaders}
         for name, load in loaders.items():  # one by one: the stored tensor goes before the next
-            _set(module, {name: load()})
+            _set(module, {name: self._in_memory(name, load())})
+
+    @torch.inference_mode(False)  # whatever mode the next pass runs in, it may write there, too
+    def _in_memory(self, name: str, stored: Tensor) -> Tensor:
+        key = name, stored.shape
+        value = self._precision(stored, self._memory.get(key))
+        if value is not stored:
+            self._memory[key] = value
+        return value
 
 
 def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -96,14 +115,14 @@ def streamed_megatron(
         rows = shape.vocab_size if global_name in (EMBEDDING, OUTPUT) else None
 
         def load(global_name: str = global_name, rows: int | None = rows) -> Tensor:
-            return precision(get(global_name)[:rows])
+            return get(global_name)[:rows]
 
         if path.startswith("decoder.layers."):
             number, _, inside = path.removeprefix("decoder.layers.").partition(".")
             layers[int(number)][inside] = load
         else:
-            _set(model, {path: load()})
-    WeightStream(list(zip(model.decoder.layers, layers, strict=True)))
+            _set(model, {path: precision(load())})
+    WeightStream(list(zip(model.decoder.layers, layers, strict=True)), precision)
     return model.requires_grad_(False).eval()
 
 
@@ -124,20 +143,20 @@ def streamed_transformers(
         ("lm_head.", model.lm_head),
     ):
         loaders = {
-            name: _loader(prefix + name, parameter.shape, weights, precision)
+            name: _loader(prefix + name, parameter.shape, weights)
             for name, parameter in module.named_parameters()
         }
         parts.append((module, loaders))
-    stream = WeightStream(parts)
+    stream = WeightStream(parts, precision)
     return model.requires_grad_(False).eval(), stream.loading
 
 
-def _loader(name: str, size: torch.Size, weights: HFWeights, precision: Precision) -> Loader:
+def _loader(name: str, size: torch.Size, weights: HFWeights) -> Loader:
     """Reads a parameter of transformers from the files, where experts are stored one by one."""
     if name == "lm_head.weight" and weights.model_shape.tied:
         name = "model.embed_tokens.weight"
     if name in weights.names():
-        return lambda: precision(weights.get(name))
+        return lambda: weights.get(name)
     prefix, _, joined = name.rpartition(".")
     kinds = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(joined)
     if kinds is None or not prefix.endswith(".experts"):
@@ -145,10 +164,13 @@ def _loader(name: str, size: torch.Size, weights: HFWeights, precision: Precisio
 
     def load() -> Tensor:
         """Transformers 5 keeps all experts of a layer in one tensor [E, rows, columns]."""
-        together = torch.empty(size, dtype=torch.float32, device=precision.device)
-        for expert, into in enumerate(together):
+        together: Tensor | None = None
+        for expert in range(size[0]):
             parts = [weights.get(f"{prefix}.{expert}.{kind}.weight") for kind in kinds]
-            into.copy_(precision(torch.cat(parts)))
+            if together is None:
+                together = torch.empty(size, dtype=parts[0].dtype)
+            torch.cat(parts, out=together[expert])
+        assert together is not None
         return together
 
     return load

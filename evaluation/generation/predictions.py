@@ -9,7 +9,7 @@ that goes on after its end, because a task that was skipped can be graded now, h
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class Predictions:
         summary = next((out / name for name in (SUMMARY, PARTIAL) if (out / name).is_file()), None)
         known = read_summary(summary) if summary is not None else []
         self.summaries = {row["task"]: row for row in known if not is_waiting(row)}
-        for row in _whole_lines(out / PREDICTIONS):
+        for row in whole_lines(out / PREDICTIONS, _is_prediction, _NO_PREDICTION):
             task, index = row["task"], row["index"]
             if "sample" in row and task in self.summaries:  # killed before its lines were replaced
                 self._before[task] = self.summaries.pop(task)["seconds"]
@@ -187,10 +187,10 @@ class Predictions:
         write_jsonl(self._out / PREDICTIONS, chain(graded, lines))
 
 
-def _whole_lines(path: Path) -> list[Row]:
-    """Every row; a last line that a kill tore is cut off the file.
+def whole_lines(path: Path, is_ours: Callable[[Any], bool], rule: str) -> list[Row]:
+    """Every row of a file under way; a last line that a kill tore is cut off the file.
 
-    InputError for any other line that was not written by us.
+    InputError (``rule``: what a line must be; remedy) for any other that is not ours.
     """
     if not path.is_file():
         return []
@@ -205,13 +205,15 @@ def _whole_lines(path: Path) -> list[Row]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not _is_prediction(row):
-            raise InputError(
-                f"{path}: line {number}: not a prediction of evaluation.run; remove the line, and "
-                "its responses are generated again"
-            )
+        if not is_ours(row):
+            raise InputError(f"{path}: line {number}: {rule}")
         rows.append(row)
     return rows
+
+
+_NO_PREDICTION = (
+    "not a prediction of evaluation.run; remove the line, and its responses are generated again"
+)
 
 
 def _is_prediction(row: object) -> bool:

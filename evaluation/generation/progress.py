@@ -1,4 +1,4 @@
-"""How far a generation is: a bar on a terminal, else a line now and then."""
+"""How far a generation or a grading is: a bar on a terminal, else a line now and then."""
 
 import sys
 import time
@@ -9,8 +9,8 @@ LINE_SECONDS = 30.0  # between lines where nobody watches
 
 
 class Progress:
-    """Counts finished responses and their tokens; rates and the time left are of this process. Use
-    as a context manager. Not shown: it counts silently.
+    """Counts finished responses and, where they have any, their tokens; rates and the time left are
+    of this process. Use as a context manager. Not shown: it counts silently.
     """
 
     def __init__(self, name: str, total: int, done: int, *, show: bool) -> None:
@@ -30,13 +30,14 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, tokens: int) -> None:
-        """One more response of this many tokens."""
-        self._done += 1
+    def advance(self, tokens: int = 0, responses: int = 1) -> None:
+        """More responses, of this many tokens together."""
+        self._done += responses
         self._tokens += tokens
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._rate():,.0f} tokens/s", refresh=False)
-            self._bar.update()
+            if self._tokens:
+                self._bar.set_postfix_str(self._rate(), refresh=False)
+            self._bar.update(responses)
         elif self._show and time.monotonic() - self._spoken >= LINE_SECONDS:
             self._spoken = time.monotonic()
             print(self.line(), flush=True)
@@ -45,13 +46,13 @@ class Progress:
         """As ``GSM8K: 120 of 1319 responses, 350 tokens/s, 2.1 minutes left``."""
         made = self._done - self._before
         left = (self._total - self._done) * self._seconds() / max(made, 1) / 60
+        rate = f"{self._rate()}, " if self._tokens else ""
         return (
-            f"{self._name}: {self._done} of {self._total} responses, "
-            f"{self._rate():,.0f} tokens/s, {left:.1f} minutes left"
+            f"{self._name}: {self._done} of {self._total} responses, {rate}{left:.1f} minutes left"
         )
 
-    def _rate(self) -> float:
-        return self._tokens / self._seconds()
+    def _rate(self) -> str:
+        return f"{self._tokens / self._seconds():,.0f} tokens/s"
 
     def _seconds(self) -> float:
         return max(time.monotonic() - self._start, 1e-6)

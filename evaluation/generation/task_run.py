@@ -5,14 +5,14 @@ from typing import Any
 
 from evaluation.generation.predictions import Predictions
 from evaluation.generation.progress import Progress
-from evaluation.prompting import response_text
-from evaluation.score import (
+from evaluation.graded import (
     PROMPT_TOO_LONG,
     grade_predictions,
     graded_row,
     summary_of,
     tell_scorer_errors,
 )
+from evaluation.prompting import response_text
 from evaluation.tasks import Row, Task
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.records import Prompt, Trajectory

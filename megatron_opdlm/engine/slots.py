@@ -6,7 +6,7 @@ here. S slots of a group, B tokens per block. All ranks of a model replica keep 
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine import slot_state
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.planning import balance
-from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
+from megatron_opdlm.records import Block, Prompt, Trajectory, Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +108,19 @@ class SlotBooks:
     """Slots of one group."""
 
     def __init__(
-        self, queue: Queue, slots: int, positions: int, pages: Pages, blocks_ahead: int
+        self,
+        queue: Queue,
+        slots: int,
+        positions: int,
+        pages: Pages,
+        blocks_ahead: int,
+        committed: Callable[[Block], None] | None = None,
     ) -> None:
         """``blocks_ahead``: blocks from the last known block's start that a slot may have to have
-        room for in the next pass.
+        room for in the next pass. ``committed``: given each block of a response when it is known
+        to be finished.
         """
+        self.committed = committed
         self.queue, self.pages, self.ahead = queue, pages, blocks_ahead * queue.rules.block_size
         self.request = np.full(slots, -1)  # which request a slot works on; -1: free
         self.order = np.zeros(slots, dtype=np.int64)
@@ -142,6 +150,9 @@ class SlotBooks:
         new = report[finished, slot_state.TOKENS :]
         self.tokens[place], self.committed_at[place] = new[:, :size], new[:, size:]
         self.block_start[finished] += size
+        if self.committed is not None:
+            for slot in finished.tolist():
+                self.committed(self._block(slot))
         self.passes_before[finished] = self.passes[finished]
         (over,) = report[:, slot_state.OVER].nonzero()
         return [self._retire(slot) for slot in over.tolist()]
@@ -172,6 +183,18 @@ class SlotBooks:
             forwards=int(self.passes[slot]),
             passes=int(self.passes[slot]),
         )
+
+    def _block(self, slot: int) -> Block:
+        """The block before ``block_start``, cut to what users get."""
+        request = self.queue.requests[int(self.request[slot])]
+        prompt_end, stop = len(request.prompt.ids), int(self.block_start[slot])
+        start = max(stop - self.queue.rules.block_size, prompt_end)
+        stop = min(stop, prompt_end + request.max_new_tokens)
+        ids = self.tokens[slot, start:stop].tolist()
+        ends = [i for i, token in enumerate(ids) if token in self._end_ids]
+        ids = ids[: ends[0] + 1] if ends else ids
+        passes = self.committed_at[slot, start : start + len(ids)].tolist()
+        return Block(sample=request.sample, ids=ids, committed_at=passes)
 
     @property
     def _end_ids(self) -> tuple[int, ...]:

@@ -35,6 +35,20 @@ def check_place(out: Path, what: str) -> None:
         raise InputError(f"{what}: {nearest} may not be written to; choose another place")
 
 
+def check_outside(out: Path, what: str, read: Mapping[str, Path | None]) -> None:
+    """InputError where ``out`` (named ``what``) lies in a directory that is read: it would change
+    what stands there. ``read``: what names each of them, and where it is.
+    """
+    target = Path(os.path.realpath(out))
+    for name, source in read.items():
+        if source is not None and source.is_dir():
+            directory = Path(os.path.realpath(source))
+            if directory == target or directory in target.parents:
+                raise InputError(
+                    f"{what} {out}: lies in {name} {source}, which is read; choose a place outside"
+                )
+
+
 def check_new_directory(out: Path, flag: str) -> None:
     """An output directory that is filled in place must be absent or empty."""
     check_place(out, f"{flag} {out}")

@@ -9,7 +9,7 @@ from megatron_opdlm.data.content_hash import content_hash
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.fingerprint import fingerprint
 from megatron_opdlm.model_files.manifest import CONFIG
-from megatron_opdlm.model_files.writing import check_place, write_json, write_text
+from megatron_opdlm.model_files.writing import check_outside, check_place, write_json, write_text
 from megatron_opdlm.run.provenance import read_starts
 from megatron_opdlm.run.record_files import read_record
 from megatron_opdlm.run.run_lock import LOCK
@@ -22,6 +22,8 @@ def check_run_directory(config: Config) -> None:
     other data, prompts or models (naming the keys).
     """
     out = Path(config.train.out)
+    read = (("model.path", config.model.path), ("teacher.path", config.teacher.path))
+    check_outside(out, "train.out", {key: Path(path) for key, path in read if path})
     check_place(out, f"train.out={out}")
     if not out.exists():
         return

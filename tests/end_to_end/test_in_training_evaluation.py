@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from evaluation import in_training
-from evaluation.generation.load import load_generator
 from evaluation.sample import sample
 from megatron_opdlm import train
 from megatron_opdlm.config import load_config
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, Stopped
+from megatron_opdlm.generator import load_generator
 from megatron_opdlm.supervision import preemption
 from tests import training_run
 from tests.conftest import MASK

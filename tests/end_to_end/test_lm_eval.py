@@ -19,12 +19,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from checkpoint_tools import export_hf
-from evaluation.generation.load import load_generator
 from evaluation.lm_eval_model import OpdlmModel, cut_before
 from evaluation.run import evaluate, load_tasks
 from evaluation.sample import sample
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.generator import load_generator
 from tests.conftest import TinyModels
 
 QUESTIONS = ("a", "bc", "1+2=", "xyz?", "0", "what")

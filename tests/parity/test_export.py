@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from checkpoint_tools import export_hf, import_hf, verify
+from checkpoint_tools.export.safetensors_writer import ShardWriter
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.manifest import BlockContract, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
@@ -291,6 +293,75 @@ def test_an_export_that_differs_gets_no_name(
             dtype="bf16",
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def export(exported: Exported, out: Path) -> None:
+    """As the command does by default."""
+    export_hf.convert(
+        exported.checkpoint,
+        out,
+        read_manifest(exported.checkpoint),
+        read_shape(exported.source),
+        model_format="a2d-qwen3",
+        dtype="bf16",
+    )
+
+
+def test_an_export_finds_a_damaged_tensor_and_another_configuration(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Claim: one bit that a write loses, and a rope_theta that is not the checkpoint's, end an
+    export by default; without them it says what it compared."""
+    export(exported, tmp_path / "good")
+    said = capsys.readouterr().out
+    assert said.splitlines()[0].endswith("tensors read back equal bit for bit in bf16")
+    assert said.splitlines()[2] == "verified tokens: greedy, 8 prompts of 5 to 12 tokens, equal"
+    name = "model.layers.1.mlp.down_proj.weight"
+    write, write_files = ShardWriter.write, export_hf.write_files
+
+    def damaged(self: ShardWriter, written: str, tensor: torch.Tensor) -> int:
+        if written == name:
+            tensor = tensor.bfloat16()
+            tensor.view(torch.int16).flatten()[-1] ^= 1
+        return write(self, written, tensor)
+
+    def other_theta(directory: Path, *arguments: Any, **options: Any) -> None:
+        write_files(directory, *arguments, **options)
+        edit_json(directory / "config.json", rope_theta=12345.0, rope_parameters=None)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ShardWriter, "write", damaged)
+        with pytest.raises(RunError, match=f"{name} differs in 1 of"):
+            export(exported, tmp_path / "damaged")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(export_hf, "write_files", other_theta)
+        with pytest.raises(InputError, match=r"rope_theta=12345\.0"):
+            export(exported, tmp_path / "theta")
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("key[None, :] // size <= query[:, None] // size", "key[None, :] <= query[:, None]"),
+        ("position_ids=query[None]", "position_ids=(query - offset)[None]"),
+        ("drawn.confidence.view(rows, size)", "-drawn.confidence.view(rows, size)"),
+        ("drawn.token.view(rows, size)", "drawn.token.view(rows, size).roll(1, 1)"),
+    ],
+)
+def test_an_export_finds_another_decoding(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    """Claim: the sample of tokens notices causal attention inside a block, positions that start
+    again behind the cache, the least confident tokens first, and tokens in the wrong place."""
+    code = Path(shutil.copytree(exported.a2d, tmp_path / "code"))
+    text = (code / "block_diffusion.py").read_text()
+    assert text.count(right) == 1
+    (code / "block_diffusion.py").write_text(text.replace(right, wrong))
+    files = tuple(code.glob("*.py"))
+    monkeypatch.setattr(verify, "code_of", lambda _: files)
+    with pytest.raises(RunError, match="greedy tokens differ"):
+        export(exported, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("imported", "dtype"), [("fp32", "bf16"), ("bf16", "fp32")])

@@ -35,7 +35,7 @@ FLOW = (
     *("teacher", "divergence", "update", "checkpoint"),
 )
 # What wires a run together; within megatron_opdlm nothing else imports these.
-WIRING = ("run", "train", "replay")
+WIRING = ("run", "train", "replay", "api")
 # Started by people; imported by their neighbours at most.
 PROGRAMS = (
     *("megatron_opdlm.train", "megatron_opdlm.replay"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.quickstart.teacher import build_tokenizer
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.prompts import PromptOrder, PromptSet, load_prompts, render
@@ -289,3 +290,10 @@ def test_order_is_the_same_on_every_machine_and_version():
 
 
 PINNED_ORDER = [6, 0, 8, 3, 5, 7, 9, 4, 2, 1]
+
+
+def test_a_character_without_a_token_is_an_input_error():
+    """Claim: where a tokenizer has no token for the unknown, as the quickstart's, that is said."""
+    with pytest.raises(InputError, match=r"cannot read 'question'.*use characters that it knows"):
+        render({"question": "hello"}, build_tokenizer(), False)
+    assert render({"question": "1+2="}, build_tokenizer(), False)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint_tools import export_hf
 from evaluation import sweep
 from evaluation.reporting.results import read_results
 from megatron_opdlm import written_values
@@ -40,11 +41,17 @@ def test_commands_that_take_named_paths(home):
             read(["x\ny=m"])
 
 
-def test_paths_and_names_have_one_line():
+EXPORT = ["--checkpoint", "nowhere", "--format", "sdar", "--out"]
+
+
+def test_paths_and_names_have_one_line(tmp_path, monkeypatch):
     """Claim: in keys that are paths and in flags; other text keys keep theirs."""
     with pytest.raises(InputError, match="line break"):
         load_config(None, ["train.out=a\nb"])
     assert load_config(None, ["logging.wandb_project=a\nb"]).logging.wandb_project == "a\nb"
+    monkeypatch.setattr("sys.argv", ["export", "--base-model", "a\nb", *EXPORT, f"{tmp_path}/out"])
+    with pytest.raises(InputError, match=r"--base-model 'a\\nb' holds a line break"):
+        export_hf.main()
     parser = Arguments(description=None)
     parser.add_argument("--out", type=Path)
     with pytest.raises(InputError, match="line break"):

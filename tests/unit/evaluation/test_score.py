@@ -3,13 +3,16 @@
 import json
 import math
 import os
+import signal
 
 import pytest
 
+from evaluation import score as scoring
+from evaluation.graded import tell_scorer_errors
 from evaluation.grading import mathematics
 from evaluation.report import decoding_label, read_summary, table
 from evaluation.reporting.summary import Counts, summarize
-from evaluation.score import score, tell_scorer_errors
+from evaluation.score import score
 from evaluation.tasks import Grade, get_task
 from megatron_opdlm.errors import InputError
 
@@ -172,6 +175,56 @@ def test_an_output_directory_with_something_in_it_is_refused(tmp_path, data):
     score(get_task("addition"), data, rows, out)
     with pytest.raises(InputError, match="exists and is not empty"):
         score(get_task("addition"), data, rows, out)
+
+
+def test_a_killed_scoring_goes_on_where_it_was(tmp_path, data, monkeypatch, capfd):
+    """Claim: after a real SIGKILL, and a torn line, the same command grades what was not graded
+    alone, publishes what an undisturbed one does, and says how far it is; until then there is no
+    published file, and other predictions are refused by name."""
+    monkeypatch.setattr(scoring, "FIRST_PART", 2)
+    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    task, out = get_task("addition"), tmp_path / "out"
+    rows = [{"index": i, "responses": [f"#{i + 1}", "#0"]} for i in range(5)]
+    predictions = predictions_file(tmp_path, rows)
+    whole = score(task, data, predictions, tmp_path / "whole").as_dict()
+    asked, real = [], task.grade
+
+    def grade(row, response):
+        asked.append(row["question"])
+        if len(asked) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(row, response)
+
+    monkeypatch.setattr(task, "grade", grade)
+    child = os.fork()
+    if child == 0:
+        try:
+            score(task, data, predictions, out)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert sorted(path.name for path in out.iterdir()) == ["graded.partial.jsonl", "settings.json"]
+    with (out / "graded.partial.jsonl").open("a") as file:
+        file.write('{"index": 2, "gra')
+    others = tmp_path / "others.jsonl"
+    others.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(InputError, match="differs in predictions;"):
+        score(task, data, others, out)
+    monkeypatch.setattr("evaluation.generation.progress.LINE_SECONDS", 0.0)
+    capfd.readouterr()
+    assert {**score(task, data, predictions, out, show=True).as_dict(), "seconds": 0} == {
+        **whole,
+        "seconds": 0,
+    }
+    assert asked == ["2+1=", "2+1=", "3+1=", "3+1=", "4+1=", "4+1="]
+    said = capfd.readouterr().out.splitlines()
+    assert [line.split(", ")[1] for line in said] == [
+        "graded: 8 of 10 responses",
+        "graded: 10 of 10 responses",
+    ]
+    assert sorted(path.name for path in out.iterdir()) == ["graded.jsonl", "summary.json"]
+    graded = "graded.jsonl"
+    assert (out / graded).read_bytes() == (tmp_path / "whole" / graded).read_bytes()
 
 
 def test_table_shows_every_row_and_a_dash_for_what_was_not_measured(tmp_path, data):

@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.generation.mailbox import Mailbox
 from megatron_opdlm import launcher, parallel
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, Stopped
+from megatron_opdlm.mailbox import Mailbox
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import choose_kernels
 from megatron_opdlm.model_files.huggingface_files import read_contract
@@ -24,7 +24,7 @@ from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import check_layout, read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import load_tokenizer, mask_token, read_vocabulary
 from megatron_opdlm.parallel import Layout
-from megatron_opdlm.records import Prompt, Trajectory, Vocabulary
+from megatron_opdlm.records import Block, Prompt, Trajectory, Vocabulary
 from megatron_opdlm.rollout import Request, generate_over_copies
 
 # Ranks wait for the longest responses of the others, and for the first one to grade programs. A
@@ -81,12 +81,14 @@ class Generator:
         decoding: Decoding,
         samples: Sequence[int],
         finished: Callable[[Trajectory], None] | None = None,
+        committed: Callable[[Block], None] | None = None,
     ) -> list[Trajectory]:
         """One trajectory a prompt, in input order, on every rank.
 
         The prompts are shared out over the copies of the model by length; one without work is
         legal. ``finished`` is called on the writer with each trajectory as it ends, on whatever
-        rank that is. Raises InputError for a prompt that leaves no room in the model's positions,
+        rank that is; ``committed`` on every rank with each finished block of its copy of the model.
+        Raises InputError for a prompt that leaves no room in the model's positions,
         and Stopped, on every rank, where ``stop`` ended it early.
         """
         if decoding.mode == "diffusion" and self.contract is None:
@@ -107,6 +109,7 @@ class Generator:
             key=(decoding.seed, 0),
             options=self.options,
             stop=self.stop,
+            committed=committed,
             **post,
         )
         if not made.complete:
