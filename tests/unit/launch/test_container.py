@@ -55,6 +55,18 @@ def stand_in(folder: Path, name: str, version: str) -> None:
             wheel.writestr(path, text)
 
 
+def test_the_image_holds_the_whole_repository():
+    """Claim: the build passes over nothing that is tracked, so that all tests can run there."""
+    lines = (REPOSITORY / ".dockerignore").read_text().split()
+    assert lines[0] == "*"
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    aside = {".git", ".venv", ".dockerignore", ".gitignore", "Dockerfile", "__pycache__"}
+    ignored = {line.strip("/") for line in (REPOSITORY / ".gitignore").read_text().split()}
+    found = {path.name for path in REPOSITORY.iterdir()} - aside - ignored
+    caches = {name for name in found if name.endswith(("_cache", ".egg-info"))}
+    assert found - caches == kept
+
+
 def test_the_dockerfile_s_image_is_the_one_tested():
     base = re.search(r"ARG BASE=.*:(\S+)-py3", (REPOSITORY / "Dockerfile").read_text())
     assert base is not None and base[1] == "25.12"
