@@ -258,9 +258,10 @@ def main() -> None:
         run = our_update(shape, vocabulary, config)
         return compare_lengths(run, options.lengths, options.rounds, vocabulary)
     if options.shared:
-        runs = (our_update(shape, vocabulary, config, share=share) for share in (True, False))
+        run = our_update(shape, vocabulary, config)
+        apart = our_update(shape, vocabulary, config, share=False)
         sizes = options.sequences, options.shared, options.rounds
-        return compare_sharing(*runs, *sizes, vocabulary)
+        return compare_sharing(run, apart, *sizes, vocabulary)
     states = make_states(options.sequences, LONGEST[options.size], vocabulary)
     if options.only:
         run = PROGRAMS[options.only](shape, vocabulary, config)
