@@ -1,9 +1,10 @@
 """States -> packed rows: microbatches of the student, finished sequences for the teacher.
 
 Only what the loss depends on is packed. The student reads [prompt | clean | noisy]: the noisy copy
-of the blocks that have counted positions, the clean copy up to the last of those blocks. The
-teacher reads each finished sequence once, whatever the number of its states, up to the last token
-that a prediction needs. Nothing is padded.
+of the blocks that have counted positions, the clean copy up to the last of those blocks. States of
+one sequence share prompt and clean copy; each has a noisy copy of its own. The teacher reads each
+finished sequence once, whatever the number of its states, up to the last token that a prediction
+needs. Nothing is padded.
 
 With context parallelism every context rank packs the same rows and keeps its share of their tokens.
 Ranks that share out experts need each other in every forward, so they all get as many rows as the
@@ -61,7 +62,9 @@ class PackedBatch:
     student_positions: Tensor  # [n] the noisy copy repeats the positions of the clean one
     student_read: Tensor  # [M] which of the n tokens' hidden state predicts the token
     lengths: list[int]  # packed tokens of each sequence that has any; their sum may be below N
-    block: Tensor  # [N] block of each token, counted within its sequence, on the host
+    # [N] block of each token within its sequence, on the host; with several noisy copies numbered
+    # so that they do not see each other
+    block: Tensor
     clean: Tensor  # bool [N], False in the noisy copy, on the host
     split: RowSplit  # of the N tokens over the context ranks, on the host
     target: Tensor  # [M] row of the teacher's targets
@@ -137,14 +140,18 @@ def _keep_wanted(updates: list[list[PackedBatch]], finished: list[FinishedBatch]
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """One sequence's part of a student's row. n tokens, m counted positions."""
+    """One sequence's part of a student's row, with all its states. n tokens, m counted positions
+    of all states, one state after the other.
+    """
+
+    states: list[State]
 
     tokens: Tensor  # [n]
     positions: Tensor  # [n]
     block: Tensor  # [n]
     clean: Tensor  # bool [n]
     read: Tensor  # [m] index within the piece
-    counted: Tensor  # [m] absolute positions
+    counted: list[Tensor]  # of each state, absolute positions
 
 
 def student_tokens(state: State, packing: Packing) -> int:
@@ -158,28 +165,44 @@ def student_tokens(state: State, packing: Packing) -> int:
     return last - shift + (len(blocks) - 1) * size + min(size, end - last)
 
 
-def _piece(state: State, packing: Packing) -> _Piece:
-    size, prompt, shift = packing.block_size, len(state.prompt_ids), packing.shift(state)
-    finished = torch.tensor(state.prompt_ids + state.response_ids)
-    masked = torch.tensor([False] * prompt + state.masked, dtype=torch.bool)
-    counted = _counted_positions(state)
+def _piece(states: list[State], packing: Packing) -> _Piece:
+    size, shift = packing.block_size, packing.shift(states[0])
+    finished = torch.tensor(states[0].prompt_ids + states[0].response_ids)
     block = (torch.arange(len(finished)) + shift) // size
-    used = torch.zeros((len(finished) + shift) // size + 1, dtype=torch.bool)
-    used[block[counted]] = True
-    noisy = torch.nonzero(used[block]).flatten()
-    clean = int(block[counted[-1]]) * size - shift if len(counted) else 0
-    at = clean + torch.searchsorted(noisy, counted)
-    if packing.logit_shift:  # one before: for a block's first position the clean copy's last token
-        at = torch.where((counted + shift) % size == 0, counted, at) - 1
-    filled = torch.where(masked, packing.mask_id, finished)
+    counted = [_counted_positions(state) for state in states]
+    last = max((int(block[positions[-1]]) for positions in counted if len(positions)), default=None)
+    clean = 0 if last is None else last * size - shift
+    # Numbers of the noisy copies' blocks lie between those of the clean copy's: a copy sees the
+    # clean blocks before its own, and neither its own clean one nor another copy's.
+    copies = len(states)
+    tokens, position = [finished[:clean]], [torch.arange(clean)]
+    numbers, read, end = [block[:clean] * copies + copies - 1], [], clean
+    for copy, (state, positions) in enumerate(zip(states, counted, strict=True)):
+        used = torch.zeros((len(finished) + shift) // size + 1, dtype=torch.bool)
+        used[block[positions]] = True
+        noisy = torch.nonzero(used[block]).flatten()
+        at = end + torch.searchsorted(noisy, positions)
+        if packing.logit_shift:  # one before: for a block's first the clean copy's last token
+            at = torch.where((positions + shift) % size == 0, positions, at) - 1
+        tokens.append(torch.where(_masked_positions(state), packing.mask_id, finished)[noisy])
+        position.append(noisy)
+        numbers.append(block[noisy] * copies + copy)
+        read.append(at)
+        end += len(noisy)
     return _Piece(
-        tokens=torch.cat([finished[:clean], filled[noisy]]),
-        positions=torch.cat([torch.arange(clean), noisy]),
-        block=block[torch.cat([torch.arange(clean), noisy])],
-        clean=torch.arange(clean + len(noisy)) < clean,
-        read=at,
+        states=states,
+        tokens=torch.cat(tokens),
+        positions=torch.cat(position),
+        block=torch.cat(numbers),
+        clean=torch.arange(end) < clean,
+        read=torch.cat(read),
         counted=counted,
     )
+
+
+def _masked_positions(state: State) -> Tensor:
+    """bool [prompt and response]"""
+    return torch.tensor([False] * len(state.prompt_ids) + state.masked, dtype=torch.bool)
 
 
 def _counted_positions(state: State) -> Tensor:
@@ -191,28 +214,42 @@ def _counted_positions(state: State) -> Tensor:
 def _pack_update(
     states: Sequence[State], questions: "_Questions", packing: Packing
 ) -> list[PackedBatch]:
-    pieces = [_piece(state, packing) for state in states]
+    pieces = [_piece(group, packing) for group in sharing(states, packing)]
     groups = packing.rows([len(piece.tokens) for piece in pieces])
-    return [
-        _pack([states[i] for i in group], [pieces[i] for i in group], questions, packing)
-        for group in groups
-    ]
+    return [_pack([pieces[i] for i in group], questions, packing) for group in groups]
 
 
-def _pack(
-    states: list[State], pieces: list[_Piece], questions: "_Questions", packing: Packing
-) -> PackedBatch:
+def sharing(states: Sequence[State], packing: Packing) -> list[list[State]]:
+    """States that share a prompt and a clean copy: those of one sequence, as many as a microbatch
+    holds in any case.
+    """
+    groups: list[list[State]] = []
+    open_groups: dict[tuple[int, ...], tuple[list[State], int]] = {}
+    for state in states:
+        key, tokens = _key(state), student_tokens(state, packing)
+        group, before = open_groups.get(key, ([], 0))
+        if not group or before + tokens > packing.tokens_per_microbatch:
+            group, before = [], 0
+            groups.append(group)
+        group.append(state)
+        open_groups[key] = group, before + tokens
+    return groups
+
+
+def _pack(pieces: list[_Piece], questions: "_Questions", packing: Packing) -> PackedBatch:
+    states = [state for piece in pieces for state in piece.states]
+    counted = [positions for piece in pieces for positions in piece.counted]
     lengths = [len(piece.tokens) for piece in pieces]
-    counts = torch.tensor([len(piece.read) for piece in pieces], dtype=torch.int64)
-    sequence = torch.repeat_interleave(torch.arange(len(pieces)), counts)
+    counts = torch.tensor(list(map(len, counted)), dtype=torch.int64)
+    sequence = torch.repeat_interleave(torch.arange(len(states)), counts)
     tail = _tail(sum(lengths), packing)
     tokens = _row([*(piece.tokens for piece in pieces), tail])
     positions = _row([*(piece.positions for piece in pieces), tail])
     read = _row(_shifted([piece.read for piece in pieces], lengths))
     split = split_row(len(tokens), read, packing.context_ranks)
     own, mine, own_read = _own(split, read, packing.context_rank)
-    target = _row([questions.rows(s, p.counted) for s, p in zip(states, pieces, strict=True)])
-    label = _row([_labels(s, p.counted) for s, p in zip(states, pieces, strict=True)])
+    target = _row([questions.rows(s, where) for s, where in zip(states, counted, strict=True)])
+    label = _row([_labels(s, where) for s, where in zip(states, counted, strict=True)])
     share = [_masked_shares(s, packing) for s in states]
     device = packing.device
     return PackedBatch(

@@ -22,6 +22,7 @@ from megatron_opdlm.packing import (
     Packing,
     StepBatches,
     pack_step,
+    sharing,
     student_tokens,
 )
 from megatron_opdlm.planning import balance
@@ -83,6 +84,7 @@ class Session:
             "vocabulary": self.source.vocabulary,
             "exclude_eos": self.config.loss.exclude_eos,
             "alignment": self.config.states.block_alignment,
+            "draws": self.config.states.per_response,
         }
 
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
@@ -270,10 +272,18 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
 def my_share(
     states: Sequence[State], student: ModelSource, teacher: ModelSource, packing: Packing
 ) -> list[State]:
-    """This replica's states of one update: every replica gets about the same operations."""
+    """This replica's states of one update: every replica gets about the same operations. States
+    that share their prompt stay together, unless that left a replica without any.
+    """
+    groups, replicas = sharing(states, packing), parallel.data_parallel_size()
+    if len(groups) < replicas:
+        groups = [[state] for state in states]
     costs = [
-        accounting.state_cost(student.shape, teacher.shape, s, student_tokens(s, packing))
-        for s in states
+        sum(
+            accounting.state_cost(student.shape, teacher.shape, s, student_tokens(s, packing))
+            for s in group
+        )
+        for group in groups
     ]
-    shares = balance.share_out(costs, parallel.data_parallel_size())
-    return [states[i] for i in shares[parallel.data_parallel_rank()]]
+    mine = balance.share_out(costs, replicas)[parallel.data_parallel_rank()]
+    return [state for i in mine for state in groups[i]]
