@@ -7,19 +7,22 @@ again. key=value are keys of examples/smollm2/recipe.yaml.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.stages import Stage, Stages, checkpoints, python, torchrun
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import STOPPED, Arguments, InputError, Stopped, command
+from megatron_opdlm.model_files.shape import read_json
 from megatron_opdlm.model_files.writing import new_directory, write_json, write_jsonl
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "recipe.yaml"
 FORMAT = "a2d-llama"
 THRESHOLD = "0.9"
+TRAININGS = ("warm_up", "distil")
+QUICK = ("--dtype", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +72,7 @@ def main() -> None:
             print(f"=== {stage.name}: complete, skipped", flush=True)
             continue
         with runner.stage(stage.name, stage.name):
-            process = runner.start(stage.name, stage.command(), on_terminal=stage.name == "train")
+            process = runner.start(stage.name, stage.command(), on_terminal=stage.name in TRAININGS)
             code = process.wait()
             if code == STOPPED:
                 raise Stopped("training was asked to stop and has saved; the same command goes on")
@@ -124,6 +127,7 @@ def stages(settings: Settings) -> Iterator[Stage]:
 
     yield Stage(name="export", complete=exported.exists, command=export)
     yield from _answers(settings)
+    yield from _held_out(settings)
     yield Stage(
         name="report",
         complete=lambda: False,  # seconds; it shows what is there
@@ -131,11 +135,57 @@ def stages(settings: Settings) -> Iterator[Stage]:
     )
 
 
+def _training(
+    settings: Settings, name: str, recipe: Path, start: Callable[[], Path], data: Path
+) -> Stage:
+    """A training from one checkpoint to another; the teacher is the imported model."""
+    run, done = settings.out / name, settings.out / f"{name}.json"
+
+    def training() -> list[str]:
+        paths = (
+            f"model.path={start()}",
+            f"teacher.path={settings.out / 'imported'}",
+            f"data.path={data}",
+            f"train.out={run}",
+        )
+        given = ("--config", str(recipe), *paths, *settings.overrides)
+        return torchrun(settings.ranks, "megatron_opdlm.train", *given)
+
+    return Stage(
+        name=name,
+        complete=done.exists,
+        command=training,
+        finish=lambda: write_json(done, {"checkpoint": checkpoints(run)[-1].name}),
+    )
+
+
+def _trained(out: Path, name: str) -> Path:
+    """The last checkpoint of a finished training."""
+    return out / name / "checkpoints" / read_json(out / f"{name}.json")["checkpoint"]
+
+
+def _held_out(settings: Settings) -> Iterator[Stage]:
+    """KL on the teacher's answers, before, between and after the trainings."""
+    out, imported = settings.out, settings.out / "imported"
+    shift = load_config(RECIPE, settings.overrides).loss.logit_shift
+    answers = out / "answers" / "teacher.jsonl"
+    common = ("--teacher", str(imported), "--answers", str(answers), f"loss.logit_shift={shift}")
+    for name in ("before", *TRAININGS):
+        file = out / "kl" / f"{name}.json"
+
+        def command(name: str = name, file: Path = file) -> list[str]:
+            student = imported if name == "before" else _trained(out, name)
+            given = ("--student", str(student), "--out", str(file))
+            return python("examples.smollm2.held_out", *given, *common)
+
+        yield Stage(name=f"kl-{name}", complete=file.exists, command=command)
+
+
 def _answers(settings: Settings) -> Iterator[Stage]:
     """Answers to the held-out questions, and to GSM8K's tests, by every model and decoding."""
     out, limit = settings.out, ("--max-new-tokens", str(settings.max_new_tokens))
     for name, (model, flags) in settings.decodings.items():
-        common = ("--model", str(model), *flags, *limit)
+        common = ("--model", str(model), *flags, *limit, *QUICK)
         texts, scores = out / "answers" / f"{name}.jsonl", out / "evaluation" / name
         asked = ("--prompts", f"{out}/data/held_out.jsonl", "--out", str(texts))
         yield Stage(
