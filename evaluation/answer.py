@@ -200,6 +200,7 @@ def main() -> None:
         "prompts": str(args.prompts),
         "prompts_sha256": content_hash(args.prompts),
         "enable_thinking": args.enable_thinking,
+        "dtype": loading.dtype,
         **{key: value for key, value in asdict(decoding).items() if key != "logit_shift"},
     }
     generator = open_generator(args.model, loading)

@@ -11,6 +11,7 @@ Ranks that share out experts need each other in every forward, so they all get a
 one that has most.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -202,12 +203,20 @@ def _counted_positions(state: State) -> Tensor:
     return len(state.prompt_ids) + torch.nonzero(counted).flatten()
 
 
+def beginnings(states: Sequence[State]) -> list[tuple[int, ...]]:
+    """What each state may share: states of one response their prompt and clean copy, states of
+    several responses to a prompt the prompt.
+    """
+    count = Counter(map(_key, states))
+    return [_key(s) if count[_key(s)] > 1 else tuple(s.prompt_ids) for s in states]
+
+
 def _pack_update(
     states: Sequence[State], questions: "_Questions", packing: Packing
 ) -> list[PackedBatch]:
     trees = grow(
         [_piece(state, packing) for state in states],
-        [tuple(state.prompt_ids) for state in states],
+        beginnings(states),
         packing.tokens_per_microbatch,
         share=packing.share_student,
     )

@@ -193,7 +193,7 @@ def _memory(
     from megatron_opdlm.run import build
 
     hardware = select_hardware()
-    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    item = build.resolve_dtype(config.model.dtype, hardware, source.shape).itemsize
     student = rank_numbers(source.shape, split)
     low_rank = build.low_rank_of(config)
     trained, added = student, 0.0

@@ -21,6 +21,7 @@ from megatron_opdlm.packing import (
     PackedBatch,
     Packing,
     StepBatches,
+    beginnings,
     pack_step,
     student_tokens,
 )
@@ -83,6 +84,7 @@ class Session:
             "vocabulary": self.source.vocabulary,
             "exclude_eos": self.config.loss.exclude_eos,
             "alignment": self.config.states.block_alignment,
+            "draws": self.config.states.per_response,
         }
 
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
@@ -277,6 +279,6 @@ def my_share(
     shapes = student.shape, teacher.shape
     costs = [accounting.state_cost(*shapes, s, student_tokens(s, packing)) for s in states]
     saved = [accounting.shared_cost(*shapes, s, packing) for s in states]
-    alike = [tuple(state.prompt_ids) for state in states]
+    alike = beginnings(states)
     shares = balance.share_out_alike(costs, alike, saved, parallel.data_parallel_size())
     return [states[i] for i in shares[parallel.data_parallel_rank()]]
