@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megatron_opdlm.configuration import document, rules
+from megatron_opdlm.configuration import document, rules, stages
 from megatron_opdlm.configuration.learning import (
     CheckpointConfig,
     DistributedConfig,
@@ -39,6 +39,7 @@ from megatron_opdlm.configuration.sequences import (
     StatesConfig,
     ThresholdScheduleConfig,
 )
+from megatron_opdlm.configuration.stages import STAGES, StageEntry, read_stages
 from megatron_opdlm.configuration.tree import build, flatten
 from megatron_opdlm.configuration.values import merged, read_file, read_override, resolved
 from megatron_opdlm.errors import InputError
@@ -68,17 +69,52 @@ class Config:
     profile: ProfileConfig = section(ProfileConfig, may_change=True)
 
 
-def load_config(file: Path | None, overrides: list[str]) -> Config:
+def load_config(file: Path | None, overrides: list[str], stage: str | None = None) -> Config:
     """Defaults, then ``file`` (over its ``base``), then ``overrides`` (``section.key=VALUE``);
     checked.
 
-    A value may refer to another key: ``${model.path}``.
+    A value may refer to another key: ``${model.path}``. ``stage``: name of one of the file's
+    ``stages``, whose keys come between; ``stages.NAME.section.key=VALUE`` overrides those of one.
     """
-    trees = [dataclasses.asdict(Config()), *([read_file(file)] if file is not None else [])]
-    trees += [read_override(Config, text) for text in overrides]
-    config = build(Config, resolved(merged(trees)))
-    rules.check(flatten(config))
+    tree, entries, where = _recipe(file)
+    chosen = stages.named(entries, stage, where) if stage is not None else None
+    if chosen is not None:
+        tree = stages.laid_over(tree, chosen)
+    kept = _overrides_of(stage, overrides, entries, where)
+    try:
+        trees = [dataclasses.asdict(Config()), tree, *(read_override(Config, o) for o in kept)]
+        config = build(Config, resolved(merged(trees)))
+        rules.check(flatten(config))
+    except InputError as error:
+        if stage is None:
+            raise
+        raise InputError(f"stage {stage}: {error}") from None
     return config
+
+
+def stages_of(file: Path) -> list[StageEntry]:
+    """The stages of a recipe; [] of one that is a single training."""
+    return _recipe(file)[1]
+
+
+def _recipe(file: Path | None) -> tuple[dict[Any, Any], list[StageEntry], str]:
+    """The sections of a file, its stages, and what it is called in messages."""
+    tree = read_file(file) if file is not None else {}
+    where = f"configuration file {file}"
+    entries = read_stages(tree.pop(STAGES, None), where, types_of(Config))
+    return tree, entries, where
+
+
+def _overrides_of(
+    stage: str | None, overrides: list[str], entries: list[StageEntry], where: str
+) -> list[str]:
+    """The overrides of all stages, then those of this one."""
+    split = [(stages.of_stage(override), override) for override in overrides]
+    for own, _ in split:
+        if own is not None:
+            stages.named(entries, own[0], where)
+    common = [override for own, override in split if own is None]
+    return common + [own[1] for own, _ in split if own is not None and own[0] == stage]
 
 
 def require(config: Config, *keys: str) -> None:
