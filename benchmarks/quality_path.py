@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,12 @@ def _distil(share: float, block: int | None = None, **keys: Tree) -> Part:
 
 WAYS: dict[str, tuple[Part, ...]] = {
     "warm up": (_warm(1),),
-    "warm up, NLL": (_warm(1, loss={"kind": "nll"}),),
     "distil": (_distil(1),),
-    "distil, random masks": (_distil(1, states={"mode": "random_mask"}),),
     "warm up, distil": (_warm(1 / 4), _distil(3 / 4)),
     "distil, grown": tuple(_distil(1 / 3, block) for block in (4, 8, 16)),
     "warm up, distil, grown": (_warm(1 / 4, 4), *(_distil(1 / 4, b) for b in (4, 8, 16))),
+    "distil, random masks": (_distil(1, states={"mode": "random_mask"}),),
+    "warm up, NLL": (_warm(1, loss={"kind": "nll"}),),
 }
 GROWN = 16  # the block size of the ways that grow to it
 COMPARED = (  # way, the one it is held against, block sizes
@@ -151,11 +152,15 @@ class Seed:
                 print(stages.run(f"{output.name}-{number}", argv), flush=True)
 
 
+def _file_name(way: str, block: int, tokens: int) -> str:
+    return f"{way.replace(', ', '-').replace(' ', '_')}-{block}-{tokens}"
+
+
 def walk(seed: Seed, way: str, block: int, tokens: int, out: Path) -> Tree:
     """Train a way to its end and ask the student: what docs/claims.md needs of it."""
     from megatron_opdlm import train
 
-    name = f"{way.replace(', ', '-').replace(' ', '_')}-{block}-{tokens}"
+    name = _file_name(way, block, tokens)
     file = out / "recipes" / f"{name}.yaml"
     write_text(file, yaml.safe_dump(recipe(WAYS[way], block, tokens), sort_keys=False))
     start, trained, model = time.process_time(), 0, seed.imported
@@ -170,7 +175,7 @@ def walk(seed: Seed, way: str, block: int, tokens: int, out: Path) -> Tree:
                 *([path_override("teacher.path", seed.imported)] if teacher else []),
                 path_override("data.path", prompts),
                 path_override("train.out", run),
-                f"train.seed={seed.number}",
+                f"train.seed={100 * seed.number}",  # a stage adds its place
             ],
             stage.name,
         )
@@ -212,26 +217,28 @@ def ask(model: Path, block: int, data: Path) -> dict[str, Tree]:
 
 
 def run_all(out: Path, seeds: Sequence[int], blocks: Sequence[int], tokens: int) -> None:
-    """Every way at every block size, seed by seed, as far as it is not done."""
+    """Every way at every block size and seed, as far as it is not done."""
     import torch
 
     torch.set_num_threads(1)
     (out / "recipes").mkdir(parents=True, exist_ok=True)
     stages, data = Stages(logs=out / "logs"), out / "data"
     task.write_data(data)
+    found = []
     for number in seeds:
         seed = Seed(number=number, directory=out / f"seed-{number}", data=data)
         seed.directory.mkdir(exist_ok=True)
         seed.prepare(stages)
-        for block in blocks:
-            for way in WAYS:
-                if "grown" in way and block != GROWN:
-                    continue
-                result = out / "results" / f"{way}-{block}-{tokens}-{number}.json"
-                if not result.exists():
-                    result.parent.mkdir(exist_ok=True)
-                    write_json(result, walk(seed, way, block, tokens, out))
-                    print(f"done: {result.stem}", flush=True)
+        found.append(seed)
+    (out / "results").mkdir(exist_ok=True)
+    for way, block in product(WAYS, blocks):
+        if "grown" in way and block != GROWN:
+            continue
+        for seed in found:
+            result = out / "results" / f"{_file_name(way, block, tokens)}-{seed.number}.json"
+            if not result.exists():
+                write_json(result, walk(seed, way, block, tokens, out))
+                print(f"done: {result.stem}", flush=True)
 
 
 def tables(results: Iterable[Tree]) -> str:

@@ -7,7 +7,7 @@ before anything slow is loaded. What each key is stands at the key, in ``configu
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,22 @@ def load_config(file: Path | None, overrides: list[str], stage: str | None = Non
     checked.
 
     A value may refer to another key: ``${model.path}``. ``stage``: name of one of the file's
-    ``stages``, whose keys come between; ``stages.NAME.section.key=VALUE`` overrides those of one.
+    ``stages``, whose keys come between; ``stages.NAME.section.key=VALUE`` overrides those of one. A
+    stage draws with a seed of its own, ``train.seed`` plus its place: else all would begin with the
+    same prompts.
     """
     tree, entries, where = _recipe(file)
     chosen = stages.named(entries, stage, where) if stage is not None else None
-    if chosen is not None:
-        tree = stages.laid_over(tree, chosen)
-    kept = _overrides_of(stage, overrides, entries, where)
+    common, own = _overrides(stage, overrides, entries, where)
     try:
-        trees = [dataclasses.asdict(Config()), tree, *(read_override(Config, o) for o in kept)]
-        config = build(Config, resolved(merged(trees)))
+        given = [read_override(Config, text) for text in own]
+        if chosen is not None:
+            tree = stages.laid_over(tree, chosen)
+        trees = [dataclasses.asdict(Config()), tree, *(read_override(Config, o) for o in common)]
+        config = build(Config, resolved(merged([*trees, *given])))
+        if chosen is not None and not stages.has_seed([chosen.keys, *given]):
+            seed = config.train.seed + entries.index(chosen)
+            config = replace(config, train=replace(config.train, seed=seed))
         rules.check(flatten(config))
     except InputError as error:
         if stage is None:
@@ -105,16 +111,18 @@ def _recipe(file: Path | None) -> tuple[dict[Any, Any], list[StageEntry], str]:
     return tree, entries, where
 
 
-def _overrides_of(
+def _overrides(
     stage: str | None, overrides: list[str], entries: list[StageEntry], where: str
-) -> list[str]:
-    """The overrides of all stages, then those of this one."""
-    split = [(stages.of_stage(override), override) for override in overrides]
-    for own, _ in split:
-        if own is not None:
-            stages.named(entries, own[0], where)
-    common = [override for own, override in split if own is None]
-    return common + [own[1] for own, _ in split if own is not None and own[0] == stage]
+) -> tuple[list[str], list[str]]:
+    """The overrides of all stages, and those of this one alone."""
+    common, own = [], []
+    for override in overrides:
+        of_one = stages.of_stage(override)
+        if of_one is None:
+            common.append(override)
+        elif stages.named(entries, of_one[0], where).name == stage:
+            own.append(of_one[1])
+    return common, own
 
 
 def require(config: Config, *keys: str) -> None:

@@ -131,6 +131,11 @@ def laid_over(tree: Tree, entry: StageEntry) -> Tree:
     return merged([tree, _PRESETS[entry.kind], entry.keys])
 
 
+def has_seed(trees: Iterable[Tree]) -> bool:
+    """Whether one of a stage's own trees sets ``train.seed``."""
+    return any("seed" in (tree.get("train") or {}) for tree in trees)
+
+
 def of_stage(override: str) -> tuple[str, str] | None:
     """Name and override of ``stages.NAME.section.key=value``; None of an override of all."""
     path, equals, value = override.partition("=")

@@ -128,7 +128,7 @@ def begun(place: Path, *outputs: str) -> None:
     (place / "out" / "run").mkdir(parents=True)
     for name in outputs:
         (place / "out" / name).mkdir()
-    (first.run / "config.yaml").write_text(to_yaml(first.config))
+    (first.last.run / "config.yaml").write_text(to_yaml(first.last.config))
     note_command(first)
 
 
@@ -171,8 +171,8 @@ def test_the_dry_run_goes_on_where_training_has_begun(place, models):
     place.joinpath("out").mkdir()
     place.joinpath("out", "imported").symlink_to(models.imported("student", tied=True))
     chosen = settings(place, "--dry-run", "--mask-token-id", str(MASK))
-    chosen.run.mkdir()
-    (chosen.run / "config.yaml").write_text(to_yaml(chosen.config))
+    chosen.last.run.mkdir()
+    (chosen.last.run / "config.yaml").write_text(to_yaml(chosen.last.config))
     note_command(chosen)
     text = pipeline.show(chosen)
     assert "8 ranks are assumed" in text and "ranks        8 = tensor 1" in text
@@ -240,9 +240,11 @@ def test_a_failure_is_told_from_a_stop_by_what_the_run_has_left(
     requests = Requests.listen()
     error, message = expected
     argv = asking(then.replace("{step}", step))
-    stage = Stage(name="train", complete=lambda: False, command=lambda: argv)
+    stage = Stage(
+        name="train", complete=lambda: False, command=lambda: argv, launched=True, run=tmp_path
+    )
     with pytest.raises(error, match=message):
-        pipeline._run(stage, Stages(), requests, tmp_path)
+        pipeline._run(stage, Stages(), requests)
 
 
 def test_a_stop_while_a_stage_ends_well_holds_the_next_one(place, own_signals, monkeypatch):
