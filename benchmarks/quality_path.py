@@ -1,12 +1,13 @@
 """Which way makes the best student of the same trained tokens: warm up, distil, or both in turn?
 
-    python -m benchmarks.quality_path --out DIR [--seeds 0 1 2] [--blocks 4 8 16] [--tokens N]
+    python -m benchmarks.quality_path --out DIR [--tokens N] [--seeds N ...] [--blocks N ...]
+        [--ways WAY ...]
     python -m benchmarks.quality_path --out DIR --tables
 
 On the quickstart's toy; teacher, answers and students are made anew for each seed. A way is a
 recipe with ``stages`` over configs/tiny_cpu.yaml (written to DIR/recipes), trained in this one
 process with one thread; its stages share one cosine of the learning rate. Students are asked all
-held-out problems at one and two tokens a pass and dynamically. What is finished is not done again.
+held-out problems at one token a pass and dynamically. What is finished is not done again.
 --tables prints what is there, as docs/claims.md shows it; CPU seconds are the process's own.
 """
 
@@ -27,19 +28,16 @@ from launch.quickstart.teacher import MASK_ROW
 from launch.stages import ROOT, Stages, checkpoints, python
 from megatron_opdlm.config import load_config, path_override, stages_of
 from megatron_opdlm.diffusion.decoding import Decoding, Remasking
-from megatron_opdlm.errors import Arguments, InputError, command
+from megatron_opdlm.errors import Arguments, InputError, command, nearest
 from megatron_opdlm.model_files.writing import write_json, write_text
 
 BASE = ROOT / "configs" / "tiny_cpu.yaml"
 STEP_TOKENS = 128 * 21.4  # sequences of a step, and their mean length once they are the teacher's
 YOUNG_STEPS = 4  # more for rollouts of an untrained student: they begin at 8 tokens, not at 24
-DECODINGS: dict[
-    str, tuple[Remasking, float, int]
-] = {  # name -> remasking, threshold, tokens a pass
-    "static 1": ("low_confidence_static", 0.9, 1),
-    "static 2": ("low_confidence_static", 0.9, 2),
-    "dynamic 0.9": ("low_confidence_dynamic", 0.9, 1),
-    "dynamic 0.7": ("low_confidence_dynamic", 0.7, 1),
+DECODINGS: dict[str, tuple[Remasking, float]] = {  # name -> remasking, threshold
+    "static": ("low_confidence_static", 0.9),
+    "dynamic 0.9": ("low_confidence_dynamic", 0.9),
+    "dynamic 0.7": ("low_confidence_dynamic", 0.7),
 }
 Tree = dict[str, Any]
 
@@ -203,10 +201,10 @@ def ask(model: Path, block: int, data: Path) -> dict[str, Tree]:
 
     tasks, generator = load_tasks(["addition"], data, None), open_generator(model, Loading())
     found = {}
-    for name, (remasking, threshold, each) in DECODINGS.items():
+    for name, (remasking, threshold) in DECODINGS.items():
         decoding = Decoding(
             block_size=block,
-            denoising_steps=block // each,
+            denoising_steps=block,
             remasking=remasking,
             threshold=threshold,
             max_new_tokens=task.MAX_RESPONSE_TOKENS + 1,
@@ -216,8 +214,10 @@ def ask(model: Path, block: int, data: Path) -> dict[str, Tree]:
     return found
 
 
-def run_all(out: Path, seeds: Sequence[int], blocks: Sequence[int], tokens: int) -> None:
-    """Every way at every block size and seed, as far as it is not done."""
+def run_all(
+    out: Path, seeds: Sequence[int], blocks: Sequence[int], ways: Sequence[str], tokens: int
+) -> None:
+    """These ways at every block size and seed, as far as it is not done."""
     import torch
 
     torch.set_num_threads(1)
@@ -231,7 +231,7 @@ def run_all(out: Path, seeds: Sequence[int], blocks: Sequence[int], tokens: int)
         seed.prepare(stages)
         found.append(seed)
     (out / "results").mkdir(exist_ok=True)
-    for way, block in product(WAYS, blocks):
+    for block, way in product(blocks, ways):
         if "grown" in way and block != GROWN:
             continue
         for seed in found:
@@ -283,7 +283,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _differences(found: Found, tokens: int) -> list[str]:
-    names = ("static 1", "dynamic 0.9")
+    names = ("static", "dynamic 0.9")
     lines = [
         "| block | way | against | "
         + " | ".join(f"{n}: difference, by seed" for n in names)
@@ -321,11 +321,17 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16], help="tokens")
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), metavar="WAY", help=", ".join(WAYS)
+    )
     parser.add_argument("--tokens", type=int, default=130_000, help="trained, of every student")
     parser.add_argument("--tables", action="store_true", help="print what is there, run nothing")
     args = parser.parse_args()
+    for way in args.ways:
+        if way not in WAYS:
+            raise InputError(f"--ways {way}: no such way{nearest(way, WAYS)}")
     if not args.tables:
-        run_all(args.out.resolve(), args.seeds, args.blocks, args.tokens)
+        run_all(args.out.resolve(), args.seeds, args.blocks, args.ways, args.tokens)
     files = sorted((args.out / "results").glob("*.json"))
     if not files:
         raise InputError(f"--out {args.out}: no result is there; run it without --tables")

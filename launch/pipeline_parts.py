@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -71,13 +71,11 @@ class Training:
     name: str
     recipe: Recipe
     directory: Path
+    imported: Path
     stage: str | None  # of the recipe; None where it has none
     evaluation: Path  # recipe
-    begins: (
-        "Training | None"  # the training whose weights it goes on with; None: the imported model
-    )
+    begins: "Training | None"  # whose weights it goes on with; None: those of the imported model
     answers: Path | None  # what it reads in place of data.path
-    imported: Path
 
     @property
     def run(self) -> Path:
@@ -157,22 +155,19 @@ def parts_of(recipe: Recipe, out: Path, evaluation: Path | None) -> list[Part]:
     """What a recipe asks for, in order. ``evaluation``: of trainings that name none of their own;
     None: that of the recipe's name. InputError where the stages do not go together.
     """
-    plain = evaluation or EVALUATIONS / recipe.file.name
-    imported = out / "imported"
+    alone = Training(
+        name=ALONE,
+        recipe=recipe,
+        directory=out,
+        imported=out / "imported",
+        stage=None,
+        evaluation=evaluation or EVALUATIONS / recipe.file.name,
+        begins=None,
+        answers=None,
+    )
     entries = stages_of(recipe.file)
     if not entries:
-        return [
-            Training(
-                name=ALONE,
-                recipe=recipe,
-                directory=out,
-                stage=None,
-                evaluation=plain,
-                begins=None,
-                answers=None,
-                imported=imported,
-            )
-        ]
+        return [alone]
     parts: list[Part] = []
     before, answers = None, None
     for entry in entries:
@@ -181,16 +176,15 @@ def parts_of(recipe: Recipe, out: Path, evaluation: Path | None) -> list[Part]:
             parts.append(Answering(name=entry.name, recipe=recipe, directory=directory))
             answers = parts[-1].answers
             continue
-        own = recipe.file.parent / entry.evaluate if entry.evaluate else plain
-        before = Training(
+        own = recipe.file.parent / entry.evaluate if entry.evaluate else alone.evaluation
+        before = replace(
+            alone,
             name=entry.name,
-            recipe=recipe,
             directory=directory,
             stage=entry.name,
             evaluation=own,
             begins=before,
             answers=answers if entry.kind == "warm_up" and not entry.has_own_data else None,
-            imported=imported,
         )
         parts.append(before)
     _check_same_model(parts)

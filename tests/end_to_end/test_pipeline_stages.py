@@ -80,6 +80,10 @@ def run(
 
     def forked(stage: Stage, *_: object) -> None:
         words = stage.command()
+        if stage.name == "tables":  # evaluation.report draws pictures, which takes seconds
+            Path(words[-1]).mkdir()
+            done.append((stage.name, words))
+            return
         module = words.index("-m") + 1 if "-m" in words else 3  # one_node.sh --ranks 1 MODULE
         result = fork_server.run(words[module], *words[module + 1 :])
         assert result.returncode == 0, result.stderr
@@ -131,7 +135,8 @@ def test_the_stages_go_through(arguments, run, tmp_path):
     table = (out / "report" / "stages.md").read_text()
     assert "answer: " in table and "| warm_up | 4 | forward_kl | 2 |" in table
     assert "| larger | 8 | forward_kl | 3 |" in table
-    assert "recipe/warm_up" in (out / "report" / "report.md").read_text()
+    compared = [f"recipe/{name}={stages / name / 'evaluation'}" for name in ("warm_up", "larger")]
+    assert run[-1][1][3:5] == compared
     pipeline.run_pipeline(settings(arguments, out))
     assert len(run) == len(NAMES)
 
@@ -155,8 +160,10 @@ def test_a_killed_stage_goes_on_bit_for_bit(stage, moment, arguments, run, tmp_p
     kill_in(stage, argv, out, log)
     with (tmp_path / "again").open("w") as again:
         done = subprocess.run(argv, cwd=ROOT, stdout=again, stderr=again, timeout=SECONDS)
-    assert done.returncode == 0, shlex.join(argv) + (tmp_path / "again").read_text()
-    assert (tmp_path / "again").read_text().count("complete, skipped") >= NAMES.index(stage)
+    text = (tmp_path / "again").read_text()
+    assert done.returncode == 0, shlex.join(argv) + text
+    assert text.count("complete, skipped") >= NAMES.index(stage)
+    assert "recipe/warm_up" in (out / "report" / "report.md").read_text()
     assert made(out) == made(whole)
 
 
