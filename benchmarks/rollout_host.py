@@ -90,16 +90,17 @@ def main() -> None:
         size=shape.vocab_size, mask_id=mask, end_ids=(), pad_id=0, forbidden_ids=(mask,)
     )
     device = Device()
-    rollout.select_hardware = lambda: replace(hardware, captures=lambda: device.timed)
+    record = replace(hardware, captures=lambda: device.timed)
+    rollout.select_hardware = lambda: record
     FixedPasses._forward = device.timed(FixedPasses._forward)
     decoder.open_cache = device.timed(decoder.open_cache)
     for block in options.block:
         rules = Decoding(block_size=block, denoising_steps=block, temperature=1.0)
         for slots in options.slots:
             engine = EngineOptions(slots=slots, attention="rows", kv_cache_tokens=2**20)
-            figures = []
+            figures, passes = [], 0.0
+            requests = make_requests(2 * slots)
             for _ in range(options.rounds):
-                requests = make_requests(2 * slots)
                 device.seconds = 0.0
                 start = time.thread_time()
                 made = rollout.generate(

@@ -226,6 +226,8 @@ class _Engine:
     def _goes_on(self) -> bool:
         """Whether there is another round: for the ranks that keep step, while one of them works."""
         works = not self.queue.done and not self.stopped
+        if not self.keeps_step:
+            return works
         return parallel.most_over_experts(int(works)) > 0
 
     def _launch(self, group: _Group) -> None:

@@ -54,6 +54,7 @@ class _Passes:
         self.model, self.state, self.plans = model, state, plans
         self.device = state.device
         self.first, self.last = parallel.is_first_stage(), parallel.is_last_stage()
+        self.alone = model.config.tensor_model_parallel_size * parallel.pipeline_size() == 1
         hidden, dtype = model.shape.hidden, model.config.params_dtype
         # Shifted logits: the hidden state before each block, as it was last computed clean.
         self.carry = torch.zeros(state.slots + 1, hidden, dtype=dtype, device=self.device)
@@ -68,6 +69,12 @@ class _Passes:
         return parallel.receive_from_previous_stage(
             shape, self.model.config.params_dtype, self.device
         )
+
+    def decide(self, drawn: Tensor) -> parallel.Sending:
+        """Make the drawn tokens of one rank those of all ranks of the replica."""
+        if self.alone:
+            return parallel.Sending(work=None, tensor=drawn)
+        return parallel.broadcast_from_last_stage(drawn)
 
     def draw(self, hidden_MH: Tensor, draws: Draws) -> Tensor:
         """Draw a token at every entry -> [3, M] token, confidence, entropy."""
@@ -131,7 +138,7 @@ class ExactPasses(_Passes):
             draws=len(read),
             read_rows=len(read),
             pairs=attended_pairs(plan),
-            drawn=parallel.broadcast_from_last_stage(drawn),
+            drawn=self.decide(drawn),
             activations=sent,
             ignored=set(),
         )
@@ -191,7 +198,7 @@ class FixedPasses(_Passes):
             draws=draws,
             read_rows=tokens,  # how many are read differs from pass to pass
             pairs=None,
-            drawn=parallel.broadcast_from_last_stage(drawn),
+            drawn=self.decide(drawn),
             activations=sent,
             ignored=set(),
         )

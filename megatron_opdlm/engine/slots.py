@@ -130,6 +130,7 @@ class SlotBooks:
         self.committed_at = np.zeros((slots, positions), dtype=np.int64)
         # Passes of the whole sequence, and those before its current block.
         self.passes, self.passes_before = np.zeros((2, slots), dtype=np.int64)
+        self._short = True  # a sequence may lack pages
         self._column = np.arange(queue.rules.block_size)
 
     @property
@@ -150,6 +151,7 @@ class SlotBooks:
         new = report[finished, slot_state.TOKENS :]
         self.tokens[place], self.committed_at[place] = new[:, :size], new[:, size:]
         self.block_start[finished] += size
+        self._short = True
         if self.committed is not None:
             for slot in finished.tolist():
                 self.committed(self._block(slot))
@@ -171,15 +173,16 @@ class SlotBooks:
     def _trajectory(self, slot: int, request: Request) -> Trajectory:
         start, stop, passes = len(request.prompt.ids), self.block_start[slot], self.passes[slot]
         response = self.tokens[slot, start:stop].tolist()
-        kept = self._through_end(response)
-        stopped = kept is not None and kept <= request.max_new_tokens
+        kept, reason = self._through_end(response), "stop"
+        if kept is None or kept > request.max_new_tokens:
+            kept, reason = min(len(response), request.max_new_tokens), "length"
         return Trajectory(
             sample=request.sample,
             prompt=request.prompt,
             response_ids=response,
             committed_at=self.committed_at[slot, start:stop].tolist(),
-            response_tokens=kept if stopped else min(len(response), request.max_new_tokens),
-            finish_reason="stop" if stopped else "length",
+            response_tokens=kept,
+            finish_reason=reason,
             forwards=int(passes),
             passes=int(passes),
         )
@@ -212,9 +215,12 @@ class SlotBooks:
         finished block. A sequence that is the youngest waits.
         """
         left: list[int] = []
+        if not self._short:
+            return left
         want = np.minimum(self.block_start + self.ahead, self.end)
         short = np.flatnonzero((want > self.pages.covered) & (self.request >= 0))
-        if not len(short):
+        self._short = bool(len(short))
+        if not self._short:
             return left
         missing = self.pages.missing(want)
         for slot in short[np.argsort(self.order[short])].tolist():
