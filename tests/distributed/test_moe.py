@@ -107,11 +107,13 @@ def test_losses_and_gradients(recorded: Recorded, ranks: WorkerGroups, name: str
 
 @pytest.mark.parametrize("name", ["ep2", *(n for n in LAYOUTS if n not in TWO)])
 def test_three_updates(recorded: Recorded, ranks: WorkerGroups, name: str):
-    """Claim (law 3): clipping and Adam over dense and expert weights are PyTorch's."""
+    """Claim (law 3): clipping and Adam over dense and expert weights are PyTorch's, also where sums
+    of gradients overlap the backward pass."""
     number, layout = EXPERT_LAYOUTS[name]
     results = ranks(number).run(
         jobs.train_on,
         **training_arguments(recorded, MIXTURE, overrides(layout)),
+        overlapped=name == "ep2",
         timeout=PATIENCE,
     )
     assert_training(results[0], recorded.expected_training(MIXTURE, LR, CLIP))
