@@ -11,6 +11,12 @@ LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
 
+DTYPE_HELP = (
+    "type of the weights; auto: bf16 on a GPU, and for models of 50 million parameters and more on "
+    "a CPU that multiplies in it (AMX, AVX512-BF16); else fp32"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The student, and the layout that student and teacher share (docs/parallelism.md)."""
@@ -52,7 +58,7 @@ class ModelConfig:
     sequence_parallel: bool = key(
         False, "tensor ranks share out the tokens between the linears, too", may_change=True
     )
-    dtype: Precision = key("auto", "type of the weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Precision = key("auto", DTYPE_HELP)
     max_positions: int | None = key(
         None,
         "of a prompt and its response together; null: the model's limit",
@@ -80,7 +86,7 @@ class TeacherConfig:
     path: str = key(
         "", "as model.path; empty: the same weights as the student's start", is_path=True
     )
-    dtype: Precision = key("auto", "type of the weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Precision = key("auto", DTYPE_HELP)
     quantization: Literal["none", "fp8"] = key(
         "none", "fp8: the layers' linears get E4M3 weights and activations"
     )

@@ -15,6 +15,9 @@ from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
 Run = Callable[[], torch.Tensor]
 Capture = Callable[[Run], Run]
 
+# From here on products are long enough that 16 bits pay for the conversions around them.
+LARGE_PARAMETERS = 50_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -23,7 +26,8 @@ class Hardware:
     device: torch.device
     devices: tuple[str, ...]  # names of this node's accelerators
     process_group_backend: str  # "gloo" | "nccl"
-    dtype: torch.dtype  # default of model.dtype=auto
+    dtype: torch.dtype  # of a small model, and of model.dtype=auto in general
+    large_dtype: torch.dtype  # of a model of LARGE_PARAMETERS and more
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory_bytes: Callable[[], int]  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
@@ -39,6 +43,10 @@ class Hardware:
     # Starts a copy to the host; the function that comes back waits for it.
     fetch: Callable[[torch.Tensor], Callable[[], torch.Tensor]]
     reason: str  # why this hardware was chosen, for the log
+
+    def dtype_of(self, parameters: int) -> torch.dtype:
+        """model.dtype=auto of a model of this size."""
+        return self.large_dtype if parameters >= LARGE_PARAMETERS else self.dtype
 
 
 def _peak_resident_bytes() -> int:
@@ -66,6 +74,7 @@ def select_hardware() -> Hardware:
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,
+            large_dtype=torch.bfloat16,
             transformer_options=gpu.transformer_options(engine),
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
@@ -81,11 +90,13 @@ def select_hardware() -> Hardware:
         )
     megatron_on_cpu.install()
     torch.set_num_threads(1)
+    unit = cpu.bfloat16_unit()
     return Hardware(
         device=torch.device("cpu"),
         devices=(),
         process_group_backend="gloo",
         dtype=torch.float32,
+        large_dtype=torch.bfloat16 if unit else torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,
         peak_memory_bytes=_peak_resident_bytes,
         free_memory_bytes=_available_bytes,
@@ -97,5 +108,15 @@ def select_hardware() -> Hardware:
         captures=None,
         upload=lambda x: x,
         fetch=cpu.fetch,
-        reason="no CUDA device: gloo, float32, one thread a rank",
+        reason=_cpu_reason(unit),
+    )
+
+
+def _cpu_reason(unit: str) -> str:
+    if not unit:
+        return "no CUDA device: gloo, float32, one thread a rank"
+    millions = LARGE_PARAMETERS // 10**6
+    return (
+        f"no CUDA device: gloo, one thread a rank, float32; bfloat16 for models of {millions} "
+        f"million parameters and more, since this processor multiplies in it ({unit})"
     )

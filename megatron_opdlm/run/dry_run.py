@@ -166,11 +166,11 @@ def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> 
         plan = build.build_plan(config, source)
         return [
             f"prompts      {plan.prompts.summary}",
-            f"steps        {plan.total_steps} of {each}",
+            f"steps        {plan.steps_told} of {each}",
             *plan.notes,
         ]
     there = "there" if Path(config.data.path).exists() else "not there yet"
-    steps = config.train.steps
+    steps = config.train.stop_after or config.train.steps
     count = str(steps) if steps > 0 else f"as many as {config.data.epochs} epochs of the data take,"
     return [
         f"prompts      data.path={config.data.path} is {there}; not read: that needs the "
@@ -194,7 +194,7 @@ def _memory(
     from megatron_opdlm.run import build
 
     hardware = select_hardware()
-    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    item = build.resolve_dtype(config.model.dtype, hardware, source.shape).itemsize
     student = rank_numbers(source.shape, split)
     low_rank = build.low_rank_of(config)
     trained, added = student, 0.0
