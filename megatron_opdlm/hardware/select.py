@@ -35,6 +35,7 @@ class Hardware:
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     differentiates_flex: bool  # FlexAttention has a backward pass
+    overlaps_reduction: bool  # gradients are summed over replicas while others are computed
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
     # what one of them captured shares memory. None: cannot.
     captures: Callable[[], Capture] | None
@@ -67,19 +68,21 @@ def select_hardware() -> Hardware:
     if torch.cuda.is_available():
         device = gpu.set_device(launcher.local_rank())
         group_adam.use_where_megatron_falls_back()
+        engine = gpu.transformer_engine()
         return Hardware(
             device=device,
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,
             large_dtype=torch.bfloat16,
-            transformer_options=gpu.TRANSFORMER_OPTIONS,
+            transformer_options=gpu.transformer_options(engine),
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.DECODE_ATTENTION,
-            transformer_engine=gpu.transformer_engine(),
+            transformer_engine=engine,
             projection_rows=gpu.PROJECTION_ROWS,
             differentiates_flex=True,
+            overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
             upload=gpu.upload,
             fetch=gpu.fetch,
@@ -101,6 +104,7 @@ def select_hardware() -> Hardware:
         transformer_engine=None,
         projection_rows=cpu.PROJECTION_ROWS,
         differentiates_flex=False,
+        overlaps_reduction=False,
         captures=None,
         upload=lambda x: x,
         fetch=cpu.fetch,

@@ -244,10 +244,16 @@ def build_student(
     if low_rank:
         lora.freeze_base(model)
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
+    # Weights are gathered at once, never during the next forward: the output layer's are read
+    # outside of its module, and captured passes read all of them, where nobody would wait.
     reduction = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=hardware.overlaps_reduction,
     )
     ddp = DistributedDataParallel(model.config, reduction, wrapped)
+    if hardware.overlaps_reduction:  # of the last microbatch only
+        model.config.no_sync_func = ddp.no_sync
     fuse_gradients(model)
     adam = optimizer_config(config, dtype, hardware)
     return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(adam, [ddp]))
