@@ -6,9 +6,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.diffusion.blocks import first_block_start
 from megatron_opdlm.model.flops import (
     attention_flops,
     forward_flops,
@@ -17,7 +19,14 @@ from megatron_opdlm.model.flops import (
 )
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
+from megatron_opdlm.packing import (
+    FinishedBatch,
+    PackedBatch,
+    Packing,
+    StepBatches,
+    student_tokens,
+)
+from megatron_opdlm.prefix_trees import is_worth_sharing
 from megatron_opdlm.records import State, Trajectory, UpdateReport
 
 
@@ -35,7 +44,8 @@ def student_flops(
     matrices is half: they need no gradient of their own. ``attention`` names the student's kernel.
     """
     rows = len(batch.labels)
-    pairs = packed_row_pairs(attention, batch.lengths, batch.block, batch.clean) / batch.split.ranks
+    row = batch.lengths, batch.block, batch.clean, batch.branch
+    pairs = packed_row_pairs(attention, *row) / batch.split.ranks
     layers = _layers_flops(shape, batch.student_tokens, pairs, rows, sequence_parallel)
     forwards, head = (2 if recompute else 1), projection_flops(shape, rows)
     if low_rank is None:
@@ -55,7 +65,9 @@ def teacher_flops(
 ) -> float:
     """Operations of the teacher's forward without its output layer."""
     rows = len(batch.read)
-    pairs = packed_row_pairs(attention, batch.lengths) / batch.split.ranks
+    clean = None if batch.block is None else torch.ones_like(batch.block, dtype=torch.bool)
+    row = batch.lengths, batch.block, clean, batch.branch
+    pairs = packed_row_pairs(attention, *row) / batch.split.ranks
     return _layers_flops(shape, batch.tokens, pairs, rows, sequence_parallel)
 
 
@@ -74,6 +86,19 @@ def state_cost(student: ModelShape, teacher: ModelShape, state: State, packed_to
         for shape, n in ((teacher, finished), (student, packed_tokens))
     )
     return asked + 3 * read
+
+
+def shared_cost(student: ModelShape, teacher: ModelShape, state: State, packing: Packing) -> float:
+    """Operations that a state costs less in a row with another one of its prompt."""
+    shift = packing.shift(state)
+    tokens = first_block_start(len(state.prompt_ids) + shift, packing.block_size) - shift
+    if not is_worth_sharing(tokens, student_tokens(state, packing) - tokens):
+        return 0.0
+    once = [
+        forward_flops(shape, tokens=tokens, attended_pairs=tokens**2, projected_rows=0)
+        for shape in (teacher, student)
+    ]
+    return packing.share_teacher * once[0] + 3 * packing.share_student * once[1]
 
 
 def step_flops(

@@ -109,7 +109,8 @@ def build_plan(config: Config, student: ModelSource) -> StepPlan:
     """Prompts of ``data.path``, their order, and what each step makes of them."""
     prompts = _load_prompts(config, student, "data.path", config.data.path)
     order = _order(config, prompts, config.rollout.prompts_per_step)
-    steps = config.train.steps
+    steps, stop_after = config.train.steps, config.train.stop_after
+    planned = order.total_steps if steps < 0 else min(steps, order.total_steps)
     return StepPlan(
         config=config,
         vocabulary=student.vocabulary,
@@ -117,7 +118,8 @@ def build_plan(config: Config, student: ModelSource) -> StepPlan:
         prompts=prompts,
         order=order,
         recorded=_recorded(config, student, prompts, order),
-        total_steps=order.total_steps if steps < 0 else min(steps, order.total_steps),
+        planned_steps=planned,
+        total_steps=min(stop_after, order.total_steps) if stop_after else planned,
     ).validate()
 
 

@@ -165,11 +165,11 @@ def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> 
         plan = build.build_plan(config, source)
         return [
             f"prompts      {plan.prompts.summary}",
-            f"steps        {plan.total_steps} of {each}",
+            f"steps        {plan.steps_told} of {each}",
             *plan.notes,
         ]
     there = "there" if Path(config.data.path).exists() else "not there yet"
-    steps = config.train.steps
+    steps = config.train.stop_after or config.train.steps
     count = str(steps) if steps > 0 else f"as many as {config.data.epochs} epochs of the data take,"
     return [
         f"prompts      data.path={config.data.path} is {there}; not read: that needs the "

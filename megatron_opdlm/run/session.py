@@ -21,8 +21,8 @@ from megatron_opdlm.packing import (
     PackedBatch,
     Packing,
     StepBatches,
+    beginnings,
     pack_step,
-    sharing,
     student_tokens,
 )
 from megatron_opdlm.planning import balance
@@ -255,6 +255,7 @@ class Session:
 
 def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packing:
     """How the configuration packs rows."""
+    student, teacher = kernels_of(config, hardware)
     return Packing(
         block_size=config.rollout.block_size,
         mask_id=source.vocabulary.mask_id,
@@ -265,6 +266,8 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
         context_ranks=parallel.context_size(),
         context_rank=parallel.context_rank(),
         alignment=config.states.block_alignment,
+        share_student=student.skips_hidden,
+        share_teacher=teacher.skips_hidden,
         rows_in_step=parallel.most_over_experts,
     )
 
@@ -272,18 +275,10 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
 def my_share(
     states: Sequence[State], student: ModelSource, teacher: ModelSource, packing: Packing
 ) -> list[State]:
-    """This replica's states of one update: every replica gets about the same operations. States
-    that share their prompt stay together, unless that left a replica without any.
-    """
-    groups, replicas = sharing(states, packing), parallel.data_parallel_size()
-    if len(groups) < replicas:
-        groups = [[state] for state in states]
-    costs = [
-        sum(
-            accounting.state_cost(student.shape, teacher.shape, s, student_tokens(s, packing))
-            for s in group
-        )
-        for group in groups
-    ]
-    mine = balance.share_out(costs, replicas)[parallel.data_parallel_rank()]
-    return [state for i in mine for state in groups[i]]
+    """This replica's states of one update: every replica gets about the same operations."""
+    shapes = student.shape, teacher.shape
+    costs = [accounting.state_cost(*shapes, s, student_tokens(s, packing)) for s in states]
+    saved = [accounting.shared_cost(*shapes, s, packing) for s in states]
+    alike = beginnings(states)
+    shares = balance.share_out_alike(costs, alike, saved, parallel.data_parallel_size())
+    return [states[i] for i in shares[parallel.data_parallel_rank()]]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_opdlm.diffusion.masks import two_stream_visible
+from megatron_opdlm.diffusion.masks import branch_visible, two_stream_visible
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step, student_tokens
 from megatron_opdlm.records import State
 from megatron_opdlm.states import choose_states, make_state
@@ -80,12 +80,14 @@ def test_states_of_a_sequence_share_its_clean_copy():
 
 def seen(batch: PackedBatch) -> torch.Tensor:
     block, clean = batch.block, batch.clean
-    return two_stream_visible(block[:, None], clean[:, None], block[None], clean[None])
+    visible = two_stream_visible(block[:, None], clean[:, None], block[None], clean[None])
+    branch = torch.zeros_like(block) if batch.branch is None else batch.branch
+    return visible & branch_visible(branch[:, None], branch[None])
 
 
 def test_states_share_no_more_than_a_microbatch_holds():
-    """Claim: states whose own rows exceed a microbatch together are packed apart."""
-    tight = replace(PACKING, tokens_per_microbatch=39)
+    """Claim: states that exceed a microbatch together are packed apart."""
+    tight = replace(PACKING, tokens_per_microbatch=27)
     (batches,) = pack_step([[ONE, ONE]], tight).updates
     assert [batch.lengths for batch in batches] == [[20], [20]]
 
