@@ -16,12 +16,7 @@ from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
 from checkpoint_tools.export.export_files import CardFacts, write_files
-from checkpoint_tools.export.formats import (
-    check_format,
-    exported_shape,
-    layout_of,
-    with_explicit_head,
-)
+from checkpoint_tools.export.formats import exported_shape, with_explicit_head
 from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE
 from checkpoint_tools.export.model_card import read_evaluation
 from checkpoint_tools.export.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -39,6 +34,7 @@ from checkpoint_tools.verify import FULL, SAMPLE, Extent, compare, compare_tenso
 from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.families import FORMATS
+from megatron_opdlm.model_files.formats import check_format, layout_of
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape

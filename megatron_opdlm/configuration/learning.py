@@ -110,6 +110,11 @@ class CheckpointConfig:
     every: int = key(10, "steps between two checkpoints", unit="steps", at_least=1)
     keep: int = key(2, "newest checkpoints that are kept", unit="checkpoints", at_least=1)
     async_save: bool = key(True, "write from copies in host memory while the run goes on")
+    export: list[str] = key(
+        [],
+        "formats of `opdlm export`, such as [sdar]: each checkpoint that is kept is exported to "
+        "exports/FORMAT/ of the run directory by a process beside the run",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,8 @@ import torch
 
 from megatron_opdlm.errors import InputError
 
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # environment of a program that shall see no GPU
+
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
 PROJECTION_ROWS = 1024

@@ -22,6 +22,7 @@ from megatron_opdlm.run.build import (
     describe_kernels,
     open_pair,
 )
+from megatron_opdlm.run.exports import EXPORTS, Exports
 from megatron_opdlm.run.provenance import record_start
 from megatron_opdlm.run.run_directory import check_run_directory, prepare_run_directory
 from megatron_opdlm.run.run_lock import hold_run_directory
@@ -71,6 +72,22 @@ def open_session(config: Config) -> Session:
         _announce(config, hardware, decoding, plan, progress)
         tracker = _open_tracker(config, checkpoints)
     parallel.barrier()
+    metrics = MetricsWriter(
+        Path(config.train.out),
+        enabled=parallel.is_writer(),
+        tensorboard=config.logging.tensorboard,
+        total_steps=plan.total_steps,
+        start_step=progress.step,
+        tracker=tracker,
+    )
+    exports = Exports(
+        directory=Path(config.train.out) / EXPORTS,
+        formats=config.checkpoint.export,
+        checkpoints=checkpoints,
+        say=metrics.say_once,
+    )
+    if parallel.is_writer():
+        exports.begin()
     session = Session(
         config=config,
         hardware=hardware,
@@ -81,14 +98,8 @@ def open_session(config: Config) -> Session:
         teacher_source=teacher_source,
         objective=build_objective(config, teacher),
         checkpoints=checkpoints,
-        metrics=MetricsWriter(
-            Path(config.train.out),
-            enabled=parallel.is_writer(),
-            tensorboard=config.logging.tensorboard,
-            total_steps=plan.total_steps,
-            start_step=progress.step,
-            tracker=tracker,
-        ),
+        exports=exports,
+        metrics=metrics,
         progress=progress,
         profiler=profiler,
         saved_step=progress.step,

@@ -31,8 +31,9 @@ from megatron_opdlm.reporting.profiling import Profiler
 from megatron_opdlm.reporting.sample_texts import sample_rows
 from megatron_opdlm.rollout import generate_over_copies
 from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
+from megatron_opdlm.run.exports import Exports
 from megatron_opdlm.step_plan import StepPlan
-from megatron_opdlm.supervision import preemption, watchdog
+from megatron_opdlm.supervision import activity, preemption, watchdog
 from megatron_opdlm.teacher import Targets, score
 from megatron_opdlm.update import Objective, Student
 
@@ -54,6 +55,7 @@ class Session:
     teacher_source: ModelSource
     objective: Objective
     checkpoints: Checkpoints
+    exports: Exports
     metrics: MetricsWriter
     progress: Progress
     profiler: Profiler
@@ -208,12 +210,14 @@ class Session:
 
     def save_if_due(self) -> None:
         """At the end of a step: publish the save under way if it is written, begin one if it is
-        time.
+        time; the same of exports.
         """
         step = self.progress.step
         self.checkpoints.poll()
         if step % self.config.checkpoint.every == 0 or step == self.plan.total_steps:
             self.save()
+        if parallel.is_writer():
+            self.exports.advance()
 
     def save(self) -> None:
         """A checkpoint of the last finished step, unless it has one."""
@@ -247,6 +251,10 @@ class Session:
         """End of the run."""
         self.profiler.close()
         self.checkpoints.finish()
+        watchdog.enter("export", self.progress.step)
+        parallel.wait_for_writer(
+            lambda: self.exports.finish(activity.advance, preemption.requested), activity.advance
+        )
         self.metrics.close()
         parallel.barrier()
 
