@@ -171,6 +171,11 @@ class LoggingConfig:
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Literal["none", "offline", "online"] = key("none", "Weights & Biases")
     wandb_project: str = key("megatron-opdlm", "project of the run's page")
+    wandb_entity: str = key("", "user or team of the project; empty: the account's default")
+    wandb_group: str = key("", "group of runs that the page shows together")
+    wandb_name: str = key("", "name of the run; empty: the run directory's")
+    wandb_tags: list[str] = key([], "tags of the run")
+    trackers: list[str] = key([], "modules of other trackers (docs/metrics.md)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Trajectories as rows that people read: texts beside ids, and when each token was committed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +30,24 @@ def sample_rows(trajectories: Sequence[Trajectory], model_files: Path) -> list[d
         }
         rows.append(t.prompt.extra | row)
     return rows
+
+
+_SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+def trajectory_text(row: Mapping[str, Any]) -> str:
+    """A row of ``samples.jsonl`` for people: prompt, and the response with the pass of its block
+    that committed each token, ``The₁ answer₃``. Ids where the model has no tokenizer.
+    """
+    texts = row.get("response_texts") or [f" {token}" for token in row["response_ids"]]
+    passes = (str(at).translate(_SUBSCRIPT) for at in row["committed_at"])
+    tokens = [f"{text}{at}" for text, at in zip(texts, passes, strict=True)]
+    end, prompt = row["response_tokens"], row["prompt"] if "prompt" in row else row["prompt_ids"]
+    text = "\n".join(
+        [
+            f"prompt: {prompt}",
+            f"response ({end} tokens, {row['finish_reason']}, {row['forwards']} forwards):",
+            "".join(tokens[:end]),
+        ]
+    )
+    return text.encode("utf-8", errors="backslashreplace").decode()
