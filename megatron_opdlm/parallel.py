@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -380,6 +380,16 @@ def max_over_ranks(value: float) -> float:
     if dist.get_world_size() > 1:
         dist.all_reduce(holder, op=dist.ReduceOp.MAX)
     return float(holder)
+
+
+def gather_numbers(mine: Sequence[float]) -> list[list[float]]:
+    """As many numbers of every rank, in the order of the ranks, on every rank."""
+    own = torch.tensor(mine, dtype=torch.float64, device=select_hardware().device)
+    if dist.get_world_size() == 1:
+        return [own.tolist()]
+    table = own.new_empty(dist.get_world_size(), len(own))
+    dist.all_gather_into_tensor(table, own)
+    return table.tolist()
 
 
 def barrier() -> None:

@@ -1,7 +1,6 @@
 """Chooses the hardware once, into one record. Nobody else asks what machine this is."""
 
 import functools
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ import psutil
 import torch
 
 from megatron_opdlm import launcher
-from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
+from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu, peak_memory
+from megatron_opdlm.hardware.peak_memory import PeakMemory
 
 Run = Callable[[], torch.Tensor]
 Capture = Callable[[Run], Run]
@@ -25,7 +25,7 @@ class Hardware:
     process_group_backend: str  # "gloo" | "nccl"
     dtype: torch.dtype  # default of model.dtype=auto
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
-    peak_memory_bytes: Callable[[], int]  # of this rank
+    peak_memory: PeakMemory  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
@@ -38,10 +38,6 @@ class Hardware:
     # Starts a copy to the host; the function that comes back waits for it.
     fetch: Callable[[torch.Tensor], Callable[[], torch.Tensor]]
     reason: str  # why this hardware was chosen, for the log
-
-
-def _peak_resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def _available_bytes() -> int:
@@ -65,7 +61,7 @@ def select_hardware() -> Hardware:
             process_group_backend="nccl",
             dtype=torch.bfloat16,
             transformer_options=gpu.TRANSFORMER_OPTIONS,
-            peak_memory_bytes=gpu.peak_memory_bytes,
+            peak_memory=gpu.peak_memory(),
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=gpu.transformer_engine(),
@@ -84,7 +80,7 @@ def select_hardware() -> Hardware:
         process_group_backend="gloo",
         dtype=torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,
-        peak_memory_bytes=_peak_resident_bytes,
+        peak_memory=peak_memory.resident(),
         free_memory_bytes=_available_bytes,
         decode_attention=("buckets",),
         transformer_engine=None,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.hardware.peak_memory import PeakMemory
 from megatron_opdlm.model.flops import (
     attention_flops,
     forward_flops,
@@ -19,6 +20,9 @@ from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
 from megatron_opdlm.records import State, Trajectory, UpdateReport
+
+# A phase of the metrics -> those of the loop.
+PHASES = {"rollout": ("rollout",), "teacher": ("teacher",), "update": ("states", "update")}
 
 
 def student_flops(
@@ -139,11 +143,13 @@ def paper_flops(shape: ModelShape, trained_tokens: int) -> float:
 
 @dataclass
 class Stopwatch:
-    """Wall-clock seconds by phase of one step, on this rank. ``before`` is called with the name of
-    each phase before it begins; ``around`` gives what the phase runs in.
+    """Wall-clock seconds and peak of memory by phase of one step, on this rank. ``before`` is
+    called with the name of each phase before it begins; ``around`` gives what the phase runs in.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    memory: PeakMemory | None = None
     before: Callable[[str], None] = lambda name: None
     around: Callable[[str], AbstractContextManager[object]] = nullcontext
 
@@ -151,12 +157,16 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase."""
         self.before(name)
+        if self.memory is not None:
+            self.memory.restart()
         start = time.perf_counter()
         try:
             with self.around(name):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if self.memory is not None:
+                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), self.memory.recent())
 
 
 def rollout_counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -203,15 +213,33 @@ def speeds(watch: Stopwatch, trained_tokens: int, rollout_tokens: int) -> dict[s
     """Seconds of the phases and tokens a second; ``trained_tokens_per_second`` counts the whole
     step's time.
     """
-    seconds = watch.seconds
-    update = seconds.get("update", 0.0) + seconds.get("states", 0.0)
-    total = sum(seconds.values())
-    return {
-        "seconds_rollout": seconds.get("rollout", 0.0),
-        "seconds_teacher": seconds.get("teacher", 0.0),
-        "seconds_update": update,
+    seconds = _phase_seconds(watch)
+    total = sum(watch.seconds.values())
+    return {f"seconds_{phase}": seconds[phase] for phase in PHASES} | {
         "trained_tokens_per_second": trained_tokens / max(total, 1e-9),
-        "rollout_tokens_per_second": rollout_tokens / max(seconds.get("rollout", 0.0), 1e-9),
+        "rollout_tokens_per_second": rollout_tokens / max(seconds["rollout"], 1e-9),
+    }
+
+
+def _phase_seconds(watch: Stopwatch) -> dict[str, float]:
+    return {
+        phase: sum(watch.seconds.get(part, 0.0) for part in parts)
+        for phase, parts in PHASES.items()
+    }
+
+
+def over_ranks(watch: Stopwatch) -> dict[str, dict[str, float]]:
+    """Of each phase the slowest rank, its seconds, and the largest memory of any rank."""
+    mine = [*_phase_seconds(watch).values()]
+    mine += [max(watch.peak_bytes.get(part, 0) for part in parts) for parts in PHASES.values()]
+    table = parallel.gather_numbers(mine)
+    columns = list(zip(*table, strict=True))
+    seconds = dict(zip(PHASES, columns[: len(PHASES)], strict=True))
+    memory = dict(zip(PHASES, columns[len(PHASES) :], strict=True))
+    return {
+        "slowest_seconds": {phase: max(each) for phase, each in seconds.items()},
+        "slowest_rank": {phase: each.index(max(each)) for phase, each in seconds.items()},
+        "peak_memory_bytes_by_phase": {phase: int(max(each)) for phase, each in memory.items()},
     }
 
 

@@ -65,7 +65,11 @@ class Session:
     def watch(self, step: int) -> accounting.Stopwatch:
         """The clock of a step; the begin of each phase is a point where the run can stop."""
         self.profiler.begin(step)
-        return accounting.Stopwatch(before=partial(self._begin, step), around=self.profiler.phase)
+        return accounting.Stopwatch(
+            before=partial(self._begin, step),
+            around=self.profiler.phase,
+            memory=self.hardware.peak_memory,
+        )
 
     def _begin(self, step: int, phase: str) -> None:
         watchdog.enter(phase, step)
@@ -190,13 +194,14 @@ class Session:
         )
         losses = accounting.reduce_losses(reports)
         speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
-        row = losses | counts | speeds | asdict(self.progress)
+        ranks = accounting.over_ranks(watch)
+        row = losses | counts | speeds | ranks | asdict(self.progress)
         row |= {
             "lr": self.plan.learning_rate(step, len(reports) - 1, len(reports)),
             "max_new_tokens": self.plan.budget(step),
             "threshold": self.plan.decoding(step).threshold,
             "updates": len(reports),
-            "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
+            "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory.highest())),
         }
         self.metrics.write(step, row)
         if note := accounting.nothing_to_learn(counts):
