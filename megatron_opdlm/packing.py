@@ -50,6 +50,14 @@ class Packing:
         return rows + [[] for _ in range(self.rows_in_step(len(rows)) - len(rows))]
 
 
+PLACES = 32  # of a block that are told apart at the most
+
+
+def place_width(block_size: int) -> int:
+    """Neighbouring tokens of a block that count as one place of it."""
+    return -(-block_size // PLACES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """One microbatch of the student, and what is read from it: a row of N tokens, of which this
@@ -68,6 +76,8 @@ class PackedBatch:
     labels: Tensor  # [M] the tokens of the finished sequence
     row_weight: Tensor  # [M] 1 / counted positions of the sequence
     sequence: Tensor  # [M] index into ``states``
+    position: Tensor  # [M] of the token in its response
+    place: Tensor  # [M] of the token in its block, in units of ``place_width``
     masked_share: Tensor  # [M] share of its block's response tokens that are masked
 
     @property
@@ -145,6 +155,7 @@ class _Piece:
     clean: Tensor  # bool [n]
     read: Tensor  # [m] index within the piece
     counted: Tensor  # [m] absolute positions
+    place: Tensor  # [m] of them in their blocks, in units of ``place_width``
 
 
 def student_tokens(state: State, packing: Packing) -> int:
@@ -179,6 +190,7 @@ def _piece(state: State, packing: Packing) -> _Piece:
         clean=torch.arange(clean + len(noisy)) < clean,
         read=at,
         counted=counted,
+        place=(counted + shift) % size // place_width(size),
     )
 
 
@@ -214,6 +226,8 @@ def _pack(
     target = _row([questions.rows(s, p.counted) for s, p in zip(states, pieces, strict=True)])
     label = _row([_labels(s, p.counted) for s, p in zip(states, pieces, strict=True)])
     share = [_masked_shares(s, packing) for s in states]
+    position = _row([p.counted - len(s.prompt_ids) for s, p in zip(states, pieces, strict=True)])
+    place = _row([p.place for p in pieces])
     device = packing.device
     return PackedBatch(
         states=states,
@@ -228,6 +242,8 @@ def _pack(
         labels=label[mine].to(device),
         row_weight=(1.0 / counts[sequence])[mine].to(device),
         sequence=sequence[mine].to(device),
+        position=position[mine].to(device),
+        place=place[mine].to(device),
         masked_share=torch.cat([*share, torch.zeros(0)])[mine].to(device),
     )
 

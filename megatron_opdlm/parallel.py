@@ -387,9 +387,9 @@ def gather_numbers(mine: Sequence[float]) -> list[list[float]]:
     own = torch.tensor(mine, dtype=torch.float64, device=select_hardware().device)
     if dist.get_world_size() == 1:
         return [own.tolist()]
-    table = own.new_empty(dist.get_world_size(), len(own))
-    dist.all_gather_into_tensor(table, own)
-    return table.tolist()
+    table = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(table, own)
+    return [row.tolist() for row in table]
 
 
 def barrier() -> None:

@@ -1,9 +1,9 @@
 """Tokens, floating-point operations and seconds of a step (definitions: ``docs/metrics.md``)."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from megatron_opdlm.model.flops import (
 )
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
+from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches, place_width
 from megatron_opdlm.records import State, Trajectory, UpdateReport
 
 # A phase of the metrics -> those of the loop.
@@ -243,23 +243,23 @@ def over_ranks(watch: Stopwatch) -> dict[str, dict[str, float]]:
     }
 
 
-def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
+def reduce_losses(reports: Sequence[UpdateReport], block_size: int) -> dict[str, Any]:
     """Means over the step's updates, summed over the model replicas first.
 
     ``loss`` is each update's mean over its sequences, ``kl`` the mean over positions in nats,
-    ``kl_by_masked_fraction`` the same by the share of its block's response tokens that were masked.
+    ``kl_by_masked_fraction`` the same by the share of its block's response tokens that were masked,
+    ``kl_by_block_position`` by the position in the block, from 1.
     """
-    replicas = parallel.gather_objects_over_data_parallel([list(reports)])
+    light = [replace(report, position_value=[]) for report in reports]
+    replicas = parallel.gather_objects_over_data_parallel([light])
     losses = []
     for shares in zip(*replicas, strict=True):
         values = [value for report in shares for value in report.sequence_loss]
         losses.append(sum(values) / len(values))
-    sums: dict[float, float] = {}
-    counts: dict[float, int] = {}
-    for report in (report for replica in replicas for report in replica):
-        for share, value in report.share_sum.items():
-            sums[share] = sums.get(share, 0.0) + value
-            counts[share] = counts.get(share, 0) + report.share_count[share]
+    everything = [report for replica in replicas for report in replica]
+    sums, counts = _added((report.share_sum, report.share_count) for report in everything)
+    place_sums, place_counts = _added((r.place_sum, r.place_count) for r in everything)
+    width = place_width(block_size)
     return {
         "loss": sum(losses) / len(losses),
         "kl": sum(sums.values()) / max(sum(counts.values()), 1),
@@ -267,4 +267,20 @@ def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
         "kl_by_masked_fraction": {
             f"{share:.2f}": sums[share] / counts[share] for share in sorted(sums)
         },
+        "kl_by_block_position": {
+            f"{1 + width * at}": place_sums[at] / place_counts[at] for at in sorted(place_sums)
+        },
     }
+
+
+def _added(
+    pairs: Iterable[tuple[Mapping[Any, float], Mapping[Any, int]]],
+) -> tuple[dict[Any, float], dict[Any, int]]:
+    """Sums and counts by level, added up."""
+    sums: dict[Any, float] = {}
+    counts: dict[Any, int] = {}
+    for own_sums, own_counts in pairs:
+        for level, value in own_sums.items():
+            sums[level] = sums.get(level, 0.0) + value
+            counts[level] = counts.get(level, 0) + own_counts[level]
+    return sums, counts

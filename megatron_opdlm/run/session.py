@@ -29,6 +29,7 @@ from megatron_opdlm.records import Rollout, State, Trajectory, UpdateReport
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.reporting.profiling import Profiler
 from megatron_opdlm.reporting.sample_texts import sample_rows
+from megatron_opdlm.reporting.token_views import view_tokens
 from megatron_opdlm.rollout import generate_over_copies
 from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
 from megatron_opdlm.run.exports import Exports
@@ -169,6 +170,7 @@ class Session:
         rollout: Rollout,
         states: Sequence[State],
         batches: StepBatches,
+        targets: Targets | None,
         reports: Sequence[UpdateReport],
         watch: accounting.Stopwatch,
     ) -> None:
@@ -192,7 +194,7 @@ class Session:
             cumulative_flops_paper=done.cumulative_flops_paper
             + accounting.paper_flops(self.source.shape, trained),
         )
-        losses = accounting.reduce_losses(reports)
+        losses = accounting.reduce_losses(reports, self.config.rollout.block_size)
         speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
         ranks = accounting.over_ranks(watch)
         row = losses | counts | speeds | ranks | asdict(self.progress)
@@ -211,7 +213,9 @@ class Session:
         every = self.config.logging.samples_every
         if every and (step % every == 0 or step == 1):
             chosen = rollout.trajectories[: self.config.logging.samples]
-            self.metrics.samples(step, sample_rows(chosen, self.source.files))
+            shown = {trajectory.sample for trajectory in chosen}
+            views = view_tokens(shown, batches.updates, reports, targets, self.objective)
+            self.metrics.samples(step, sample_rows(chosen, self.source.files, views))
 
     def save_if_due(self) -> None:
         """At the end of a step: publish the save under way if it is written, begin one if it is
