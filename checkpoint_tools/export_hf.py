@@ -28,7 +28,6 @@ from checkpoint_tools.quantization.export import (
     quantize,
     read_quantization,
 )
-from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import FULL, SAMPLE, Extent, compare, compare_tensor
 from megatron_opdlm import written_values
@@ -39,6 +38,7 @@ from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_con
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.model_files.writing import check_free, check_outside
+from megatron_opdlm.reporting.progress import BYTES, Progress
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 EXTENTS = {"sample": SAMPLE, "full": FULL}
@@ -144,8 +144,11 @@ def convert(
             writer = ShardWriter(directory, exported, dtype, shard_bytes)
             team.on_first(writer.create_files)
             total = exported.parameters * ITEM_BYTES[dtype]
-            with progress_bar(
-                f"export {out.name}", total // team.size, shown=team.is_first and not quiet
+            with Progress(
+                f"export {out.name}",
+                total // team.size,
+                show=team.is_first and not quiet,
+                unit=BYTES,
             ) as bar:
                 team.together(
                     lambda: _while_checking(
@@ -214,7 +217,7 @@ def _write(
             size = writer.write(name, tensor)
             compare_tensor(written, name, tensor, writer.dtype, checkpoint)
             written.close()  # a mapping from before the next write need not show it
-            progress.update(size)
+            progress.advance(count=size)
     writer.close()
 
 

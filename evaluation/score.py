@@ -16,7 +16,6 @@ from typing import Any, TypeGuard
 
 from evaluation.generation.identity import hash_rows
 from evaluation.generation.predictions import SETTINGS, finished_rows, whole_lines
-from evaluation.generation.progress import Progress
 from evaluation.graded import grade_predictions, graded_row, summary_of, tell_scorer_errors
 from evaluation.jail.sandbox import use_sandbox
 from evaluation.jsonl import read_jsonl
@@ -27,6 +26,7 @@ from evaluation.sandbox_flag import add_sandbox_flag
 from evaluation.tasks import Grade, Row, Task, get_task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.writing import append_jsonl, write_json, write_jsonl
+from megatron_opdlm.reporting.progress import Progress
 
 GRADED, PARTIAL = "graded.jsonl", "graded.partial.jsonl"
 FIRST_PART, PART_SECONDS = 32, 20.0  # problems graded, then seconds' worth, before they are kept
@@ -145,7 +145,7 @@ def grade_in_parts(
             seconds = time.monotonic() - start
             indices = (prediction["index"] for prediction in given)
             verdicts.add(dict(zip(indices, grades, strict=True)), seconds)
-            progress.advance(responses=sum(map(len, grades)))
+            progress.advance(count=sum(map(len, grades)))
             wanted = int(size * PART_SECONDS / max(seconds, 1e-6))
             size = min(max(wanted, FIRST_PART), 4 * size)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model_files.writing import append_jsonl, json_line, write_bytes
+from megatron_opdlm.reporting.progress import Progress
 from megatron_opdlm.reporting.sample_texts import trajectory_text
 from megatron_opdlm.reporting.trackers import Tracker
 
@@ -49,14 +50,7 @@ class MetricsWriter:
         for name in (METRICS, SAMPLES, EVALUATION):
             forget_after(run_dir / name, start_step)
         self._trackers = trackers
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            desc="train",
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        self._bar = Progress("train", total_steps, start_step, show=True, unit="step")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one training step: one line, on disk when this returns."""
@@ -64,8 +58,7 @@ class MetricsWriter:
             return
         append_jsonl(self._run_dir / METRICS, [{"step": step, **metrics}])
         self._show(step, metrics)
-        self._bar.set_postfix(_postfix(metrics), refresh=False)
-        self._bar.update(1)
+        self._bar.advance(note=_note(metrics))
 
     def say_once(self, note: str) -> None:
         """A line for people above the progress bar, unless this run has said it."""
@@ -150,9 +143,9 @@ def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield tag, float(value)
 
 
-def _postfix(metrics: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        short: f"{metrics[name]:.4g}"
+def _note(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{short}={metrics[name]:.4g}"
         for name, short in _BAR.items()
         if isinstance(metrics.get(name), (int, float))
-    }
+    )

@@ -10,7 +10,7 @@ import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
-_GENTLENESS = 19  # the lowest priority: nobody waits for it
+_GENTLENESS = 5  # steps of priority below the run, which goes first where processors are few
 
 
 def main() -> None:

@@ -134,16 +134,19 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_progress_bar_shows_what_one_watches(tmp_path, capsys):
+def test_progress_shows_what_one_watches(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Claim: where nobody watches, by a line with an estimate now and then, and no bar."""
+    monkeypatch.setattr("megatron_opdlm.reporting.progress.LINE_SECONDS", 0.0)
     metrics = writer(tmp_path, start_step=4)
     metrics.write(
         5,
         {"loss": 0.51, "kl": 0.37, "trained_tokens_per_second": 1234.5, "max_new_tokens": 48},
     )
     metrics.close()
-    bar = capsys.readouterr().err
-    for shown in ("5/10", "loss=0.51", "KL=0.37", "tok/s=1234", "length=48"):
-        assert shown in bar
+    said = capsys.readouterr().err
+    assert said == (
+        "train: 5 of 10 steps, loss=0.51, KL=0.37, tok/s=1234, length=48, 0.0 minutes left\n"
+    )
 
 
 def test_scalars_names_nested_numbers_and_leaves_out_the_rest():

@@ -27,7 +27,7 @@ class Wandb:
     def texts(self, step: int, texts: Mapping[str, str]) -> None:
         import wandb
 
-        rows = [[step, tag, text] for tag, text in texts.items()]
+        rows: list[Any] = [[step, tag, text] for tag, text in texts.items()]
         self._run.log({"samples": wandb.Table(columns=["step", "sample", "text"], data=rows)})
 
     def close(self) -> None:
