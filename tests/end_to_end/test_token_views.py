@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from tests import oracle
+from tests import oracle, training_run
 from tests.conftest import MASK
+from tests.distributed import jobs
+from tests.distributed.layouts import LAYOUTS
+from tests.distributed.layouts import overrides as layout_overrides
+from tests.distributed.workers import WorkerGroups
 
+pytestmark = pytest.mark.distributed
 BLOCK = 4
+
+
+def samples(run: Path) -> list[dict]:
+    """Those of the first step."""
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["step"] == 1]
 
 
 def test_samples_have_confidence_divergence_and_the_teachers_choice(plain: Path, model: Path):
@@ -16,10 +27,8 @@ def test_samples_have_confidence_divergence_and_the_teachers_choice(plain: Path,
     trained state had it masked, the divergence there and the teacher's three likeliest tokens are
     those of transformers' models; elsewhere nothing is said."""
     reference = oracle.load(model)
-    lines = (plain / "samples.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row["step"] == 1]
     seen = 0
-    for row in rows:
+    for row in samples(plain):
         prompt, response, at = row["prompt_ids"], row["response_ids"], row["committed_at"]
         assert all(0 < p <= 1 for p in row["confidence"]) and len(row["confidence"]) == len(at)
         teacher = oracle.causal_logits(reference, [*prompt, *response])[len(prompt) - 1 : -1]
@@ -53,3 +62,29 @@ def test_samples_have_confidence_divergence_and_the_teachers_choice(plain: Path,
             probabilities = [p for _, p in row["teacher"][i]]
             assert probabilities == pytest.approx(best.values.exp().tolist(), rel=1e-3)
     assert seen >= 2
+
+
+def test_every_layout_says_the_same(
+    ranks: WorkerGroups, plain: Path, model: Path, prompts: Path, tmp_path: Path
+):
+    """Claim: whichever ranks hold the vocabulary, the layers, the sequences or their tokens."""
+    expected = samples(plain)
+    assert any(kl is not None for row in expected for kl in row["kl"])
+    for name in ("tp2", "pp2", "dp2", "cp2"):
+        number, layout = LAYOUTS[name]
+        out = tmp_path / name
+        keys = ["train.steps=1", "train.schedule_steps=8", *layout_overrides(layout)]
+        command = training_run.overrides(model, prompts, out, *keys)
+        ranks(number).run(jobs.train_run, overrides=command, timeout=120)
+        for ours, theirs in zip(samples(out), expected, strict=True):
+            assert ours["response_ids"] == theirs["response_ids"]
+            assert ours["confidence"] == pytest.approx(theirs["confidence"], rel=1e-3), name
+            for key in ("kl", "teacher"):
+                assert [x is None for x in ours[key]] == [x is None for x in theirs[key]]
+            pairs = zip(ours["kl"], theirs["kl"], strict=True)
+            for mine, other in ((a, b) for a, b in pairs if b is not None):
+                assert mine == pytest.approx(other, rel=1e-3, abs=1e-5), name
+            tops = [t for t in zip(ours["teacher"], theirs["teacher"], strict=True) if t[1]]
+            for mine, other in tops:
+                assert [token for token, _ in mine] == [token for token, _ in other], name
+                assert [p for _, p in mine] == pytest.approx([p for _, p in other], rel=1e-3)
