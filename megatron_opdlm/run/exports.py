@@ -90,6 +90,8 @@ class Exports:
             alive()
             time.sleep(_POLL_SECONDS)
             self.advance()
+        if self._running is not None:
+            self.say("asked to stop before all exports were made; the same command makes them")
         self.abandon()
         self.checkpoints.keep_to_number()
         if self._failed:
