@@ -136,7 +136,7 @@ def test_every_key_is_one():
     assert asked > 20 and not wrong, "\n".join(wrong)
 
 
-def runnable() -> list[tuple[str, list[str]]]:
+def runnable() -> list[tuple[str, str]]:
     """Commands that read nothing but the repository, what the quickstart leaves, and what such
     commands have written before.
     """
