@@ -13,6 +13,7 @@ from megatron_opdlm.errors import InputError
 from megatron_opdlm.planning.layout import model_layout
 
 if TYPE_CHECKING:
+    from megatron_opdlm.hardware import Hardware
     from megatron_opdlm.planning.rank_memory import Split
     from megatron_opdlm.run.build import ModelSource
 
@@ -166,11 +167,11 @@ def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> 
         plan = build.build_plan(config, source)
         return [
             f"prompts      {plan.prompts.summary}",
-            f"steps        {plan.total_steps} of {each}",
+            f"steps        {plan.steps_told} of {each}",
             *plan.notes,
         ]
     there = "there" if Path(config.data.path).exists() else "not there yet"
-    steps = config.train.steps
+    steps = config.train.stop_after or config.train.steps
     count = str(steps) if steps > 0 else f"as many as {config.data.epochs} epochs of the data take,"
     return [
         f"prompts      data.path={config.data.path} is {there}; not read: that needs the "
@@ -194,7 +195,7 @@ def _memory(
     from megatron_opdlm.run import build
 
     hardware = select_hardware()
-    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    item = build.resolve_dtype(config.model.dtype, hardware, source.shape).itemsize
     student = rank_numbers(source.shape, split)
     low_rank = build.low_rank_of(config)
     trained, added = student, 0.0
@@ -225,11 +226,13 @@ def _memory(
         phase: sum(size for name, size in sizes.items() if name not in away)
         for phase, away in waits.items()
     }
+    kept = _kept_cache(config, source, split, item, hardware)
     return [
         "memory of the fullest rank, GiB, estimated from shapes; activations come on top:",
         *(f"  {name:<19}{size / GIB:.3f}" for name, size in sizes.items()),
         f"  in the rollout     {phases['rollout'] / GIB:.3f} and the KV cache",
-        f"  in the update      {phases['update'] / GIB:.3f} and the activations",
+        f"  in the update      {(phases['update'] + kept) / GIB:.3f} and the activations"
+        + (f"; {kept / GIB:.3f} of it is the KV cache, which stays" if kept else ""),
         _kv_cache(config, source, split, item),
     ]
 
@@ -240,10 +243,7 @@ def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes:
 
     rollout = config.rollout
     token = kv_bytes_per_token(source.shape, split, item_bytes)
-    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
-    slots = min(rollout.slots, -(-sequences // (split.data * split.context)))
-    limit = config.model.max_positions or source.shape.max_positions
-    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    slots, longest = _slots(config, source, split)
     budget = (
         f"rollout.kv_cache_tokens={rollout.kv_cache_tokens}: "
         f"{rollout.kv_cache_tokens * token / GIB:.3f} GiB"
@@ -254,3 +254,29 @@ def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes:
         f"  KV cache           {token * longest * slots / GIB:.3f} for {slots} sequences of "
         f"{longest} tokens; budget: {budget}"
     )
+
+
+def _slots(config: Config, source: "ModelSource", split: "Split") -> tuple[int, int]:
+    """Sequences that a copy of the model decodes at once, and the tokens of the longest."""
+    rollout = config.rollout
+    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
+    limit = config.model.max_positions or source.shape.max_positions
+    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    return min(rollout.slots, -(-sequences // (split.data * split.context))), longest
+
+
+def _kept_cache(
+    config: Config, source: "ModelSource", split: "Split", item_bytes: int, hardware: "Hardware"
+) -> float:
+    """Bytes of the cache where it stays from one rollout to the next with what was captured: with a
+    budget, where passes are captured.
+    """
+    from megatron_opdlm.planning.rank_memory import kv_bytes_per_token
+
+    rollout = config.rollout
+    captured = hardware.captures is not None and rollout.graphs and source.shape.experts is None
+    if not captured or rollout.attention == "buckets" or rollout.kv_cache_tokens is None:
+        return 0.0
+    slots, longest = _slots(config, source, split)
+    tokens = min(rollout.kv_cache_tokens, slots * longest)
+    return tokens * kv_bytes_per_token(source.shape, split, item_bytes)
