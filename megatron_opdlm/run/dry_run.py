@@ -95,6 +95,7 @@ def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSour
         sources.append(source)
         notes += note
     student, teacher = sources
+    build.require_exports(config, student)
     if student.vocabulary.size != teacher.vocabulary.size:
         build.require_same_tokens(student, teacher)
     return student, teacher, notes
