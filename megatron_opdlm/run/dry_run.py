@@ -183,53 +183,24 @@ def _memory(
 ) -> list[str]:
     """Bytes of the fullest rank, by what they are for and by phase."""
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.model.flops import low_rank_parameters
-    from megatron_opdlm.planning.rank_memory import (
-        GRADIENT_BYTES,
-        RankNumbers,
-        optimizer_bytes_per_number,
-        rank_numbers,
-    )
+    from megatron_opdlm.planning.phase_memory import PHASES
     from megatron_opdlm.run import build
+    from megatron_opdlm.run.expected_memory import expected_memory, most_of_a_step
 
     hardware = select_hardware()
-    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
-    student = rank_numbers(source.shape, split)
-    low_rank = build.low_rank_of(config)
-    trained, added = student, 0.0
-    if low_rank:
-        added = low_rank_parameters(source.shape, low_rank) / split.tensor / split.pipeline
-        trained = RankNumbers(dense=added)
-    o = config.optimizer
-    states = {
-        "main_params": o.main_params_dtype,
-        "exp_avg": o.exp_avg_dtype,
-        "exp_avg_sq": o.exp_avg_sq_dtype,
-    }
-    teacher_share = rank_numbers(teacher.shape, split).total / teacher.shape.parameters
-    sizes = {
-        "student weights": (student.total + added) * item,
-        "gradients": trained.total * GRADIENT_BYTES,
-        "optimizer": trained.optimizer_share(split) * optimizer_bytes_per_number(item, states),
-        "teacher weights": build.teacher_bytes(config, teacher, hardware) * teacher_share,
-    }
-    if config.loss.kind == "nll" or build.shares_base(config, source, hardware):
-        sizes["teacher weights"] = 0.0
-    waits = {
-        "update": {"teacher weights"} if config.teacher.offload_weights else set(),
-        "rollout": {"optimizer"} if config.optimizer.cpu_offload else set(),
-    }
-    waits["rollout"] |= waits["update"]
-    phases = {
-        phase: sum(size for name, size in sizes.items() if name not in away)
-        for phase, away in waits.items()
-    }
+    load = most_of_a_step(config, source.shape)
+    memory = expected_memory(config, source, teacher, split, hardware, load)
+    peaks = ", ".join(f"{phase} {memory.peak(phase) / GIB:.3f}" for phase in PHASES)
     return [
         "memory of the fullest rank, GiB, estimated from shapes; activations come on top:",
-        *(f"  {name:<19}{size / GIB:.3f}" for name, size in sizes.items()),
-        f"  in the rollout     {phases['rollout'] / GIB:.3f} and the KV cache",
-        f"  in the update      {phases['update'] / GIB:.3f} and the activations",
-        _kv_cache(config, source, split, item),
+        *(f"  {name:<19}{size / GIB:.3f}" for name, size in memory.parts.items()),
+        f"  in the rollout     {memory.held('rollout') / GIB:.3f} and the KV cache",
+        f"  in the update      {memory.held('update') / GIB:.3f} and the activations",
+        _kv_cache(
+            config, source, split, build.resolve_dtype(config.model.dtype, hardware).itemsize
+        ),
+        f"  peaks              {peaks} on this hardware, for the longest responses; on GPUs: "
+        "opdlm plan",
     ]
 
 

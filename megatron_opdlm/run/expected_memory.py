@@ -1,0 +1,271 @@
+"""Memory that a rank of a run comes to need, from configuration, shapes and layout alone."""
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_opdlm.config import Config
+from megatron_opdlm.diffusion.blocks import sequence_end
+from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.model.decode_choice import choose_decode_attention
+from megatron_opdlm.model.flops import low_rank_parameters, packed_row_pairs
+from megatron_opdlm.model_files.shape import ModelShape
+from megatron_opdlm.planning.activation_memory import (
+    Build,
+    LayerMemory,
+    Row,
+    vocabulary_columns,
+)
+from megatron_opdlm.planning.phase_memory import (
+    CACHE,
+    PHASES,
+    RankMemory,
+    Work,
+    rollout_work,
+    teacher_work,
+    update_work,
+)
+from megatron_opdlm.planning.rank_memory import (
+    GRADIENT_BYTES,
+    RankNumbers,
+    Split,
+    kv_bytes_per_token,
+    optimizer_bytes_per_number,
+    rank_numbers,
+)
+from megatron_opdlm.run import build
+from megatron_opdlm.storage.model_source import ModelSource
+
+OPTIMIZER, TEACHER, TEACHER_LAYERS = "optimizer", "teacher weights", "teacher layers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The most that a step brings."""
+
+    prompt: int  # tokens of the longest prompt
+    response: int  # tokens of the longest response
+    sequences: int
+
+
+def most_of_a_step(config: Config, shape: ModelShape) -> Load:
+    """What the configuration allows, whatever the data are."""
+    rollout = config.rollout
+    limit = min(shape.max_positions, config.model.max_positions or shape.max_positions)
+    response = min(rollout.max_new_tokens, limit - rollout.block_size)
+    return Load(
+        prompt=min(config.data.max_prompt_tokens or limit, limit - response),
+        response=response,
+        sequences=rollout.prompts_per_step * rollout.responses_per_prompt,
+    )
+
+
+def expected_memory(
+    config: Config,
+    student: ModelSource,
+    teacher: ModelSource,
+    split: Split,
+    hardware: Hardware,
+    load: Load,
+) -> RankMemory:
+    """Peaks of the fullest rank, on this hardware, where a step brings no more than ``load``."""
+    kernels = build.kernels_of(config, hardware)
+    low_rank = build.low_rank_of(config)
+    item, teacher_item = (
+        build.resolve_dtype(section.dtype, hardware).itemsize
+        for section in (config.model, config.teacher)
+    )
+    computed = Build(
+        item=item,
+        spec=kernels[0].spec,
+        attention=kernels[0].attention,
+        recompute=config.model.recompute,
+        sequence_parallel=config.model.sequence_parallel,
+        low_rank=low_rank,
+    )
+    asked = Build(
+        item=teacher_item,
+        spec=kernels[1].spec,
+        attention=kernels[1].attention,
+        sequence_parallel=config.model.sequence_parallel,
+    )
+    layer = LayerMemory(student.shape, split, computed)
+    teacher_layer = LayerMemory(teacher.shape, split, asked)
+    work = _work(config, layer, teacher_layer, split, hardware, load)
+    trained = _trained(config, student.shape, split)
+    parts, away = _parts(config, student, teacher, split, hardware, trained)
+    cache, keeps_cache = kv_cache_bytes(config, student.shape, split, hardware, load)
+    if keeps_cache:
+        parts[CACHE], cache = cache, 0.0
+    targets = 0.0
+    if config.loss.kind != "nll" and not config.teacher.offload_targets:
+        targets = parts["targets"] = _target_bytes(config, teacher_layer, split, load)
+    on_cpu = hardware.device.type == "cpu"
+    in_place = hardware.transformer_engine is not None
+    return RankMemory(
+        parts=parts,
+        away=away,
+        work={
+            "rollout": rollout_work(layer, work, cache),
+            # Those of the step before are still there.
+            "teacher": {**teacher_work(teacher_layer, work), "targets being made": targets},
+            "update": update_work(
+                layer,
+                work,
+                gradients_copied=GRADIENT_BYTES * trained.total if on_cpu else 0.0,
+                largest_shard=0.0 if in_place else _largest_shard(layer, trained, split),
+            ),
+        },
+    )
+
+
+def _trained(config: Config, shape: ModelShape, split: Split) -> RankNumbers:
+    """Numbers that get gradients and optimizer state."""
+    low_rank = build.low_rank_of(config)
+    if low_rank is None:
+        return rank_numbers(shape, split)
+    return RankNumbers(dense=low_rank_parameters(shape, low_rank) / split.tensor / split.pipeline)
+
+
+def _parts(
+    config: Config,
+    student: ModelSource,
+    teacher: ModelSource,
+    split: Split,
+    hardware: Hardware,
+    trained: RankNumbers,
+) -> tuple[dict[str, float], dict[str, frozenset[str]]]:
+    """What lasts, and which of it waits in host memory in a phase."""
+    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    added = trained.total if config.lora.rank else 0.0
+    o = config.optimizer
+    states = {
+        "main_params": o.main_params_dtype,
+        "exp_avg": o.exp_avg_dtype,
+        "exp_avg_sq": o.exp_avg_sq_dtype,
+    }
+    parts = {
+        "student weights": (rank_numbers(student.shape, split).total + added) * item,
+        "gradients": trained.total * GRADIENT_BYTES,
+        OPTIMIZER: trained.optimizer_share(split) * optimizer_bytes_per_number(item, states),
+    }
+    parts |= _teacher_parts(config, student, teacher, split, hardware)
+    moves = hardware.device.type != "cpu"  # there is one memory otherwise
+    optimizer = {OPTIMIZER} if config.optimizer.cpu_offload and moves else set()
+    layers = {TEACHER_LAYERS} if moves else set()
+    away = {
+        "rollout": frozenset(optimizer | layers),
+        "teacher": frozenset(optimizer),
+        "update": frozenset(layers),
+    }
+    assert set(away) == set(PHASES)
+    return parts, away
+
+
+def _teacher_parts(
+    config: Config, student: ModelSource, teacher: ModelSource, split: Split, hardware: Hardware
+) -> dict[str, float]:
+    """The teacher's weights; its layers by themselves where they can wait in host memory."""
+    if config.loss.kind == "nll" or build.shares_base(config, student, hardware):
+        return {TEACHER: 0.0}
+    numbers = rank_numbers(teacher.shape, split).total
+    share = numbers / teacher.shape.parameters
+    weights = build.teacher_bytes(config, teacher, hardware) * share
+    if not config.teacher.offload_weights:
+        return {TEACHER: weights}
+    item = build.resolve_dtype(config.teacher.dtype, hardware).itemsize
+    ends = 1 if split.pipeline > 1 or teacher.shape.tied else 2
+    rest = ends * vocabulary_columns(teacher.shape, split) * teacher.shape.hidden * item
+    return {TEACHER_LAYERS: weights - rest, "teacher embedding and output": rest}
+
+
+def _target_bytes(config: Config, teacher: LayerMemory, split: Split, load: Load) -> float:
+    """What the teacher's answers of a step take on a rank, if every token is asked for."""
+    positions = -(-load.sequences // split.data) * load.response / split.context
+    if config.teacher.targets == "top_k":
+        return positions * 8 * config.loss.top_k
+    return positions * teacher.shape.hidden * teacher.build.item
+
+
+def kv_cache_bytes(
+    config: Config, shape: ModelShape, split: Split, hardware: Hardware, load: Load
+) -> tuple[float, bool]:
+    """Of the cache that holds every slot's longest sequence, or of the given budget; and whether it
+    stays from one rollout to the next.
+    """
+    rollout = config.rollout
+    dtype = build.resolve_dtype(config.model.dtype, hardware)
+    way = choose_decode_attention(rollout.attention, dtype, shape.head_dim, hardware)
+    each = -(-load.sequences // (split.data * split.context))
+    positions = sequence_end(load.prompt, load.response, rollout.block_size)
+    tokens = min(rollout.slots, each) * positions
+    captures = hardware.captures is not None and rollout.graphs and way.kernel is not None
+    keeps = rollout.kv_cache_tokens is not None and captures and shape.experts is None
+    if rollout.kv_cache_tokens is not None:
+        tokens = rollout.kv_cache_tokens if keeps else min(tokens, rollout.kv_cache_tokens)
+    return tokens * kv_bytes_per_token(shape, split, dtype.itemsize), keeps
+
+
+def _work(
+    config: Config,
+    student: LayerMemory,
+    teacher: LayerMemory,
+    split: Split,
+    hardware: Hardware,
+    load: Load,
+) -> Work:
+    """Rows as full as they can get."""
+    block, budget = config.rollout.block_size, config.update.tokens_per_microbatch
+    finished = load.prompt + load.response
+    packed = finished - block + load.response
+    of_update = -(-min(config.optimizer.batch_size, load.sequences) // split.data)
+    of_step = -(-load.sequences // split.data)
+    tokens = max(packed, min(budget, of_update * packed))
+    asked = max(finished, min(budget, of_step * finished))
+    context = split.context
+    slots = min(config.rollout.slots, -(-of_step // context))
+    return Work(
+        student=Row(
+            tokens=tokens / context,
+            positions=tokens / packed * load.response / context,
+            pairs=tokens / packed * _pairs(student, load, block) / context,
+        ),
+        teacher=Row(
+            tokens=asked / context,
+            positions=asked / finished * load.response / context,
+            pairs=asked / finished * _causal_pairs(teacher, finished) / context,
+        ),
+        rows_in_flight=min(split.pipeline, -(-of_update * packed // tokens)),
+        window_tokens=max(
+            min(config.rollout.prefill_tokens, slots * load.prompt) + slots * block,
+            2 * slots * block,
+        ),
+        drawn=slots * block,
+        chunk_rows=config.loss.chunk_rows or hardware.projection_rows,
+    )
+
+
+def _pairs(layer: LayerMemory, load: Load, block: int) -> float:
+    """Of the dense attention over one sequence's [prompt | clean | noisy]."""
+    if layer.build.attention != "dense":
+        return 0.0
+    clean = load.prompt + load.response - block
+    positions = torch.cat(
+        [torch.arange(clean), torch.arange(load.prompt, load.prompt + load.response)]
+    )
+    return packed_row_pairs(
+        "dense", [len(positions)], positions // block, torch.arange(len(positions)) < clean
+    )
+
+
+def _causal_pairs(layer: LayerMemory, tokens: int) -> float:
+    return packed_row_pairs("dense", [tokens]) if layer.build.attention == "dense" else 0.0
+
+
+def _largest_shard(layer: LayerMemory, trained: RankNumbers, split: Split) -> float:
+    """Numbers of the largest parameter of which a rank updates a part."""
+    share = trained.optimizer_share(split)
+    if layer.build.low_rank:
+        return share / layer.shape.layers
+    ends = vocabulary_columns(layer.shape, split) * layer.shape.hidden
+    return min(max(layer.largest_weight, ends), share)
