@@ -36,6 +36,13 @@ class RankMemory:
     def peak(self, phase: str) -> float:
         return self.held(phase) + sum(self.work[phase].values())
 
+    def sizes(self, phase: str) -> dict[str, float]:
+        """Bytes of each part that is there at the peak of a phase."""
+        held = {part: size for part, size in self.parts.items() if part not in self.away[phase]}
+        for part, size in self.work[phase].items():
+            held[part] = held.get(part, 0.0) + size
+        return {part: size for part, size in held.items() if size}
+
     @property
     def fullest(self) -> str:
         """The phase with the highest peak."""

@@ -45,12 +45,13 @@ def describe(config: Config, world_size: int) -> str:
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.model_files.shape import padded_vocab
     from megatron_opdlm.run import build
+    from megatron_opdlm.run.expected_memory import split_of
     from megatron_opdlm.run.run_directory import check_run_directory
 
     check_run_directory(config)
-    source, teacher, notes = _open_pair(config, world_size)
+    source, teacher, notes = open_or_public(config, world_size)
     layout = model_layout(config)
-    split = _split(config, world_size)
+    split = split_of(config, world_size)
     hardware = select_hardware()
     shape = source.shape
     lines = [
@@ -74,7 +75,7 @@ def describe(config: Config, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSource, list[str]]":
+def open_or_public(config: Config, world_size: int) -> "tuple[ModelSource, ModelSource, list[str]]":
     """Both models, checked; and a note where a published shape stands in for one."""
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.run import build
@@ -128,19 +129,6 @@ def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str
         directory=Path(path), shape=shape, vocabulary=vocabulary, contract=None, low_rank=None
     )
     return source, [f"note         {key}={path} is not there yet: {why}"]
-
-
-def _split(config: Config, world_size: int) -> "Split":
-    from megatron_opdlm.planning.rank_memory import Split
-
-    layout = model_layout(config)
-    return Split(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        data=layout.data_parallel(world_size),
-    )
 
 
 def _feed_forward(source: "ModelSource") -> str:

@@ -16,6 +16,7 @@ from megatron_opdlm.planning.activation_memory import (
     Row,
     vocabulary_columns,
 )
+from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.phase_memory import (
     CACHE,
     PHASES,
@@ -37,6 +38,18 @@ from megatron_opdlm.run import build
 from megatron_opdlm.storage.model_source import ModelSource
 
 OPTIMIZER, TEACHER, TEACHER_LAYERS = "optimizer", "teacher weights", "teacher layers"
+
+
+def split_of(config: Config, world_size: int) -> Split:
+    """Over how many ranks things are divided. InputError where the layout does not divide them."""
+    layout = model_layout(config)
+    return Split(
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        data=layout.data_parallel(world_size),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +163,9 @@ def _parts(
         OPTIMIZER: trained.optimizer_share(split) * optimizer_bytes_per_number(item, states),
     }
     parts |= _teacher_parts(config, student, teacher, split, hardware)
-    moves = hardware.device.type != "cpu"  # there is one memory otherwise
-    optimizer = {OPTIMIZER} if config.optimizer.cpu_offload and moves else set()
-    layers = {TEACHER_LAYERS} if moves else set()
+    # On a CPU nothing moves; a layout for GPUs is looked at there, too.
+    optimizer = {OPTIMIZER} if config.optimizer.cpu_offload else set()
+    layers = {TEACHER_LAYERS}
     away = {
         "rollout": frozenset(optimizer | layers),
         "teacher": frozenset(optimizer),
@@ -176,7 +189,7 @@ def _teacher_parts(
     item = build.resolve_dtype(config.teacher.dtype, hardware).itemsize
     ends = 1 if split.pipeline > 1 or teacher.shape.tied else 2
     rest = ends * vocabulary_columns(teacher.shape, split) * teacher.shape.hidden * item
-    return {TEACHER_LAYERS: weights - rest, "teacher embedding and output": rest}
+    return {TEACHER_LAYERS: weights - rest, "teacher vocabulary": rest}
 
 
 def _target_bytes(config: Config, teacher: LayerMemory, split: Split, load: Load) -> float:

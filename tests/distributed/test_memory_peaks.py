@@ -15,10 +15,8 @@ import pytest
 
 from megatron_opdlm.config import load_config
 from megatron_opdlm.hardware import select_hardware
-from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.planning.phase_memory import RankMemory
-from megatron_opdlm.planning.rank_memory import Split
-from megatron_opdlm.run.expected_memory import Load, expected_memory
+from megatron_opdlm.run.expected_memory import Load, expected_memory, split_of
 from megatron_opdlm.storage.model_source import open_model
 from tests.distributed.memory_jobs import train_and_measure
 from tests.forking import ForkServer, free_port, rank_environment
@@ -175,14 +173,7 @@ def measured(server: ForkServer, case: Case, arguments: list[str], root: Path) -
 
 def estimated(case: Case, arguments: list[str]) -> RankMemory:
     config = load_config(None, arguments)
-    layout = model_layout(config)
-    split = Split(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        data=layout.data_parallel(case.ranks),
-    )
+    split = split_of(config, case.ranks)
     source = open_model(config.model.path, "model.path", MASK)
     load = Load(prompt=PROMPT, response=case.response, sequences=case.sequences)
     return expected_memory(config, source, source, split, select_hardware(), load)
@@ -191,16 +182,16 @@ def estimated(case: Case, arguments: list[str]) -> RankMemory:
 @pytest.fixture(scope="module")
 def libraries(
     fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[int], int]:
-    """Bytes that one of so many ranks takes for a model of no size."""
+) -> Callable[[Case], int]:
+    """Bytes that a rank of a case takes for a model of no size in the same type."""
 
     @cache
-    def taken(ranks: int) -> int:
+    def taken(ranks: int, *types: str) -> int:
         root = tmp_path_factory.mktemp("nothing")
-        case = Case(shape=NOTHING, sequences=4, response=16, ranks=ranks)
+        case = Case(shape=NOTHING, sequences=4, response=16, ranks=ranks, keys=list(types))
         return measured(fork_server, case, arguments_of(case, root), root)
 
-    return taken
+    return lambda case: taken(case.ranks, *(key for key in case.keys if "dtype" in key))
 
 
 def check(server: ForkServer, case: Case, root: Path, libraries: int) -> None:
@@ -208,8 +199,7 @@ def check(server: ForkServer, case: Case, root: Path, libraries: int) -> None:
     peak = measured(server, case, arguments, root) - libraries
     memory = estimated(case, arguments)
     phase = memory.fullest
-    sizes = {**memory.parts, **memory.work[phase]}
-    shown = ", ".join(f"{name} {size / MIB:.0f}" for name, size in sizes.items())
+    shown = ", ".join(f"{name} {size / MIB:.0f}" for name, size in memory.sizes(phase).items())
     said = f"{memory.peak(phase) / MIB:.0f} MiB expected ({phase}: {shown}), {peak / MIB:.0f} taken"
     print(f"{memory.peak(phase) / peak:.3f}: {said}")
     assert peak > 2 * libraries, said  # what is compared outweighs what is taken away
@@ -218,16 +208,16 @@ def check(server: ForkServer, case: Case, root: Path, libraries: int) -> None:
 
 @pytest.mark.parametrize("name", DEFAULT)
 def test_the_peak_of_a_step(
-    name: str, fork_server: ForkServer, tmp_path: Path, libraries: Callable[[int], int]
+    name: str, fork_server: ForkServer, tmp_path: Path, libraries: Callable[[Case], int]
 ):
     case = DEFAULT[name]
-    check(fork_server, case, tmp_path, libraries(case.ranks))
+    check(fork_server, case, tmp_path, libraries(case))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
 def test_the_peak_of_other_shapes_and_layouts(
-    name: str, fork_server: ForkServer, tmp_path: Path, libraries: Callable[[int], int]
+    name: str, fork_server: ForkServer, tmp_path: Path, libraries: Callable[[Case], int]
 ):
     case = SLOW[name]
-    check(fork_server, case, tmp_path, libraries(case.ranks))
+    check(fork_server, case, tmp_path, libraries(case))
