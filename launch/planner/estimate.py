@@ -6,9 +6,11 @@ from functools import cached_property
 from launch.planner.sequence_work import Counter, Lengths, SequenceWork
 from megatron_opdlm.config import Config
 from megatron_opdlm.curriculum import generation_budget, updates_per_step
+from megatron_opdlm.engine.cache_budget import PAGE_TOKENS
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.planning import step_time
+from megatron_opdlm.planning.phase_memory import CACHE
 from megatron_opdlm.planning.rank_memory import Split, kv_bytes_per_token, rank_numbers
 from megatron_opdlm.planning.step_time import PHASES, Decoding, Kept, Machine, ModelWork, Update
 from megatron_opdlm.reporting.accounting import paper_flops
@@ -93,7 +95,7 @@ def seconds_of_step(
     update = _update(config, shape, split, memory, work, lengths, item)
     seconds = {
         "rollout": step_time.rollout_seconds(
-            _decoding(config, shape, split, work, lengths, item), split, machine
+            _decoding(config, shape, split, memory, work, lengths, item), split, machine
         ),
         "teacher": teacher,
         "update": step_time.update_seconds(trained, update, split, machine),
@@ -136,13 +138,18 @@ def _decoding(
     config: Config,
     shape: ModelShape,
     split: Split,
+    memory: RankMemory,
     work: SequenceWork,
     lengths: Lengths,
     item: int,
 ) -> Decoding:
     """The rollout lasts until the longest response is done, or until all slots are."""
     each = -(-_sequences(config) // (split.data * split.context))
-    block, slots = config.rollout.block_size, min(config.rollout.slots, each)
+    token = kv_bytes_per_token(shape, split, item)
+    # A slot holds pages: on average a prompt, half of a response and half of the last page.
+    own = token * (lengths.prompt + (lengths.response + PAGE_TOKENS) / 2)
+    held = max(1.0, memory.sizes("rollout").get(CACHE, 0.0) / own)
+    block, slots = config.rollout.block_size, min(config.rollout.slots, each, held)
     per_token = 1 / lengths.per_pass
     mean = each * lengths.response * per_token / slots
     passes = 1 + max(lengths.longest * per_token, mean)

@@ -6,23 +6,22 @@ from dataclasses import dataclass
 
 from launch.planner.estimate import Question, seconds_of_step
 from megatron_opdlm.config import Config
+from megatron_opdlm.diffusion.blocks import sequence_end
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.planning.accelerators import USABLE
-from megatron_opdlm.planning.phase_memory import RankMemory
-from megatron_opdlm.planning.rank_memory import Split
+from megatron_opdlm.planning.phase_memory import CACHE, RankMemory
+from megatron_opdlm.planning.rank_memory import Split, kv_bytes_per_token
 from megatron_opdlm.planning.step_time import total
 from megatron_opdlm.run import build
 from megatron_opdlm.run.expected_memory import (
     expected_memory,
-    kv_cache_bytes,
     most_of_a_step,
     split_of,
 )
 
 GIB = 2**30
 ROWS = (32768, 16384, 8192, 4096)  # tokens of a microbatch that are tried
-CACHE_SHARE = 0.5  # of what is free in the rollout: the engine takes no more by itself
-# What makes room without changing the result, tried where nothing fits without it.
+# What makes room without changing the result, at the price of copies.
 OFFLOADS = (
     {},
     {"teacher.offload_weights": True},
@@ -78,17 +77,33 @@ def as_it_is(question: Question) -> Planned:
     return _planned(question, config, {})
 
 
-def why_not(question: Question, memory: RankMemory) -> str | None:
+def why_not(question: Question, planned: Planned) -> str | None:
     """What does not fit on the GPU; None: all does."""
-    room, phase = usable(question), memory.fullest
-    if memory.peak(phase) <= room:
-        return None
-    largest = sorted(memory.sizes(phase).items(), key=lambda one: -one[1])[:2]
-    shown = ", ".join(f"{part} {size / GIB:.0f}" for part, size in largest)
-    return (
-        f"needs {memory.peak(phase) / GIB:.0f} GiB in the {phase} ({shown}), "
-        f"{room / GIB:.0f} are there"
-    )
+    room, memory = usable(question), planned.memory
+    phase = memory.fullest
+    if memory.peak(phase) > room:
+        largest = sorted(memory.sizes(phase).items(), key=lambda one: -one[1])[:2]
+        shown = ", ".join(f"{part} {size / GIB:.0f}" for part, size in largest)
+        return (
+            f"needs {memory.peak(phase) / GIB:.0f} GiB in the {phase} ({shown}), "
+            f"{room / GIB:.0f} are there"
+        )
+    cache, longest = memory.sizes("rollout").get(CACHE, 0.0), longest_cache(question, planned)
+    if cache < longest:
+        return (
+            f"the cache of the longest sequence takes {longest / GIB:.1f} GiB, "
+            f"{cache / GIB:.1f} are free for it in the rollout"
+        )
+    return None
+
+
+def longest_cache(question: Question, planned: Planned) -> float:
+    """Bytes of the cache that one sequence can come to take."""
+    config, shape = planned.config, question.student.shape
+    load = most_of_a_step(config, shape)
+    positions = sequence_end(load.prompt, load.response, config.rollout.block_size)
+    item = build.resolve_dtype(config.model.dtype, question.hardware).itemsize
+    return positions * kv_bytes_per_token(shape, planned.split, item)
 
 
 def usable(question: Question) -> float:
@@ -148,10 +163,13 @@ def _layouts(question: Question) -> Iterator[dict[str, object]]:
 
 
 def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
-    """The fastest way to fill a layout: recomputed or not, how long the rows, how many slots."""
-    refusal = None
+    """The fastest way to fill a layout: what waits in host memory, recomputed or not, how long the
+    rows. All of a replica's sequences have a slot: the cache is in pages, so that a slot takes what
+    it uses.
+    """
+    best: Planned | None = None
+    refusal: Refused | None = None
     for offloads in OFFLOADS:
-        best = None
         for recompute in (False, True):
             for rows in ROWS:
                 keys = layout | offloads
@@ -161,36 +179,20 @@ def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
                     refusal = found
                 elif best is None or total(found.seconds) < total(best.seconds):
                     best = found
-        if best is not None:
-            return best
+    if best is not None:
+        return best
     assert refusal is not None
     return refusal
 
 
 def _with_slots(question: Question, keys: dict[str, object]) -> Planned | Refused:
-    """The most slots whose cache has room in the rollout."""
-    config = with_keys(question.config, keys)
-    split = split_of(config, question.gpus)
-    name = name_of(split)
-    load = most_of_a_step(config, question.student.shape)
-    each = -(-load.sequences // (split.data * split.context))
-    room, slots = usable(question), each
-    while True:
-        planned = _planned(question, config, {**keys, "rollout.slots": slots})
-        reason = why_not(question, planned.memory)
-        cache, kept = kv_cache_bytes(
-            planned.config, question.student.shape, split, question.hardware, load
-        )
-        free = room - planned.memory.held("rollout")
-        if reason is None and (kept or cache <= CACHE_SHARE * free):
-            return planned
-        if slots == 1 or (planned.memory.fullest != "rollout" and reason is not None):
-            reason = reason or (
-                f"the cache of one sequence takes {cache / GIB:.1f} GiB, "
-                f"{CACHE_SHARE * free / GIB:.1f} are free for it in the rollout"
-            )
-            return Refused(name=name, reason=reason)
-        slots = max(1, slots // 2)
+    """A slot for every sequence, if the cache holds the longest one."""
+    split = split_of(with_keys(question.config, keys), question.gpus)
+    load = most_of_a_step(question.config, question.student.shape)
+    slots = -(-load.sequences // (split.data * split.context))
+    planned = _planned(question, question.config, {**keys, "rollout.slots": slots})
+    reason = why_not(question, planned)
+    return planned if reason is None else Refused(name=name_of(split), reason=reason)
 
 
 def _planned(question: Question, config: Config, keys: dict[str, object]) -> Planned:
@@ -198,7 +200,13 @@ def _planned(question: Question, config: Config, keys: dict[str, object]) -> Pla
     split = split_of(config, question.gpus)
     load = most_of_a_step(config, question.student.shape)
     memory = expected_memory(
-        config, question.student, question.teacher, split, question.hardware, load
+        config,
+        question.student,
+        question.teacher,
+        split,
+        question.hardware,
+        load,
+        room=usable(question),
     )
     lengths = question.lengths(question.steps)
     return Planned(

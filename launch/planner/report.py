@@ -105,7 +105,7 @@ def text(
 ) -> str:
     room = usable(question)
     planned, whole = own
-    reason = why_not(question, planned.memory)
+    reason = why_not(question, planned)
     lines = [
         f"plan         {question.student.directory} on {question.gpus} x "
         f"{question.machine.gpu.name}; evaluations, compilation and restarts come on top",
@@ -167,7 +167,7 @@ def _planned(question: Question, planned: Planned, totals: Totals) -> dict[str, 
     return {
         "layout": vars(planned.split),
         "keys": planned.keys,
-        "does_not_fit": why_not(question, memory),
+        "does_not_fit": why_not(question, planned),
         "memory_bytes": {phase: memory.sizes(phase) for phase in PHASES},
         "peak_bytes": {phase: memory.peak(phase) for phase in PHASES},
         "seconds_of_a_full_step": planned.seconds,

@@ -7,17 +7,18 @@ operations of the run, for the recipe's own layout and for the fastest others th
 layout that does not fit the reason. Needs no GPU and no weights. docs/planning.md
 """
 
+import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.planner import report
-from launch.planner.estimate import Question, totals
-from launch.planner.layouts import as_it_is, search
 from megatron_opdlm.config import Config, load_config, require
-from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
 from megatron_opdlm.planning.accelerators import ACCELERATORS, ASSUMED
 from megatron_opdlm.planning.step_time import Machine
+
+if TYPE_CHECKING:
+    from launch.planner.estimate import Question
 
 # Of the published general 8B run: 66 million trained tokens over 61,816 responses, and Figure 3's
 # tokens a pass at the threshold of its rollouts.
@@ -38,6 +39,14 @@ def main() -> None:
         )
     config = load_config(options.recipe, options.overrides)
     require(config, "model.path")
+    _plan(config, options)
+
+
+def _plan(config: Config, options: argparse.Namespace) -> None:
+    from launch.planner import report
+    from launch.planner.estimate import totals
+    from launch.planner.layouts import as_it_is, search
+
     question, notes = _question(config, options)
     own = as_it_is(question)
     fitting, refused = search(question)
@@ -86,6 +95,12 @@ def _parser() -> Arguments:
         "--steps", type=int, metavar="N", help="of the run (default: train.steps, or the data's)"
     )
     parser.add_argument(
+        "--measured",
+        type=Path,
+        metavar="RUN",
+        help="directory of a run on this GPU, whose seconds correct those that are computed",
+    )
+    parser.add_argument(
         "--top", type=int, default=3, metavar="N", help="layouts that are shown (default: 3)"
     )
     parser.add_argument("--json", action="store_true", help="an object in place of text")
@@ -95,26 +110,33 @@ def _parser() -> Arguments:
     return parser
 
 
-def _question(config: Config, options) -> tuple[Question, list[str]]:
+def _question(config: Config, options: argparse.Namespace) -> "tuple[Question, list[str]]":
+    from launch.planner.estimate import Question
+    from launch.planner.measured import corrections
     from megatron_opdlm.hardware.planned import planned_gpu
     from megatron_opdlm.run.dry_run import open_or_public
     from megatron_opdlm.run.expected_memory import most_of_a_step
 
     student, teacher, notes = open_or_public(config, options.gpus)
     load = most_of_a_step(config, student.shape)
+    hardware = planned_gpu()
+    machine = Machine(
+        gpu=ACCELERATORS[options.gpu], efficiency=ASSUMED, per_node=options.gpus_per_node
+    )
+    prompt = min(options.prompt_tokens, load.prompt)
+    measured = options.measured
     question = Question(
         config=config,
         student=student,
         teacher=teacher,
         gpus=options.gpus,
-        machine=Machine(
-            gpu=ACCELERATORS[options.gpu], efficiency=ASSUMED, per_node=options.gpus_per_node
-        ),
-        hardware=planned_gpu(),
-        prompt=min(options.prompt_tokens, load.prompt),
+        machine=machine,
+        hardware=hardware,
+        prompt=prompt,
         response=min(options.response_tokens or RESPONSE_TOKENS, load.response),
         per_pass=_tokens_per_pass(config, options.tokens_per_pass),
         steps=options.steps or _steps(config),
+        corrections=corrections(measured, machine, hardware, prompt) if measured else {},
     )
     return question, notes
 
@@ -143,6 +165,8 @@ def _steps(config: Config) -> int:
             f"train.steps=-1 takes as many steps as data.path={config.data.path} has prompts for, "
             "and it is not there; give --steps N"
         )
+    from megatron_opdlm.data.rows import read_rows
+
     rows = len(read_rows(Path(config.data.path), "data.path"))
     return -(-rows // config.rollout.prompts_per_step) * config.data.epochs
 

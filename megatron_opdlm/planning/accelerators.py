@@ -13,6 +13,7 @@ GIB, TERA, GIGA = 2**30, 1e12, 1e9
 class Accelerator:
     """One GPU, and what it is connected with."""
 
+    kind: str  # as PyTorch's name of the device contains it
     name: str
     memory: float  # bytes that a process finds
     flops: float  # bfloat16 with float32 sums, operations a second
@@ -24,6 +25,7 @@ class Accelerator:
 
 ACCELERATORS = {
     "h200": Accelerator(
+        kind="H200",
         name="H200 SXM 141 GB",
         memory=139 * GIB,
         flops=989 * TERA,
@@ -33,6 +35,7 @@ ACCELERATORS = {
         host=64 * GIGA,
     ),
     "h100": Accelerator(
+        kind="H100",
         name="H100 SXM 80 GB",
         memory=79 * GIB,
         flops=989 * TERA,
@@ -42,6 +45,7 @@ ACCELERATORS = {
         host=64 * GIGA,
     ),
     "b200": Accelerator(
+        kind="B200",
         name="B200 SXM 180 GB",
         memory=178 * GIB,
         flops=2250 * TERA,
@@ -51,6 +55,7 @@ ACCELERATORS = {
         host=64 * GIGA,
     ),
     "a100": Accelerator(
+        kind="A100",
         name="A100 SXM 80 GB",
         memory=79 * GIB,
         flops=312 * TERA,
@@ -60,6 +65,7 @@ ACCELERATORS = {
         host=32 * GIGA,
     ),
     "a6000": Accelerator(
+        kind="A6000",
         name="RTX A6000 48 GB",
         memory=47.5 * GIB,
         flops=154.8 * TERA,

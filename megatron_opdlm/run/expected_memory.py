@@ -1,11 +1,13 @@
 """Memory that a rank of a run comes to need, from configuration, shapes and layout alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.blocks import sequence_end
+from megatron_opdlm.engine.cache_budget import CACHE_SHARE
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import low_rank_parameters, packed_row_pairs
@@ -80,8 +82,14 @@ def expected_memory(
     split: Split,
     hardware: Hardware,
     load: Load,
+    *,
+    room: float = math.inf,
 ) -> RankMemory:
-    """Peaks of the fullest rank, on this hardware, where a step brings no more than ``load``."""
+    """Peaks of the fullest rank, on this hardware, where a step brings no more than ``load``.
+
+    ``room``: bytes of the device, of which a cache without a budget of its own takes half of what
+    is free, and no more than all slots need.
+    """
     kernels = build.kernels_of(config, hardware)
     low_rank = build.low_rank_of(config)
     item, teacher_item = (
@@ -107,12 +115,15 @@ def expected_memory(
     work = _work(config, layer, teacher_layer, split, hardware, load)
     trained = _trained(config, student.shape, split)
     parts, away = _parts(config, student, teacher, split, hardware, trained)
-    cache, keeps_cache = kv_cache_bytes(config, student.shape, split, hardware, load)
+    cache, keeps_cache = _kv_cache(config, student.shape, split, hardware, load)
     if keeps_cache:
         parts[CACHE], cache = cache, 0.0
     targets = 0.0
     if config.loss.kind != "nll" and not config.teacher.offload_targets:
         targets = parts["targets"] = _target_bytes(config, teacher_layer, split, load)
+    held = sum(size for part, size in parts.items() if part not in away["rollout"])
+    if config.rollout.kv_cache_tokens is None:
+        cache = min(cache, CACHE_SHARE * max(room - held, 0.0))
     on_cpu = hardware.device.type == "cpu"
     in_place = hardware.transformer_engine is not None
     return RankMemory(
@@ -200,7 +211,7 @@ def _target_bytes(config: Config, teacher: LayerMemory, split: Split, load: Load
     return positions * teacher.shape.hidden * teacher.build.item
 
 
-def kv_cache_bytes(
+def _kv_cache(
     config: Config, shape: ModelShape, split: Split, hardware: Hardware, load: Load
 ) -> tuple[float, bool]:
     """Of the cache that holds every slot's longest sequence, or of the given budget; and whether it
