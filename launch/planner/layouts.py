@@ -29,6 +29,16 @@ OFFLOADS = (
 )
 
 
+# One GPU's layout.
+WHOLE: dict[str, object] = {
+    "model.tensor_parallel": 1,
+    "model.pipeline_parallel": 1,
+    "model.context_parallel": 1,
+    "model.expert_parallel": 1,
+    "model.sequence_parallel": False,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """A layout that fits."""
@@ -69,12 +79,23 @@ def with_keys(config: Config, keys: dict[str, object]) -> Config:
     )
 
 
-def as_it_is(question: Question) -> Planned:
-    """The recipe's own layout, whether it fits or not. InputError where it divides nothing."""
+def as_it_is(question: Question) -> Planned | Refused:
+    """The recipe's own layout, whether it fits or not; refused where it divides nothing."""
     config = question.config
-    for source, key in ((question.student, "model.path"), (question.teacher, "teacher.path")):
-        build.require_layout(config, source, key, question.gpus)
-    return _planned(question, config, {})
+    own = {key: _value(config, key) for key in WHOLE}
+    reason = _indivisible(question, config)
+    return Refused(name=_asked(own), reason=reason) if reason else _planned(question, config, {})
+
+
+def _indivisible(question: Question, config: Config) -> str | None:
+    """Why a layout divides the GPUs or the models not; None: it does."""
+    pair = (question.student, "model.path"), (question.teacher, "teacher.path")
+    try:
+        for source, key in pair:
+            build.require_layout(config, source, key, question.gpus)
+    except InputError as error:
+        return str(error).partition(";")[0]
+    return None
 
 
 def why_not(question: Question, planned: Planned) -> str | None:
@@ -115,15 +136,9 @@ def search(question: Question) -> tuple[list[Planned], list[Refused]]:
     """Every layout of powers of two: those that fit, the fastest first, and the others."""
     fitting, refused = [], []
     for keys in _layouts(question):
-        config = with_keys(question.config, keys)
-        try:
-            for source, key in (
-                (question.student, "model.path"),
-                (question.teacher, "teacher.path"),
-            ):
-                build.require_layout(config, source, key, question.gpus)
-        except InputError as error:
-            refused.append(Refused(name=_asked(keys), reason=str(error).partition(";")[0]))
+        reason = _indivisible(question, with_keys(question.config, keys))
+        if reason is not None:
+            refused.append(Refused(name=_asked(keys), reason=reason))
             continue
         found = _filled(question, keys)
         (fitting if isinstance(found, Planned) else refused).append(found)

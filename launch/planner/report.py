@@ -95,28 +95,36 @@ def totals_line(question: Question, totals: Totals) -> str:
     )
 
 
+def _own(question: Question, own: tuple[Planned, Totals] | Refused) -> list[str]:
+    """The recipe's layout."""
+    if isinstance(own, Refused):
+        return [f"as the recipe says: {own.name}", f"  does not fit: {own.reason}"]
+    planned, whole = own
+    reason = why_not(question, planned)
+    return [
+        f"as the recipe says: {layout_of(planned)}",
+        f"  {'does not fit: ' + reason if reason else 'fits'}",
+        *memory_table(planned, usable(question)),
+        f"  {seconds_line(planned)}",
+        f"  {totals_line(question, whole)}",
+    ]
+
+
 def text(
     question: Question,
     notes: Sequence[str],
-    own: tuple[Planned, Totals],
+    own: tuple[Planned, Totals] | Refused,
     found: Sequence[tuple[Planned, Totals]],
     refused: Sequence[Refused],
     left_out: int,
 ) -> str:
-    room = usable(question)
-    planned, whole = own
-    reason = why_not(question, planned)
     lines = [
         f"plan         {question.student.directory} on {question.gpus} x "
         f"{question.machine.gpu.name}; evaluations, compilation and restarts come on top",
         *notes,
         *assumptions(question),
         "",
-        f"as the recipe says: {layout_of(planned)}",
-        f"  {'does not fit: ' + reason if reason else 'fits'}",
-        *memory_table(planned, room),
-        f"  {seconds_line(planned)}",
-        f"  {totals_line(question, whole)}",
+        *_own(question, own),
         "",
         "layouts that fit, the fastest first:" if found else "no layout fits:",
     ]
@@ -138,7 +146,7 @@ def text(
 def record(
     question: Question,
     notes: Sequence[str],
-    own: tuple[Planned, Totals],
+    own: tuple[Planned, Totals] | Refused,
     found: Sequence[tuple[Planned, Totals]],
     refused: Sequence[Refused],
 ) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def record(
         "mean_prompt_tokens": question.prompt,
         "tokens_per_denoising_step": question.per_pass,
         "usable_bytes": usable(question),
-        "recipe": _planned(question, *own),
+        "recipe": vars(own) if isinstance(own, Refused) else _planned(question, *own),
         "layouts": [_planned(question, *one) for one in found],
         "refused": [vars(one) for one in refused],
     }

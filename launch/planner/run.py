@@ -45,14 +45,16 @@ def main() -> None:
 def _plan(config: Config, options: argparse.Namespace) -> None:
     from launch.planner import report
     from launch.planner.estimate import totals
-    from launch.planner.layouts import as_it_is, search
+    from launch.planner.layouts import Refused, as_it_is, search
 
     question, notes = _question(config, options)
     own = as_it_is(question)
     fitting, refused = search(question)
+    mine = own
+    if not isinstance(own, Refused):
+        mine = own, totals(question, own.config, own.split, own.memory)
     shown = fitting[: options.top]
     pairs = [(one, totals(question, one.config, one.split, one.memory)) for one in shown]
-    mine = own, totals(question, own.config, own.split, own.memory)
     if options.json:
         print(json.dumps(report.record(question, notes, mine, pairs, refused), indent=2))
     else:
@@ -112,12 +114,14 @@ def _parser() -> Arguments:
 
 def _question(config: Config, options: argparse.Namespace) -> "tuple[Question, list[str]]":
     from launch.planner.estimate import Question
+    from launch.planner.layouts import WHOLE, with_keys
     from launch.planner.measured import corrections
     from megatron_opdlm.hardware.planned import planned_gpu
     from megatron_opdlm.run.dry_run import open_or_public
     from megatron_opdlm.run.expected_memory import most_of_a_step
 
-    student, teacher, notes = open_or_public(config, options.gpus)
+    # Whether the recipe's own layout divides the GPUs is a finding, not an error.
+    student, teacher, notes = open_or_public(with_keys(config, WHOLE), 1)
     load = most_of_a_step(config, student.shape)
     hardware = planned_gpu()
     machine = Machine(

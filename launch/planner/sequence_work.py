@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 
 import torch
 
@@ -14,7 +15,7 @@ from megatron_opdlm.run import build
 from megatron_opdlm.states import choose_states
 from megatron_opdlm.storage.model_source import ModelSource
 
-SAMPLES = 4  # sequences whose mean is taken: which state of a block is trained is drawn
+SAMPLES = 2  # sequences whose mean is taken: which state of a block is trained is drawn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Counter:
         """
         block, vocabulary = self.config.rollout.block_size, self.student.vocabulary
         roles = {*vocabulary.end_ids, vocabulary.mask_id}
-        plain, other = [i for i in range(vocabulary.size) if i not in roles][:2]
+        plain, other = islice((i for i in range(vocabulary.size) if i not in roles), 2)
         whole = -(-(lengths.prompt + lengths.response) // block) * block - lengths.prompt
         places = [(lengths.prompt + i) % block for i in range(whole)]
         return Trajectory(
