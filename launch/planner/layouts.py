@@ -8,8 +8,8 @@ from launch.planner.estimate import Question, seconds_of_step
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.blocks import sequence_end
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.planning.accelerators import USABLE
-from megatron_opdlm.planning.phase_memory import CACHE, RankMemory
+from megatron_opdlm.planning.accelerators import MARGIN, USABLE
+from megatron_opdlm.planning.phase_memory import CACHE, PHASES, RankMemory
 from megatron_opdlm.planning.rank_memory import Split, kv_bytes_per_token
 from megatron_opdlm.planning.step_time import total
 from megatron_opdlm.run import build
@@ -101,13 +101,13 @@ def _indivisible(question: Question, config: Config) -> str | None:
 def why_not(question: Question, planned: Planned) -> str | None:
     """What does not fit on the GPU; None: all does."""
     room, memory = usable(question), planned.memory
-    phase = memory.fullest
-    if memory.peak(phase) > room:
+    phase = max(PHASES, key=lambda phase: memory.peak(phase, MARGIN))
+    if memory.peak(phase, MARGIN) > room:
         largest = sorted(memory.sizes(phase).items(), key=lambda one: -one[1])[:2]
         shown = ", ".join(f"{part} {size / GIB:.0f}" for part, size in largest)
         return (
-            f"needs {memory.peak(phase) / GIB:.0f} GiB in the {phase} ({shown}), "
-            f"{room / GIB:.0f} are there"
+            f"needs {memory.peak(phase, MARGIN) / GIB:.1f} GiB in the {phase} (of it {shown}), "
+            f"{room / GIB:.1f} are there"
         )
     cache, longest = memory.sizes("rollout").get(CACHE, 0.0), longest_cache(question, planned)
     if cache < longest:

@@ -10,6 +10,11 @@ from megatron_opdlm.planning.step_time import PHASES as TIMED
 from megatron_opdlm.planning.step_time import total
 from megatron_opdlm.run.expected_memory import most_of_a_step
 
+WAYS_OUT = (
+    "more --gpus, 16-bit moments (optimizer.exp_avg_dtype=bf16 optimizer.exp_avg_sq_dtype=bf16) or "
+    "low-rank terms (lora.rank=16) take less of a rank"
+)
+
 
 def layout_of(planned: Planned) -> str:
     config, split = planned.config, planned.split
@@ -101,12 +106,12 @@ def _own(question: Question, own: tuple[Planned, Totals] | Refused) -> list[str]
         return [f"as the recipe says: {own.name}", f"  does not fit: {own.reason}"]
     planned, whole = own
     reason = why_not(question, planned)
+    times = [f"  {seconds_line(planned)}", f"  {totals_line(question, whole)}"]
     return [
         f"as the recipe says: {layout_of(planned)}",
         f"  {'does not fit: ' + reason if reason else 'fits'}",
         *memory_table(planned, usable(question)),
-        f"  {seconds_line(planned)}",
-        f"  {totals_line(question, whole)}",
+        *([] if reason else times),
     ]
 
 
@@ -138,8 +143,14 @@ def text(
         ]
     if left_out:
         lines.append(f"  and {left_out} more that are slower (--top shows them)")
+    if not found:
+        lines.append(f"  {WAYS_OUT}")
     if refused:
-        lines += ["", "refused:", *(f"  {one.name}: {one.reason}" for one in refused)]
+        lines += [
+            "",
+            "refused, filled in the way that takes least:",
+            *(f"  {one.name}: {one.reason}" for one in refused),
+        ]
     return "\n".join(lines)
 
 

@@ -89,4 +89,6 @@ class Efficiency:
 
 
 ASSUMED = Efficiency()
+# What a rank works with beside what it holds is estimated to within 15 %.
+MARGIN = 1.15
 USABLE = 0.92  # of the memory: the rest is the driver's, NCCL's and what the allocator wastes

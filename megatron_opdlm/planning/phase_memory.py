@@ -33,8 +33,9 @@ class RankMemory:
     def held(self, phase: str) -> float:
         return sum(size for name, size in self.parts.items() if name not in self.away[phase])
 
-    def peak(self, phase: str) -> float:
-        return self.held(phase) + sum(self.work[phase].values())
+    def peak(self, phase: str, margin: float = 1.0) -> float:
+        """``margin``: what comes on top is taken that many times."""
+        return self.held(phase) + margin * sum(self.work[phase].values())
 
     def sizes(self, phase: str) -> dict[str, float]:
         """Bytes of each part that is there at the peak of a phase."""

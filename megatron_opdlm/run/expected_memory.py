@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -246,18 +247,23 @@ def _work(
     of_step = -(-load.sequences // split.data)
     tokens = max(packed, min(budget, of_update * packed))
     asked = max(finished, min(budget, of_step * finished))
+    pairs, causal = 0, 0
+    if student.build.attention == "dense":
+        pairs = dense_pairs(load.prompt, load.response, block)
+    if teacher.build.attention == "dense":
+        causal = dense_causal_pairs(finished)
     context = split.context
     slots = min(config.rollout.slots, -(-of_step // context))
     return Work(
         student=Row(
             tokens=tokens / context,
             positions=tokens / packed * load.response / context,
-            pairs=tokens / packed * _pairs(student, load, block) / context,
+            pairs=tokens / packed * pairs / context,
         ),
         teacher=Row(
             tokens=asked / context,
             positions=asked / finished * load.response / context,
-            pairs=asked / finished * _causal_pairs(teacher, finished) / context,
+            pairs=asked / finished * causal / context,
         ),
         rows_in_flight=min(split.pipeline, -(-of_update * packed // tokens)),
         window_tokens=max(
@@ -269,21 +275,19 @@ def _work(
     )
 
 
-def _pairs(layer: LayerMemory, load: Load, block: int) -> float:
-    """Of the dense attention over one sequence's [prompt | clean | noisy]."""
-    if layer.build.attention != "dense":
-        return 0.0
-    clean = load.prompt + load.response - block
-    positions = torch.cat(
-        [torch.arange(clean), torch.arange(load.prompt, load.prompt + load.response)]
-    )
-    return packed_row_pairs(
-        "dense", [len(positions)], positions // block, torch.arange(len(positions)) < clean
-    )
+@lru_cache
+def dense_pairs(prompt: int, response: int, block: int) -> int:
+    """(query, key) pairs that the dense attention computes for one sequence's row."""
+    clean = prompt + response - block
+    positions = torch.cat([torch.arange(clean), torch.arange(prompt, prompt + response)])
+    is_clean = torch.arange(len(positions)) < clean
+    return packed_row_pairs("dense", [len(positions)], positions // block, is_clean)
 
 
-def _causal_pairs(layer: LayerMemory, tokens: int) -> float:
-    return packed_row_pairs("dense", [tokens]) if layer.build.attention == "dense" else 0.0
+@lru_cache
+def dense_causal_pairs(tokens: int) -> int:
+    """The same for a finished sequence."""
+    return packed_row_pairs("dense", [tokens])
 
 
 def _largest_shard(layer: LayerMemory, trained: RankNumbers, split: Split) -> float:

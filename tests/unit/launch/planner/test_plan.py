@@ -1,4 +1,4 @@
-"""``opdlm plan``: what fits, how long it takes, and that it agrees with the dry run and with runs."""
+"""``opdlm plan``: what fits, how long it takes, agreement with the dry run and with runs."""
 
 import json
 import math
