@@ -1,7 +1,7 @@
 """Layouts of a run on so many GPUs: which fit, how they are filled, and why the others do not."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from launch.planner.estimate import Question, seconds_of_step
@@ -22,13 +22,11 @@ from megatron_opdlm.run.expected_memory import (
 GIB = 2**30
 ROWS = (32768, 16384, 8192, 4096)  # tokens of a microbatch that are tried
 # What makes room without changing the result, at the price of copies.
-OFFLOADS = (
+OFFLOADS: tuple[dict[str, object], ...] = (
     {},
     {"teacher.offload_weights": True},
     {"teacher.offload_weights": True, "optimizer.cpu_offload": True},
 )
-
-
 # One GPU's layout.
 WHOLE: dict[str, object] = {
     "model.tensor_parallel": 1,
@@ -184,7 +182,7 @@ def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
     """
     best: Planned | None = None
     refusal: Refused | None = None
-    for offloads in OFFLOADS:
+    for offloads in _offloads(question):
         for recompute in (False, True):
             for rows in ROWS:
                 keys = layout | offloads
@@ -198,6 +196,12 @@ def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
         return best
     assert refusal is not None
     return refusal
+
+
+def _offloads(question: Question) -> Sequence[dict[str, object]]:
+    """Float32 master weights are the model's own where it is float32, and stay."""
+    item = build.resolve_dtype(question.config.model.dtype, question.hardware).itemsize
+    return OFFLOADS if item == 2 else OFFLOADS[:2]
 
 
 def _with_slots(question: Question, keys: dict[str, object]) -> Planned | Refused:

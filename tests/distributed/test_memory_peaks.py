@@ -104,7 +104,10 @@ SLOW = {
         shape=EVEN, sequences=4, response=256, model_type="llama", keys=["loss.chunk_rows=512"]
     ),
     "16 bits": Case(
-        shape=EVEN, sequences=2, response=256, keys=["model.dtype=bf16", "teacher.dtype=bf16"]
+        shape=WIDE | {"vocab": 4096, "tied": True},
+        sequences=4,
+        response=256,
+        keys=["model.dtype=bf16", "teacher.dtype=bf16"],
     ),
 }
 NOTHING = {
@@ -202,7 +205,7 @@ def check(server: ForkServer, case: Case, root: Path, libraries: int) -> None:
     shown = ", ".join(f"{name} {size / MIB:.0f}" for name, size in memory.sizes(phase).items())
     said = f"{memory.peak(phase) / MIB:.0f} MiB expected ({phase}: {shown}), {peak / MIB:.0f} taken"
     print(f"{memory.peak(phase) / peak:.3f}: {said}")
-    assert peak > 2 * libraries, said  # what is compared outweighs what is taken away
+    assert peak > libraries, said  # what is compared outweighs what is taken away
     assert memory.peak(phase) == pytest.approx(peak, rel=TOLERANCE), said
 
 
