@@ -1,7 +1,7 @@
 """One optimizer update against a straightforward one: seconds and peak memory on the same states.
 
     python -m benchmarks.train_step [--size vocabulary|tiny|wide] [--sequences N] [--rounds N] \
-        [--lengths TOKENS ...] [dotted.key=value ...]
+        [--lengths TOKENS ...] [--shared N] [dotted.key=value ...]
 
 Ours is what training does after the rollout: pack, ask the teacher, update. The baseline is
 ``benchmarks/padded_update.py``. Random weights, one rank, one thread. Responses spread 20 times in
@@ -9,6 +9,9 @@ length (fixed seed), one partially denoised state each. Loss and gradient norm o
 agree to 1e-5 in every round; runs alternate, medians count. Peak memory is that of each program in
 a process of its own (Linux: VmHWM), Python and libraries included. The keys are training's
 (``loss.chunk_rows``, ``update.tokens_per_microbatch``); the baseline has no such choices.
+
+``--shared 4`` compares ours with itself: four responses of 48 tokens to every prompt of 72, packed
+as trees and each with a prompt of its own; as many prompts as ``--sequences``.
 
 ``--lengths 128 512 2048`` compares ours with itself: updates of the same number of response tokens
 (the longest length), in responses of each length, in turn; process CPU seconds count.
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -105,7 +109,9 @@ def _recorded(
     )
 
 
-def our_update(shape: ModelShape, vocabulary: Vocabulary, config: Config) -> Update:
+def our_update(
+    shape: ModelShape, vocabulary: Vocabulary, config: Config, *, share: bool = True
+) -> Update:
     """What training does with the states of one update."""
     hardware = parallel.init(parallel.Layout())
     source = build.ModelSource(
@@ -119,7 +125,9 @@ def our_update(shape: ModelShape, vocabulary: Vocabulary, config: Config) -> Upd
     objective = build.build_objective(config, teacher)
 
     def run(states: Sequence[State]) -> tuple[float, float]:
-        step = pack_step([states], packing_of(config, source, hardware))
+        packing = packing_of(config, source, hardware)
+        packing = replace(packing, share_student=share, share_teacher=share)
+        step = pack_step([states], packing)
         targets = score(teacher, step.finished)
         report = update(student, step.updates[0], targets, objective, config.optimizer.lr)
         return sum(report.sequence_loss) / len(states), report.grad_norm
@@ -173,6 +181,42 @@ def require_equal(ours: tuple[float, float], padded: tuple[float, float]) -> Non
         assert abs(a - b) <= TOLERANCE * abs(b), f"{what}: ours {a}, padded {b}"
 
 
+def compare_sharing(
+    run: Update, apart: Update, prompts: int, each: int, rounds: int, vocabulary: Vocabulary
+) -> None:
+    """CPU seconds of an update with ``each`` responses to every prompt, its prompts packed once and
+    every time."""
+    draw = random.Random(0)
+    trajectories = []
+    for number in range(prompts):
+        prompt = [draw.randrange(2, vocabulary.size - 1) for _ in range(72)]
+        for sample in range(number * each, (number + 1) * each):
+            response = [draw.randrange(2, vocabulary.size - 1) for _ in range(48)]
+            trajectories.append(_recorded(sample, prompt, response, draw))
+    states = choose_states(
+        trajectories,
+        mode="one_per_block",
+        block_size=BLOCK,
+        vocabulary=vocabulary,
+        exclude_eos=False,
+        key=KEY,
+    )
+    seconds: dict[str, list[float]] = {"shared": [], "apart": []}
+    for number in range(rounds + 1):
+        _, busy, shared = timed(run, states)
+        _, busy_apart, alone = timed(apart, states)
+        require_equal(shared, alone)
+        if number:  # the first is a warm-up
+            seconds["shared"].append(busy)
+            seconds["apart"].append(busy_apart)
+    middle = {name: statistics.median(found) for name, found in seconds.items()}
+    print(
+        f"{prompts} prompts of 72 tokens, {each} responses of 48 each, median CPU seconds of "
+        f"{rounds} rounds: packed once {middle['shared']:.3f} s, every time "
+        f"{middle['apart']:.3f} s, ratio {middle['apart'] / middle['shared']:.2f}"
+    )
+
+
 def compare_lengths(
     run: Update, lengths: Sequence[int], rounds: int, vocabulary: Vocabulary
 ) -> None:
@@ -200,6 +244,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=PROGRAMS, help="two updates, then print the peak bytes")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS")
+    parser.add_argument("--shared", type=int, metavar="N", help="responses to every prompt")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     options = parser.parse_args()
     shape = SHAPES[options.size]
@@ -212,6 +257,11 @@ def main() -> None:
     if options.lengths:
         run = our_update(shape, vocabulary, config)
         return compare_lengths(run, options.lengths, options.rounds, vocabulary)
+    if options.shared:
+        run = our_update(shape, vocabulary, config)
+        apart = our_update(shape, vocabulary, config, share=False)
+        sizes = options.sequences, options.shared, options.rounds
+        return compare_sharing(run, apart, *sizes, vocabulary)
     states = make_states(options.sequences, LONGEST[options.size], vocabulary)
     if options.only:
         run = PROGRAMS[options.only](shape, vocabulary, config)

@@ -192,7 +192,9 @@ def main() -> None:
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: a name that ends in .jsonl is needed")
     check_outside(args.out, "--out", {"--prompts": args.prompts})
-    check_new_file(args.out, "--out")
+    part = args.out.with_name(args.out.name + ".part")
+    if not part.exists():  # else a kill may have come between the answers and their manifest
+        check_new_file(args.out, "--out")
     read_rows(args.prompts, "--prompts")  # before any model is loaded
     settings = {
         "model": str(args.model),
@@ -200,6 +202,7 @@ def main() -> None:
         "prompts": str(args.prompts),
         "prompts_sha256": content_hash(args.prompts),
         "enable_thinking": args.enable_thinking,
+        "dtype": loading.dtype,
         **{key: value for key, value in asdict(decoding).items() if key != "logit_shift"},
     }
     generator = open_generator(args.model, loading)
@@ -211,7 +214,6 @@ def main() -> None:
         vocab_size=generator.vocabulary.size,
         option="--prompts",
     )
-    part = args.out.with_name(args.out.name + ".part")
     answers = answer(generator, prompts, decoding, part, settings)
     if answers is not None:
         said = publish(

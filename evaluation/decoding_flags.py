@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opdlm import keys, launcher
+from megatron_opdlm.configuration.models import Precision
 from megatron_opdlm.diffusion.decoding import ASKED, Decoding
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.keys import key
@@ -32,6 +33,9 @@ class Loading:
         "id of the mask token; without it the tokenizer's, else 151669 where it fits",
         at_least=0,
     )
+    dtype: Precision = key(
+        "auto", "type of the weights; auto: fp32 on a CPU, where bf16 is less exact, bf16 on a GPU"
+    )
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +45,7 @@ def add_decoding_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
-    """Add --tp, --pp, --ep and --mask-token-id."""
+    """Add --tp, --pp, --ep, --mask-token-id and --dtype."""
     names = [item.name for item in fields(Loading)]
     _add_flags(parser.add_argument_group("loading"), Loading, names)
 

@@ -160,7 +160,9 @@ class LiveGenerator(Generator):
 
 
 def live_generator(session: Session) -> LiveGenerator:
-    """A generator around the run's student; a request to stop ends its responses early."""
+    """A generator around the run's student; a request to stop ends its responses early. It takes
+    over the cache that the rollouts keep, so that there are never two.
+    """
     return LiveGenerator(
         model=session.student.model,
         tokenizer=load_tokenizer(session.source.files),
@@ -168,6 +170,7 @@ def live_generator(session: Session) -> LiveGenerator:
         contract=session.checkpoints.block_contract,
         longest=session.plan.max_positions,
         options=session.config.rollout,
+        keeper=session.decoders,
         stop=preemption.requested,
     )
 

@@ -99,6 +99,7 @@ def open_generator(model: Path, loading: Loading) -> Any:
         pp=loading.pp,
         ep=loading.ep,
         mask_token_id=loading.mask_token_id,
+        dtype=loading.dtype,
     )
 
 

@@ -9,27 +9,24 @@ command goes on where it was killed. An --out with other predictions, other data
 is refused.
 """
 
-import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from evaluation.generation.identity import hash_rows
-from evaluation.generation.predictions import SETTINGS, finished_rows, whole_lines
-from evaluation.generation.progress import Progress
-from evaluation.graded import grade_predictions, graded_row, summary_of, tell_scorer_errors
+from evaluation.generation.predictions import SETTINGS, finished_rows
+from evaluation.graded import graded_row, summary_of, tell_scorer_errors
 from evaluation.jail.sandbox import use_sandbox
 from evaluation.jsonl import read_jsonl
 from evaluation.report import table
 from evaluation.reporting.results import SUMMARY
 from evaluation.reporting.summary import SummaryRow
 from evaluation.sandbox_flag import add_sandbox_flag
-from evaluation.tasks import Grade, Row, Task, get_task
+from evaluation.tasks import Row, Task, get_task
+from evaluation.verdicts import Verdicts, grade_in_parts, sandbox_layers
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
-from megatron_opdlm.model_files.writing import append_jsonl, write_json, write_jsonl
+from megatron_opdlm.model_files.writing import write_json, write_jsonl
 
-GRADED, PARTIAL = "graded.jsonl", "graded.partial.jsonl"
-FIRST_PART, PART_SECONDS = 32, 20.0  # problems graded, then seconds' worth, before they are kept
+GRADED = "graded.jsonl"
 
 
 def read_predictions(path: Path, task: Task, problems: int) -> list[Row]:
@@ -76,80 +73,6 @@ def check_scorer(task: Task, rows: list[Row]) -> None:
         raise RunError(f"task {task.name}: {lacks}")
 
 
-class Verdicts:
-    """The grades of a scoring under way, by problem. OUT gets ``settings.json`` and a line in
-    ``graded.partial.jsonl`` for each graded problem; both make way for the results. Nothing is
-    there before the first verdicts.
-    """
-
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
-        """InputError: --out holds anything else than a scoring of these settings."""
-        finished_rows(out, settings)  # one killed while it published is published again
-        self._out, self._settings = out, settings
-        self._grades: dict[int, list[Grade]] = {}
-        self.seconds = 0.0  # of grading, over all attempts
-        for row in whole_lines(out / PARTIAL, _is_verdict, _NO_VERDICT):
-            self._grades[row["index"]] = [Grade(**grade) for grade in row["grades"]]
-            self.seconds = row["seconds"]
-
-    def __contains__(self, index: int) -> bool:
-        return index in self._grades
-
-    def __getitem__(self, index: int) -> list[Grade]:
-        return self._grades[index]
-
-    def add(self, grades: dict[int, list[Grade]], seconds: float) -> None:
-        """More problems are graded, which took this long. They are on disk afterwards."""
-        self._out.mkdir(parents=True, exist_ok=True)
-        if not (self._out / SETTINGS).is_file():
-            write_json(self._out / SETTINGS, self._settings)
-        self.seconds += seconds
-        self._grades |= grades
-        rows = [
-            {"index": i, "grades": [asdict(grade) for grade in own], "seconds": self.seconds}
-            for i, own in grades.items()
-        ]
-        append_jsonl(self._out / PARTIAL, rows)
-
-    def publish(self, graded: list[dict[str, Any]], summary: SummaryRow) -> None:
-        """All are graded: ``summary.json`` comes last and says that the rest is there."""
-        write_jsonl(self._out / GRADED, graded)
-        write_json(self._out / SUMMARY, [summary.as_dict()])
-        (self._out / SETTINGS).unlink()  # first: what is left by a kill here is never gone on with
-        (self._out / PARTIAL).unlink()
-
-
-_NO_VERDICT = "not a verdict of evaluation.score; remove the line, and its problem is graded again"
-
-
-def _is_verdict(row: object) -> bool:
-    return isinstance(row, dict) and {"index", "grades", "seconds"} <= row.keys()
-
-
-def grade_in_parts(
-    task: Task, rows: list[Row], predictions: list[Row], verdicts: Verdicts, *, show: bool
-) -> None:
-    """Grade what has no verdict yet, as ``grade_predictions`` does, and keep it part by part: a
-    part takes about as long as a user would like to lose, and is large enough to fill the cores.
-    """
-    pairs = list(zip(rows, predictions, strict=True))
-    left = [pair for pair in pairs if pair[1]["index"] not in verdicts]
-    total, missing = (sum(len(given["responses"]) for _, given in some) for some in (pairs, left))
-    size = FIRST_PART
-    with Progress(f"{task.name}, graded", total, total - missing, show=show) as progress:
-        while left:
-            part, left = left[:size], left[size:]
-            start = time.monotonic()
-            given = [prediction for _, prediction in part]
-            grades = grade_predictions(task, [row for row, _ in part], given)
-            seconds = time.monotonic() - start
-            indices = (prediction["index"] for prediction in given)
-            verdicts.add(dict(zip(indices, grades, strict=True)), seconds)
-            progress.advance(responses=sum(map(len, grades)))
-            wanted = int(size * PART_SECONDS / max(seconds, 1e-6))
-            size = min(max(wanted, FIRST_PART), 4 * size)
-
-
 def score(
     task: Task, data: Path, predictions: Path, out: Path, *, show: bool = False
 ) -> SummaryRow:
@@ -165,16 +88,19 @@ def score(
         "task": task.name,
         "data": hash_rows(problems),
         "predictions": hash_rows(given),
-        "sandbox": settings.get("sandbox", {}).get("layers"),
+        "sandbox": sandbox_layers(task),
     }
-    verdicts = Verdicts(out, asked)
-    grade_in_parts(task, rows, given, verdicts, show=show)
-    grades = [verdicts[row["index"]] for row in given]
+    finished_rows(out, asked)  # one killed while it published is published again
+    verdicts = Verdicts(task, out, asked)
+    grades = grade_in_parts(task, rows, given, verdicts, show=show)
     summary = summary_of(task, rows, given, grades, seconds=verdicts.seconds, settings=settings)
     graded = [
         graded_row(row["index"], row_grades) for row, row_grades in zip(given, grades, strict=True)
     ]
-    verdicts.publish(graded, summary)
+    write_jsonl(out / GRADED, graded)
+    write_json(out / SUMMARY, [summary.as_dict()])  # last: it says that the rest is there
+    (out / SETTINGS).unlink()  # first: what is left by a kill here is never gone on with
+    verdicts.discard()
     return summary
 
 

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from evaluation.reporting.results import SUMMARY
 from evaluation.run import load_tasks, load_training_tasks
 from evaluation.tasks import get_task
+from launch.pipeline_parts import Answering, Training
 from launch.pipeline_settings import Settings
 from launch.stages import ROOT
 from megatron_opdlm.config import Config, differing_keys, load_config
@@ -26,12 +28,17 @@ def check_same_command(settings: Settings) -> None:
     change until then; training may change what its own rule lets it (where and how fast).
     """
     found, wanted = _noted(settings), json.loads(json.dumps(settings.identity))
-    stages = (
-        (settings.imported, ("hf", "mask_token_id"), ""),
-        (settings.exported, ("format",), "exported, evaluation and report"),
-        (settings.results, ("data", "evaluation", "limit"), "evaluation and report"),
-    )
-    for output, keys, again in stages:
+    outputs: list[tuple[Path, tuple[str, ...], str]] = [
+        (settings.imported, ("hf", "mask_token_id"), "")
+    ]
+    for part in settings.parts:
+        if isinstance(part, Answering):
+            outputs.append((part.answers, (part.titled("answers"),), part.answers.name))
+            continue
+        again = "exported, evaluation and report", "evaluation and report"
+        outputs.append((part.exported, ("format",), again[0]))
+        outputs.append((part.results, ("data", "limit", part.titled("evaluation")), again[1]))
+    for output, keys, again in outputs:
         differing = [key for key in keys if key in found and found[key] != wanted[key]]
         if differing and output.exists():
             remove = f", remove {again} in it to make them anew" if again else ""
@@ -39,7 +46,8 @@ def check_same_command(settings: Settings) -> None:
                 f"--out {settings.out} was made by another command, which differs in "
                 f"{', '.join(differing)}; repeat that one{remove}, or use another directory"
             )
-    _check_same_training(settings)
+    for training in settings.trainings:
+        _check_same_training(training)
 
 
 def note_command(settings: Settings) -> None:
@@ -53,14 +61,14 @@ def _noted(settings: Settings) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _check_same_training(settings: Settings) -> None:
-    recorded = settings.run / CONFIG
-    if not recorded.is_file() or not differing_keys(load_config(recorded, []), settings.config):
+def _check_same_training(training: Training) -> None:
+    recorded, config = training.run / CONFIG, training.config
+    if not recorded.is_file() or not differing_keys(load_config(recorded, []), config):
         return
     # Imported late, since Megatron comes with it.
     from megatron_opdlm.run.run_directory import check_run_directory
 
-    check_run_directory(settings.config)
+    check_run_directory(config)
 
 
 @dataclass(kw_only=True)
@@ -76,14 +84,27 @@ def find_lacks(settings: Settings) -> Lacks:
     lacks to grade it. InputError for a task that does not exist.
     """
     lacks = Lacks()
-    asked = dict.fromkeys(name for run in settings.runs for name in run.tasks)
-    for name in (*settings.config.evaluation.tasks, *asked):
+    for part in settings.parts:
+        if isinstance(part, Answering):
+            if not part.answers.exists():
+                lacks.inputs += _missing_files(settings, part.config)
+        else:
+            _find_training_lacks(lacks, settings, part)
+    lacks.inputs, lacks.graders = list(dict.fromkeys(lacks.inputs)), [*dict.fromkeys(lacks.graders)]
+    return lacks
+
+
+def _find_training_lacks(lacks: Lacks, settings: Settings, training: Training) -> None:
+    """Of a training and its evaluation."""
+    config = training.config
+    asked = dict.fromkeys(name for run in training.runs for name in run.tasks)
+    for name in (*config.evaluation.tasks, *asked):
         get_task(name)
-    if not settings.trained.exists():
-        lacks.inputs += _missing_files(settings.config)
+    if not training.trained.exists():
+        lacks.inputs += _missing_files(settings, config)
         with _noted_in(lacks.inputs):
-            load_training_tasks(settings.config.evaluation)
-    if not (settings.results / SUMMARY).exists():
+            load_training_tasks(config.evaluation)
+    if not (training.results / SUMMARY).exists():
         for name in asked:
             with _noted_in(lacks.inputs):
                 ((task, rows),) = load_tasks([name], settings.data, settings.limit)
@@ -91,8 +112,6 @@ def find_lacks(settings: Settings) -> Lacks:
                     lacks.graders.append(
                         f"{task.name} cannot be graded here: {reason}; it will be left out"
                     )
-    lacks.inputs = list(dict.fromkeys(lacks.inputs))
-    return lacks
 
 
 @contextmanager
@@ -104,7 +123,8 @@ def _noted_in(inputs: list[str]) -> Iterator[None]:
         inputs.append(str(error))
 
 
-def _missing_files(config: Config) -> list[str]:
+def _missing_files(settings: Settings, config: Config) -> list[str]:
+    """Of a configuration, but for what the pipeline makes itself."""
     paths = {
         "data.path": config.data.path,
         "mixing.path": config.mixing.path,
@@ -118,5 +138,5 @@ def _missing_files(config: Config) -> list[str]:
     return unset + [
         f"{key}={path}: no such file or directory; make it, or add {key}=PATH to the command"
         for key, path in paths.items()
-        if path and not (ROOT / path).exists()
+        if path and not Path(path).is_relative_to(settings.out) and not (ROOT / path).exists()
     ]

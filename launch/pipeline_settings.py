@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.export.formats import check_format
-from evaluation.recipe import RecipeRun, read_recipe
+from evaluation.reporting.results import SUMMARY
+from launch.pipeline_parts import Answering, Part, Recipe, Training, parts_of, trainings
 from launch.stages import ROOT
-from megatron_opdlm.config import Config, load_config, path_override
+from megatron_opdlm.config import Config, path_override
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.families import FORMATS, QWEN3
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
@@ -26,11 +27,11 @@ from megatron_opdlm.planning.public_shapes import public_name, public_shape
 class Settings:
     """The command line, checked. Paths are absolute."""
 
-    recipe: Path
+    recipe: Recipe
     hf: Path
     data: Path
     out: Path
-    evaluation: Path
+    evaluation: Path | None  # recipe; None: each training's own, or that of the recipe's name
     format: str  # of the export
     tp: int  # of the evaluation
     ep: int
@@ -38,58 +39,43 @@ class Settings:
     mask_token_id: int | None
     launcher: list[str]  # starts a module on all ranks
     world: int | None  # ranks that it starts; None: only the launcher knows
-    overrides: list[str]  # key=value of the recipe
 
     @property
     def imported(self) -> Path:
         return self.out / "imported"
 
-    @property
-    def run(self) -> Path:
-        """Directory of the training."""
-        return self.out / "run"
-
-    @property
-    def trained(self) -> Path:
-        """Names the checkpoint that training ended with."""
-        return self.out / "trained.json"
-
-    @property
-    def exported(self) -> Path:
-        return self.out / "exported"
-
-    @property
-    def results(self) -> Path:
-        """Directory of the evaluation."""
-        return self.out / "evaluation"
-
     @cached_property
-    def config(self) -> Config:
-        """Of the training."""
-        return load_config(self.recipe, self.training(self.imported)[2:])
+    def parts(self) -> list[Part]:
+        """What is made of the recipe between import and tables."""
+        return parts_of(self.recipe, self.out, self.evaluation)
 
-    @cached_property
-    def runs(self) -> list[RecipeRun]:
-        """Of the evaluation."""
-        return read_recipe(self.evaluation)
+    @property
+    def trainings(self) -> list[Training]:
+        return trainings(self.parts)
 
-    def training(self, model: Path) -> list[str]:
-        """Arguments of the training command."""
-        keys = keys_of(self.data, self.overrides)
-        paths = [path_override("train.out", self.run), path_override("model.path", model)]
-        return ["--config", str(self.recipe), *keys, *paths]
+    @property
+    def last(self) -> Training:
+        """The training that makes the student."""
+        return self.trainings[-1]
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the results, besides the training, whose directory has a rule of its own."""
-        runs = [{**asdict(run), "tasks": list(run.tasks)} for run in self.runs]
+        own: dict[str, Any] = {}
+        for part in self.parts:
+            if isinstance(part, Answering):
+                prompts = part.config.data.path
+                own[part.titled("answers")] = {"prompts": prompts, "flags": part.flags}
+            else:
+                runs = [{**asdict(run), "tasks": list(run.tasks)} for run in part.runs]
+                own[part.titled("evaluation")] = runs
         return {
             "hf": str(self.hf),
             "mask_token_id": self.mask_token_id,
             "format": self.format,
             "data": str(self.data),
-            "evaluation": runs,
             "limit": self.limit,
+            **own,
         }
 
 
@@ -102,34 +88,37 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
         if value is not None and value < least:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {value}: a whole number; use {least} or more")
-    recipe = load_config(args.recipe, keys_of(args.data.resolve(), args.overrides))
+    recipe = Recipe(
+        file=args.recipe.resolve(), overrides=tuple(keys_of(args.data.resolve(), args.overrides))
+    )
+    parts = parts_of(recipe, args.out.resolve(), args.evaluation)
     check_outside(args.out, "--out", {"--hf": args.hf, "--data": args.data})
     check_place(args.out, f"--out {args.out}")
     if args.out.is_file():
         raise InputError(f"--out {args.out}: is a file; give a directory")
-    needed = {"hf": args.out / "imported", "data": args.out / "evaluation" / "summary.json"}
+    needed = {"hf": args.out / "imported", "data": trainings(parts)[-1].results / SUMMARY}
     for flag, made_of_it in needed.items():
         path = getattr(args, flag)
         if not (args.dry_run or made_of_it.exists() or path.is_dir()):
             raise InputError(f"--{flag} {path}: no such directory; check the path")
     shape = _shape(args)
-    tp, ep = _evaluation_layout(args, recipe, shape)
+    made = trainings(parts)[-1]
+    config = recipe.config(made.stage)
+    tp, ep = _evaluation_layout(args, config, shape)
     settings = Settings(
-        recipe=args.recipe.resolve(),
+        recipe=recipe,
         hf=args.hf.resolve(),
         data=args.data.resolve(),
         out=args.out.resolve(),
-        evaluation=args.evaluation or ROOT / "configs" / "evaluation" / args.recipe.name,
-        format=_format(args.format, recipe, shape),
+        evaluation=args.evaluation,
+        format=_format(args.format, config, shape),
         tp=tp,
         ep=ep,
         limit=args.limit,
         mask_token_id=args.mask_token_id,
         launcher=_launcher(args.ranks, environ),
         world=_world(args.ranks, environ, none_without_gpus=args.dry_run),
-        overrides=args.overrides,
     )
-    assert settings.runs, "a recipe has at least one run"
     _check_ranks(settings)
     return settings
 
@@ -224,7 +213,8 @@ def _check_ranks(settings: Settings) -> None:
     """Training's and evaluation's layouts divide the ranks that will be started."""
     if settings.world is None:
         return
-    model_layout(settings.config).data_parallel(settings.world)
+    for training in settings.trainings:
+        model_layout(training.config).data_parallel(settings.world)
     if settings.world % (settings.tp * settings.ep):
         raise InputError(
             f"--tp {settings.tp} --ep {settings.ep}: of the evaluation, do not divide the "
@@ -258,4 +248,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="first problems of each benchmark only")
     add("--mask-token-id", type=int, help="where the tokenizer has no mask and 151669 no room")
     add("--dry-run", action="store_true", help="check and show everything, write nothing")
-    add("overrides", nargs="*", metavar="key=value", help="keys of RECIPE")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="keys of RECIPE; stages.NAME.key=value: of one of its stages",
+    )

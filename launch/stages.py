@@ -37,6 +37,8 @@ class Stage:
     command: Callable[[], list[str]]
     prepare: Callable[[], object] = lambda: None
     finish: Callable[[], object] = lambda: None
+    launched: bool = False  # by a launcher, which hides its ranks' exit codes
+    run: Path | None = None  # directory of a training, which saves before it stops
 
 
 class Stages:

@@ -7,13 +7,13 @@ before anything slow is loaded. What each key is stands at the key, in ``configu
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_opdlm.configuration import document, rules
+from megatron_opdlm.configuration import document, rules, stages
 from megatron_opdlm.configuration.learning import (
     CheckpointConfig,
     DistributedConfig,
@@ -39,6 +39,7 @@ from megatron_opdlm.configuration.sequences import (
     StatesConfig,
     ThresholdScheduleConfig,
 )
+from megatron_opdlm.configuration.stages import STAGES, StageEntry, read_stages
 from megatron_opdlm.configuration.tree import build, flatten
 from megatron_opdlm.configuration.values import merged, read_file, read_override, resolved
 from megatron_opdlm.errors import InputError
@@ -68,17 +69,60 @@ class Config:
     profile: ProfileConfig = section(ProfileConfig, may_change=True)
 
 
-def load_config(file: Path | None, overrides: list[str]) -> Config:
+def load_config(file: Path | None, overrides: list[str], stage: str | None = None) -> Config:
     """Defaults, then ``file`` (over its ``base``), then ``overrides`` (``section.key=VALUE``);
     checked.
 
-    A value may refer to another key: ``${model.path}``.
+    A value may refer to another key: ``${model.path}``. ``stage``: name of one of the file's
+    ``stages``, whose keys come between; ``stages.NAME.section.key=VALUE`` overrides those of one. A
+    stage draws with a seed of its own, ``train.seed`` plus its place: else all would begin with the
+    same prompts.
     """
-    trees = [dataclasses.asdict(Config()), *([read_file(file)] if file is not None else [])]
-    trees += [read_override(Config, text) for text in overrides]
-    config = build(Config, resolved(merged(trees)))
-    rules.check(flatten(config))
+    tree, entries, where = _recipe(file)
+    chosen = stages.named(entries, stage, where) if stage is not None else None
+    common, own = _overrides(stage, overrides, entries, where)
+    try:
+        given = [read_override(Config, text) for text in own]
+        if chosen is not None:
+            tree = stages.laid_over(tree, chosen)
+        trees = [dataclasses.asdict(Config()), tree, *(read_override(Config, o) for o in common)]
+        config = build(Config, resolved(merged([*trees, *given])))
+        if chosen is not None and not stages.has_seed([chosen.keys, *given]):
+            seed = config.train.seed + entries.index(chosen)
+            config = replace(config, train=replace(config.train, seed=seed))
+        rules.check(flatten(config))
+    except InputError as error:
+        if stage is None:
+            raise
+        raise InputError(f"stage {stage}: {error}") from None
     return config
+
+
+def stages_of(file: Path) -> list[StageEntry]:
+    """The stages of a recipe; [] of one that is a single training."""
+    return _recipe(file)[1]
+
+
+def _recipe(file: Path | None) -> tuple[dict[Any, Any], list[StageEntry], str]:
+    """The sections of a file, its stages, and what it is called in messages."""
+    tree = read_file(file) if file is not None else {}
+    where = f"configuration file {file}"
+    entries = read_stages(tree.pop(STAGES, None), where, types_of(Config))
+    return tree, entries, where
+
+
+def _overrides(
+    stage: str | None, overrides: list[str], entries: list[StageEntry], where: str
+) -> tuple[list[str], list[str]]:
+    """The overrides of all stages, and those of this one alone."""
+    common, own = [], []
+    for override in overrides:
+        of_one = stages.of_stage(override)
+        if of_one is None:
+            common.append(override)
+        elif stages.named(entries, of_one[0], where).name == stage:
+            own.append(of_one[1])
+    return common, own
 
 
 def require(config: Config, *keys: str) -> None:

@@ -5,10 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_opdlm import launcher, parallel
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.decoder import DecoderKeeper
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.mailbox import Mailbox
 from megatron_opdlm.model.gpt import LanguageModel, build_model
@@ -30,6 +33,7 @@ from megatron_opdlm.rollout import Request, generate_over_copies
 # Ranks wait for the longest responses of the others, and for the first one to grade programs. A
 # dead rank is the launcher's business.
 TIMEOUT_SECONDS = 24 * 3600
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # auto: the hardware's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Generator:
     no_mask: str = ""  # why not
     longest: int  # positions
     options: EngineOptions = EngineOptions()
+    keeper: DecoderKeeper | None = None  # of the decoder between calls
     stop: Callable[[], bool] = lambda: False  # asked after every forward; True ends ``generate``
 
     @property
@@ -110,6 +115,7 @@ class Generator:
             options=self.options,
             stop=self.stop,
             committed=committed,
+            keeper=self.keeper,
             **post,
         )
         if not made.complete:
@@ -127,13 +133,20 @@ class Generator:
 
 
 def load_generator(
-    model_dir: Path, *, tp: int = 1, pp: int = 1, ep: int = 1, mask_token_id: int | None = None
+    model_dir: Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    mask_token_id: int | None = None,
+    dtype: str = "auto",
 ) -> Generator:
     """Load a Hugging Face directory or a Megatron checkpoint; data parallelism takes what is left.
 
-    ``ep`` ranks share out the experts of a mixture. Layers and attention are those that training
-    chooses for this hardware. Raises InputError for a directory that is no complete model, and for
-    a layout that divides neither the ranks nor the model.
+    ``ep`` ranks share out the experts of a mixture. ``dtype``: auto (float32 on a CPU, bfloat16 on
+    a GPU), fp32 or bf16. Layers and attention are those that training chooses for this hardware.
+    Raises InputError for a directory that is no complete model, and for a layout that divides
+    neither the ranks nor the model.
     """
     Layout(tensor=tp, pipeline=pp, expert=ep).data_parallel(launcher.world_size())
     manifest = read_manifest(model_dir) if is_checkpoint(model_dir) else None
@@ -151,10 +164,9 @@ def load_generator(
         sequence_parallel=tp > 1 and shape.experts is not None,
     )
     hardware = parallel.init(layout, timeout_seconds=TIMEOUT_SECONDS)
-    kernels = choose_kernels("auto", "auto", hardware.dtype, hardware, causal=False)
-    model = build_model(
-        shape, layout, hardware.dtype, hardware, name=str(model_dir), kernels=kernels
-    )
+    kind = _DTYPES.get(dtype, hardware.dtype)
+    kernels = choose_kernels("auto", "auto", kind, hardware, causal=False)
+    model = build_model(shape, layout, kind, hardware, name=str(model_dir), kernels=kernels)
     load_model(model, model_dir)
     return Generator(
         model=model.requires_grad_(False).eval(),

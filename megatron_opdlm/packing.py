@@ -3,13 +3,15 @@
 Only what the loss depends on is packed. The student reads [prompt | clean | noisy]: the noisy copy
 of the blocks that have counted positions, the clean copy up to the last of those blocks. The
 teacher reads each finished sequence once, whatever the number of its states, up to the last token
-that a prediction needs. Nothing is padded.
+that a prediction needs. What several responses to a prompt begin with stands in a row once
+(prefix_trees.py). Nothing is padded.
 
 With context parallelism every context rank packs the same rows and keeps its share of their tokens.
 Ranks that share out experts need each other in every forward, so they all get as many rows as the
 one that has most.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +23,7 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
 from megatron_opdlm.model.row_split import RowSplit, split_row
 from megatron_opdlm.planning.balance import fill_bins
+from megatron_opdlm.prefix_trees import Piece, Tree, grow
 from megatron_opdlm.records import State
 
 
@@ -37,6 +40,9 @@ class Packing:
     context_ranks: int = 1  # they share every row
     context_rank: int = 0
     alignment: str = "absolute"  # response: blocks counted from the response's start
+    # Whether common beginnings are packed once: not for kernels that compute hidden pairs, too.
+    share_student: bool = True
+    share_teacher: bool = True
     # Number of rows of this rank -> largest over the ranks that keep step; called by all of them
     rows_in_step: Callable[[int], int] = lambda rows: rows
 
@@ -60,9 +66,10 @@ class PackedBatch:
     student_tokens: Tensor  # [n]
     student_positions: Tensor  # [n] the noisy copy repeats the positions of the clean one
     student_read: Tensor  # [M] which of the n tokens' hidden state predicts the token
-    lengths: list[int]  # packed tokens of each sequence that has any; their sum may be below N
+    lengths: list[int]  # packed tokens of each sequence or tree that has any; in all at most N
     block: Tensor  # [N] block of each token, counted within its sequence, on the host
     clean: Tensor  # bool [N], False in the noisy copy, on the host
+    branch: Tensor | None  # [N] of trees, on the host; None: there are none
     split: RowSplit  # of the N tokens over the context ranks, on the host
     target: Tensor  # [M] row of the teacher's targets
     labels: Tensor  # [M] the tokens of the finished sequence
@@ -73,8 +80,15 @@ class PackedBatch:
     @property
     def student_plan(self) -> AttentionPlan:
         """Built anew at each use: the masks of all microbatches of a step would not fit."""
-        device, row = self.student_tokens.device, (self.lengths, self.block, self.clean)
-        return two_stream_plan(*row, device, read=self.student_read, split=self.split)
+        return two_stream_plan(
+            self.lengths,
+            self.block,
+            self.clean,
+            self.student_tokens.device,
+            branch_N=self.branch,
+            read=self.student_read,
+            split=self.split,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +101,10 @@ class FinishedBatch:
     tokens: Tensor  # [n]
     positions: Tensor  # [n]
     read: Tensor  # [U] which of the n tokens' hidden state predicts a counted token
-    lengths: list[int]  # packed tokens of each sequence
+    lengths: list[int]  # packed tokens of each sequence or tree
+    # [N] place in its sequence, and branch, of each token, on the host; None: there are no trees
+    block: Tensor | None
+    branch: Tensor | None
     split: RowSplit  # of the N tokens over the context ranks, on the host
     most: int  # largest U of a context rank
     wanted: Tensor  # [K] places among all context ranks' targets, each rank's part ``most`` long
@@ -96,7 +113,17 @@ class FinishedBatch:
     def plan(self) -> AttentionPlan:
         """Built anew at each use, as the student's."""
         device, tokens = self.tokens.device, len(self.split.shares)
-        return causal_plan(self.lengths, tokens, device, read=self.read, split=self.split)
+        if self.block is None:
+            return causal_plan(self.lengths, tokens, device, read=self.read, split=self.split)
+        return two_stream_plan(
+            self.lengths,
+            self.block,
+            torch.ones(tokens, dtype=torch.bool),
+            device,
+            branch_N=self.branch,
+            read=self.read,
+            split=self.split,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +162,6 @@ def _keep_wanted(updates: list[list[PackedBatch]], finished: list[FinishedBatch]
     return StepBatches(updates=renumbered, finished=kept)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Piece:
-    """One sequence's part of a student's row. n tokens, m counted positions."""
-
-    tokens: Tensor  # [n]
-    positions: Tensor  # [n]
-    block: Tensor  # [n]
-    clean: Tensor  # bool [n]
-    read: Tensor  # [m] index within the piece
-    counted: Tensor  # [m] absolute positions
-
-
 def student_tokens(state: State, packing: Packing) -> int:
     """Packed tokens that the student reads for a state, 0 without counted positions."""
     size, shift = packing.block_size, packing.shift(state)
@@ -158,7 +173,8 @@ def student_tokens(state: State, packing: Packing) -> int:
     return last - shift + (len(blocks) - 1) * size + min(size, end - last)
 
 
-def _piece(state: State, packing: Packing) -> _Piece:
+def _piece(state: State, packing: Packing) -> Piece:
+    """What the student reads for a state; the counted positions are what it is asked for."""
     size, prompt, shift = packing.block_size, len(state.prompt_ids), packing.shift(state)
     finished = torch.tensor(state.prompt_ids + state.response_ids)
     masked = torch.tensor([False] * prompt + state.masked, dtype=torch.bool)
@@ -172,13 +188,12 @@ def _piece(state: State, packing: Packing) -> _Piece:
     if packing.logit_shift:  # one before: for a block's first position the clean copy's last token
         at = torch.where((counted + shift) % size == 0, counted, at) - 1
     filled = torch.where(masked, packing.mask_id, finished)
-    return _Piece(
+    return Piece(
         tokens=torch.cat([finished[:clean], filled[noisy]]),
         positions=torch.cat([torch.arange(clean), noisy]),
         block=block[torch.cat([torch.arange(clean), noisy])],
         clean=torch.arange(clean + len(noisy)) < clean,
         read=at,
-        counted=counted,
     )
 
 
@@ -188,31 +203,43 @@ def _counted_positions(state: State) -> Tensor:
     return len(state.prompt_ids) + torch.nonzero(counted).flatten()
 
 
+def beginnings(states: Sequence[State]) -> list[tuple[int, ...]]:
+    """What each state may share: states of one response their prompt and clean copy, states of
+    several responses to a prompt the prompt.
+    """
+    count = Counter(map(_key, states))
+    return [_key(s) if count[_key(s)] > 1 else tuple(s.prompt_ids) for s in states]
+
+
 def _pack_update(
     states: Sequence[State], questions: "_Questions", packing: Packing
 ) -> list[PackedBatch]:
-    pieces = [_piece(state, packing) for state in states]
-    groups = packing.rows([len(piece.tokens) for piece in pieces])
-    return [
-        _pack([states[i] for i in group], [pieces[i] for i in group], questions, packing)
-        for group in groups
-    ]
+    trees = grow(
+        [_piece(state, packing) for state in states],
+        beginnings(states),
+        packing.tokens_per_microbatch,
+        share=packing.share_student,
+    )
+    groups = packing.rows([len(tree.tokens) for tree in trees])
+    return [_pack(states, [trees[i] for i in group], questions, packing) for group in groups]
 
 
 def _pack(
-    states: list[State], pieces: list[_Piece], questions: "_Questions", packing: Packing
+    of_update: Sequence[State], trees: list[Tree], questions: "_Questions", packing: Packing
 ) -> PackedBatch:
-    lengths = [len(piece.tokens) for piece in pieces]
-    counts = torch.tensor([len(piece.read) for piece in pieces], dtype=torch.int64)
-    sequence = torch.repeat_interleave(torch.arange(len(pieces)), counts)
+    states = [of_update[place] for tree in trees for place in tree.members]
+    counted = [_counted_positions(state) for state in states]
+    lengths = [len(tree.tokens) for tree in trees]
+    counts = torch.tensor([len(positions) for positions in counted], dtype=torch.int64)
+    sequence = torch.repeat_interleave(torch.arange(len(states)), counts)
     tail = _tail(sum(lengths), packing)
-    tokens = _row([*(piece.tokens for piece in pieces), tail])
-    positions = _row([*(piece.positions for piece in pieces), tail])
-    read = _row(_shifted([piece.read for piece in pieces], lengths))
+    tokens = _row([*(tree.tokens for tree in trees), tail])
+    positions = _row([*(tree.positions for tree in trees), tail])
+    read = _row(_shifted([_row(tree.read) for tree in trees], lengths))
     split = split_row(len(tokens), read, packing.context_ranks)
     own, mine, own_read = _own(split, read, packing.context_rank)
-    target = _row([questions.rows(s, p.counted) for s, p in zip(states, pieces, strict=True)])
-    label = _row([_labels(s, p.counted) for s, p in zip(states, pieces, strict=True)])
+    target = _row([questions.rows(s, at) for s, at in zip(states, counted, strict=True)])
+    label = _row([_labels(s, at) for s, at in zip(states, counted, strict=True)])
     share = [_masked_shares(s, packing) for s in states]
     device = packing.device
     return PackedBatch(
@@ -221,8 +248,9 @@ def _pack(
         student_positions=positions[own].to(device),
         student_read=own_read.to(device),
         lengths=[length for length in lengths if length] or [len(tail)],
-        block=_row([*(piece.block for piece in pieces), tail]),
-        clean=torch.cat([*(piece.clean for piece in pieces), tail == 0]),
+        block=_row([*(tree.block for tree in trees), tail]),
+        clean=torch.cat([*(tree.clean for tree in trees), tail == 0]),
+        branch=_branches(trees, tail),
         split=split,
         target=target[mine].to(device),
         labels=label[mine].to(device),
@@ -230,6 +258,13 @@ def _pack(
         sequence=sequence[mine].to(device),
         masked_share=torch.cat([*share, torch.zeros(0)])[mine].to(device),
     )
+
+
+def _branches(trees: Sequence[Tree], tail: Tensor) -> Tensor | None:
+    """Of a row's tokens [N], None where no tree has two branches."""
+    if all(len(tree.members) == 1 for tree in trees):
+        return None
+    return _row([*(tree.branch for tree in trees), tail])
 
 
 def _own(split: RowSplit, read: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,18 +289,24 @@ class _Questions:
             if len(positions):
                 asked.setdefault(_key(state), []).append(positions)
         self._read = {key: torch.cat(each).unique() - 1 for key, each in asked.items()}
+        self._prompt = {_key(state): tuple(state.prompt_ids) for state in states}
         self._first: dict[tuple[int, ...], int] = {}
 
     def pack(self, packing: Packing) -> list[FinishedBatch]:
         """Rows of at most ``tokens_per_microbatch`` tokens; fixes the order of the targets."""
         keys = list(self._read)
-        sizes = [int(self._read[key][-1]) + 1 for key in keys]
-        groups = packing.rows(sizes)
+        trees = grow(
+            [_question(key, read) for key, read in self._read.items()],
+            [self._prompt[key] for key in keys],
+            packing.tokens_per_microbatch,
+            share=packing.share_teacher,
+        )
+        groups = packing.rows([len(tree.tokens) for tree in trees])
         targets = 0
-        for key in (keys[i] for group in groups for i in group):
+        for key in (keys[place] for group in groups for i in group for place in trees[i].members):
             self._first[key] = targets
             targets += len(self._read[key])
-        return [self._batch([keys[i] for i in group], packing) for group in groups]
+        return [self._batch([trees[i] for i in group], packing) for group in groups]
 
     def rows(self, state: State, positions: Tensor) -> Tensor:
         """Rows of the targets for counted positions of a state."""
@@ -274,14 +315,13 @@ class _Questions:
         key = _key(state)
         return self._first[key] + torch.searchsorted(self._read[key], positions - 1)
 
-    def _batch(self, keys: list[tuple[int, ...]], packing: Packing) -> FinishedBatch:
-        asked = [self._read[key] for key in keys]
-        lengths = [int(positions[-1]) + 1 for positions in asked]
+    def _batch(self, trees: Sequence[Tree], packing: Packing) -> FinishedBatch:
+        lengths = [len(tree.tokens) for tree in trees]
         tail = _tail(sum(lengths), packing)
-        finished = [torch.tensor(key[:n]) for key, n in zip(keys, lengths, strict=True)]
-        tokens = _row([*finished, tail])
-        positions = _row([*map(torch.arange, lengths), tail])
-        read = _row(_shifted(asked, lengths))
+        tokens = _row([*(tree.tokens for tree in trees), tail])
+        positions = _row([*(tree.positions for tree in trees), tail])
+        read = _row(_shifted([_row(tree.read) for tree in trees], lengths))
+        branch = _branches(trees, tail)
         split = split_row(len(tokens), read, packing.context_ranks)
         own, _, own_read = _own(split, read, packing.context_rank)
         most, places = _gathered_places(split, read)
@@ -290,10 +330,24 @@ class _Questions:
             positions=positions[own].to(packing.device),
             read=own_read.to(packing.device),
             lengths=lengths or [len(tail)],
+            block=None if branch is None else positions,
+            branch=branch,
             split=split,
             most=most,
             wanted=places.to(packing.device),
         )
+
+
+def _question(tokens: tuple[int, ...], read: Tensor) -> Piece:
+    """A finished sequence up to the last token that is read, under the causal mask."""
+    place = torch.arange(int(read[-1]) + 1)
+    return Piece(
+        tokens=torch.tensor(tokens[: len(place)]),
+        positions=place,
+        block=place,
+        clean=torch.ones(len(place), dtype=torch.bool),
+        read=read,
+    )
 
 
 def _gathered_places(split: RowSplit, read: Tensor) -> tuple[int, Tensor]:

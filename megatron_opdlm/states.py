@@ -6,13 +6,16 @@ masked. ``packing.py`` makes rows of them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.blocks import block_lengths, block_shift
 from megatron_opdlm.records import State, Trajectory, Vocabulary
+
+_Key = tuple[int, int, int]  # seed, step, sample and draw
+_DRAW_BITS = 40  # a sample's number is below 2**40; the draw stands above it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +36,15 @@ def choose_states(
     exclude_eos: bool,
     key: tuple[int, int],
     alignment: str = "absolute",
+    draws: int = 1,
 ) -> list[State]:
-    """Non-terminal states of each trajectory.
+    """Non-terminal states of each trajectory, those of one trajectory next to each other.
 
     ``one_per_block``: one state a sequence, every block at one of its own states drawn uniformly
     (the paper). ``all``: state j of every block together, for j = 1..; blocks with fewer states are
     clean in the later ones. ``random_mask``: every position masked with a block's rate t ~ U(0, 1),
     at least one a block. Off-policy trajectories, which no passes made, always get ``random_mask``.
+    What is drawn is drawn ``draws`` times, independently.
     ``alignment`` response: blocks that mix two blocks of the rollout, as the public reference has
     them; the passes of the earlier one come first.
     """
@@ -47,6 +52,10 @@ def choose_states(
     for trajectory in trajectories:
         blocks = _blocks(trajectory, block_size, alignment)
         choose = _random_mask if trajectory.off_policy else _MODES[mode]
+        masks = (
+            choose(trajectory, blocks, (*key, trajectory.sample + (draw << _DRAW_BITS)))
+            for draw in range(1 if choose is _all_rounds else draws)
+        )
         states += [
             make_state(
                 trajectory.sample,
@@ -57,7 +66,7 @@ def choose_states(
                 exclude_eos=exclude_eos,
                 off_policy=trajectory.off_policy,
             )
-            for mask in choose(trajectory, blocks, key)
+            for mask in chain.from_iterable(masks)
         ]
     return states
 
@@ -106,12 +115,10 @@ def _blocks(trajectory: Trajectory, block_size: int, alignment: str) -> list[_Bl
     ]
 
 
-def _one_per_block(
-    trajectory: Trajectory, blocks: list[_Block], key: tuple[int, int]
-) -> list[list[bool]]:
+def _one_per_block(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list[list[bool]]:
     mask: list[bool] = []
     starts = torch.tensor([block.start for block in blocks])
-    draws = randomness.uniform(*key, trajectory.sample, starts, randomness.CHOOSE_STATE).tolist()
+    draws = randomness.uniform(*key, starts, randomness.CHOOSE_STATE).tolist()
     for block, draw in zip(blocks, draws, strict=True):
         turns = sorted(set(block.turns))
         chosen = turns[int(draw * len(turns))]
@@ -119,9 +126,7 @@ def _one_per_block(
     return [mask]
 
 
-def _all_rounds(
-    trajectory: Trajectory, blocks: list[_Block], key: tuple[int, int]
-) -> list[list[bool]]:
+def _all_rounds(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list[list[bool]]:
     turns = [sorted(set(block.turns)) for block in blocks]
     return [
         [
@@ -133,14 +138,12 @@ def _all_rounds(
     ]
 
 
-def _random_mask(
-    trajectory: Trajectory, blocks: list[_Block], key: tuple[int, int]
-) -> list[list[bool]]:
+def _random_mask(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list[list[bool]]:
     mask: list[bool] = []
     for block in blocks:
-        rate = float(randomness.uniform(*key, trajectory.sample, block.start, randomness.MASK_RATE))
+        rate = float(randomness.uniform(*key, block.start, randomness.MASK_RATE))
         positions = torch.arange(block.start, block.stop)
-        draws = randomness.uniform(*key, trajectory.sample, positions, randomness.MASK_POSITION)
+        draws = randomness.uniform(*key, positions, randomness.MASK_POSITION)
         chosen = (draws < rate).tolist()
         if not any(chosen):
             chosen[int(draws.argmin())] = True
@@ -148,7 +151,7 @@ def _random_mask(
     return [mask]
 
 
-_Mode = Callable[[Trajectory, list[_Block], tuple[int, int]], list[list[bool]]]
+_Mode = Callable[[Trajectory, list[_Block], _Key], list[list[bool]]]
 _MODES: dict[str, _Mode] = {
     "one_per_block": _one_per_block,
     "all": _all_rounds,

@@ -27,7 +27,8 @@ class StepPlan:
     prompts: PromptSet
     order: PromptOrder
     recorded: Recorded  # where recorded responses come from; unused at fraction 0
-    total_steps: int
+    planned_steps: int  # over which learning rate and threshold run
+    total_steps: int  # of the run, which may end before the plan, or go on after it
 
     def validate(self) -> Self:
         """InputError for what would otherwise stop one of the steps, perhaps on some ranks only: a
@@ -49,21 +50,25 @@ class StepPlan:
         return self
 
     @property
-    def schedule_steps(self) -> int:
-        """Over which learning rate and threshold run, however long the run itself is."""
-        return self.config.train.schedule_steps or self.total_steps
+    def steps_told(self) -> str:
+        """As people read it: ``480``, ``480 (planned: 483)``."""
+        as_planned = self.total_steps == self.planned_steps
+        return f"{self.total_steps}" + ("" if as_planned else f" (planned: {self.planned_steps})")
 
     @property
     def notes(self) -> list[str]:
         """What of the configuration has another effect than it looks like, for people."""
         curve, cap = self.config.curriculum, self.config.rollout.max_new_tokens
-        steps, epochs = self.config.train.steps, self.config.data.epochs
+        train, epochs = self.config.train, self.config.data.epochs
+        key, steps = "steps", train.steps
+        if train.stop_after is not None:
+            key, steps = "stop_after", train.stop_after
         notes = []
         if curve.kind != "constant" and curve.end > cap:
             notes.append(f"note: rollout.max_new_tokens={cap} caps curriculum.end={curve.end}")
         if steps > self.total_steps:
             notes.append(
-                f"note: train.steps={steps}, but {self.order.n} prompts are used up after "
+                f"note: train.{key}={steps}, but {self.order.n} prompts are used up after "
                 f"{self.total_steps} steps at data.epochs={epochs}: the run ends there; for more, "
                 "raise data.epochs"
             )
@@ -151,7 +156,7 @@ class StepPlan:
         return Decoding.of(
             rollout,
             threshold=curriculum.threshold_at(
-                step, self.config.threshold_schedule, rollout, self.schedule_steps
+                step, self.config.threshold_schedule, rollout, self.planned_steps
             ),
             seed=self.config.train.seed,
             logit_shift=self.config.loss.logit_shift,
@@ -169,5 +174,5 @@ class StepPlan:
         )
         position = (step - 1) * nominal + number * nominal / updates
         return curriculum.learning_rate(
-            position, o, updates_per_step=nominal, total_steps=self.schedule_steps
+            position, o, updates_per_step=nominal, total_steps=self.planned_steps
         )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_opdlm import launcher
-from megatron_opdlm.config import Config, load_config, require
+from megatron_opdlm.config import Config, load_config, require, stages_of
 from megatron_opdlm.configuration import document
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.supervision import preemption
@@ -61,12 +61,27 @@ def require_known_tasks(config: Config) -> None:
             raise InputError(f"evaluation.tasks: {error}") from None
 
 
+def require_stage(file: Path | None, stage: str | None) -> None:
+    """A recipe with stages is several runs: InputError where none that trains is chosen."""
+    entries = stages_of(file) if file is not None else []
+    training = [entry.name for entry in entries if entry.trains]
+    if stage is not None and not entries:
+        raise InputError(f"--stage {stage}: {file} has no stages; leave it out")
+    if entries and stage not in training:
+        which = "--stage is not given" if stage is None else f"--stage {stage}"
+        raise InputError(
+            f"{which}: {file} trains in the stages {', '.join(training)}; name one of them, or "
+            "run all with launch/pipeline.sh"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, validate everything that needs no process group, train."""
     parser = Arguments(description="On-policy distillation.")
     parser.add_argument(
         "--config", type=Path, help="YAML recipe; defaults hold for what it leaves out"
     )
+    parser.add_argument("--stage", metavar="NAME", help="one of the recipe's stages")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -83,7 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.epilog = document.help_text(Config)
     options = parser.parse_intermixed_args(arguments)
-    config = load_config(options.config, options.overrides)
+    require_stage(options.config, options.stage)
+    config = load_config(options.config, options.overrides, options.stage)
     require(config, "model.path", "data.path", "train.out")
     require_known_tasks(config)
     if options.dry_run:

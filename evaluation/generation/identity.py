@@ -35,8 +35,8 @@ def recorded_settings(
     }
 
 
-def hash_rows(rows: list[Row]) -> str:
-    """Of a task's rows, as they were read."""
+def hash_rows(rows: Sequence[Any]) -> str:
+    """Of a task's rows, as they were read, or of other JSON values."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True).encode())

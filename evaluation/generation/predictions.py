@@ -20,6 +20,7 @@ from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.writing import check_place, json_line, sync, write_json, write_jsonl
 
 PREDICTIONS, SETTINGS, PARTIAL = "predictions.jsonl", "settings.json", "summary.partial.json"
+VERDICTS = "graded.partial.jsonl"  # of a task whose grading is under way (evaluation.verdicts)
 LAYOUT = ("tp", "pp", "ep")  # results do not depend on it: another one may go on
 _SYNC_SECONDS = 5.0  # between flushes to the disk
 
@@ -80,7 +81,7 @@ class Predictions:
     """
 
     def __init__(self, out: Path | None = None, settings: Row | None = None) -> None:
-        self._out, self._stream, self._synced = out, None, time.monotonic()
+        self.out, self._stream, self._synced = out, None, time.monotonic()
         self._lines: dict[str, dict[int, dict[int, Row]]] = {}
         self._rows: dict[str, list[Row]] = {}  # graded
         self.summaries: dict[str, Row] = {}
@@ -110,7 +111,7 @@ class Predictions:
         """A response has ended. ``line`` has ``prompt`` and the lists of ``PER_RESPONSE``."""
         line = {"task": task, "index": index, "sample": sample, **line}
         self._lines.setdefault(task, {}).setdefault(index, {})[sample] = line
-        if self._out is not None:
+        if self.out is not None:
             self._append(json_line(line))
 
     def rows(self, task: str) -> list[Row]:
@@ -123,21 +124,22 @@ class Predictions:
         """
         self._rows[task], self.summaries[task] = rows, summary
         self._lines.pop(task, None)
-        if self._out is None:
+        if self.out is None:
             return
         self._close()
-        write_json(self._out / PARTIAL, list(self.summaries.values()))
+        write_json(self.out / PARTIAL, list(self.summaries.values()))
         self._rewrite()
 
     def publish(self, tasks: Iterable[str], summaries: list[Row]) -> list[Row]:
         """All is done: ``summary.json`` appears last. All rows, in the order of ``tasks``."""
         self._close()
         self._rows = {task: self._rows[task] for task in tasks if task in self._rows}
-        if self._out is not None:
+        if self.out is not None:
             self._rewrite()
-            write_json(self._out / PARTIAL, summaries)
-            (self._out / PARTIAL).replace(self._out / SUMMARY)
-            sync(self._out)
+            write_json(self.out / PARTIAL, summaries)
+            (self.out / PARTIAL).replace(self.out / SUMMARY)
+            (self.out / VERDICTS).unlink(missing_ok=True)
+            sync(self.out)
         return [row for rows in self._rows.values() for row in rows]
 
     def _read_back(self, out: Path) -> None:
@@ -160,8 +162,8 @@ class Predictions:
 
     def _append(self, line: bytes) -> None:
         if self._stream is None:
-            assert self._out is not None
-            self._stream = (self._out / PREDICTIONS).open("ab")
+            assert self.out is not None
+            self._stream = (self.out / PREDICTIONS).open("ab")
         self._stream.write(line)
         self._stream.flush()
         if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -176,7 +178,7 @@ class Predictions:
 
     def _rewrite(self) -> None:
         """Graded rows, then the lines of tasks that are not done; whole or not at all."""
-        assert self._out is not None
+        assert self.out is not None
         graded = chain.from_iterable(self._rows.values())
         lines = (
             line
@@ -184,7 +186,7 @@ class Predictions:
             for one in found.values()
             for line in one.values()
         )
-        write_jsonl(self._out / PREDICTIONS, chain(graded, lines))
+        write_jsonl(self.out / PREDICTIONS, chain(graded, lines))
 
 
 def whole_lines(path: Path, is_ours: Callable[[Any], bool], rule: str) -> list[Row]:

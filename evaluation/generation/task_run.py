@@ -1,19 +1,14 @@
-"""One task of an evaluation: generate what is missing, keep it as it comes, grade the whole."""
+"""One task of an evaluation: generate what is missing, grade it, keep both as they come."""
 
 import time
 from typing import Any
 
 from evaluation.generation.predictions import Predictions
 from evaluation.generation.progress import Progress
-from evaluation.graded import (
-    PROMPT_TOO_LONG,
-    grade_predictions,
-    graded_row,
-    summary_of,
-    tell_scorer_errors,
-)
+from evaluation.graded import PROMPT_TOO_LONG, graded_row, summary_of, tell_scorer_errors
 from evaluation.prompting import response_text
 from evaluation.tasks import Row, Task
+from evaluation.verdicts import Verdicts, grade_in_parts
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.records import Prompt, Trajectory
 
@@ -122,9 +117,11 @@ class TaskRun:
                 )
 
     def _grade(self, task: Task, rows: list[Row], offset: float) -> dict[str, Any]:
-        """Grade the whole task at once and keep the verdicts."""
+        """Grade the whole task and keep the verdicts."""
         predictions = self.predictions.rows(task.name)
-        grades = grade_predictions(task, rows, predictions)
+        verdicts = Verdicts(task, self.predictions.out)
+        offset += verdicts.seconds  # of earlier attempts
+        grades = grade_in_parts(task, rows, predictions, verdicts, show=self.show)
         for own, row_grades in zip(predictions, grades, strict=True):
             own.update(graded_row(own["index"], row_grades))
         summary = summary_of(
@@ -145,4 +142,5 @@ class TaskRun:
             )
         tell_scorer_errors(summary)
         self.predictions.finish(task.name, predictions, summary)
+        verdicts.discard()
         return summary

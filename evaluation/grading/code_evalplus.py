@@ -2,7 +2,7 @@
 
 EvalPlus' problems, extraction, special oracles and tolerances; its own runner is not used: it
 executes programs next to the expected values, with the user's rights, and wants every problem of
-the set. Expected values are what the canonical solution returns, computed once a problem in a jail.
+the set. Expected values are what the canonical solution returns (``code_expected``).
 """
 
 import gzip
@@ -17,14 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.grading.code_run import (
-    LARGEST_BATCH,
-    LOST,
-    FunctionCall,
-    Verdict,
-    failed,
-    run_calls,
-)
+from evaluation.grading.code_expected import Expected, Problem
+from evaluation.grading.code_run import LOST, FunctionCall, Verdict, run_calls
 from evaluation.jail.packages import package_directories
 from evaluation.jail.sandbox import Jail, Sandbox, unseen_modules
 from evaluation.jail.values import decode, encode, hashed
@@ -47,10 +41,7 @@ _MODULES = (
 )
 _ALL_TESTS_SECONDS, _SLACK_SECONDS = 60.0, 1.0  # EvalPlus': of CPU time here
 _SANITIZE_SECONDS, _IMPORT_SECONDS = 30.0, 300.0
-_CANONICAL_SECONDS = 60.0
 _TEXTS_PER_JAIL = 32  # at least: loading EvalPlus takes longer than the extraction
-
-Problem = dict[str, Any]
 
 
 def lacks() -> str | None:
@@ -222,38 +213,6 @@ def prepared(source: Source, problem: Problem) -> Problem:
 # The oracle.
 
 
-class CanonicalFails(Exception):
-    """A problem's own solution does not run on its own inputs: nothing can be graded by it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """What the canonical solution makes of the inputs of one kind."""
-
-    values: list[Any]
-    seconds: list[float]  # CPU time of each
-
-
-def expected_of(jail: Jail, problem: Problem, inputs: list[Any]) -> Expected:
-    """Run the canonical solution. CanonicalFails: with the problem's id and what happened."""
-    jail.load(problem["prompt"] + problem["canonical_solution"])
-    outcome = jail.start(cpu=_CANONICAL_SECONDS)
-    values, seconds = [], []
-    for start in range(0, len(inputs), LARGEST_BATCH):
-        if not outcome.ok:
-            break
-        texts = [encode(list(given)) for given in inputs[start : start + LARGEST_BATCH]]
-        limits = [_CANONICAL_SECONDS] * len(texts)
-        total = sum(limits)
-        for outcome in jail.calls(problem["entry_point"], texts, cpu=limits, total=total):
-            if outcome.ok:
-                values.append(decode(outcome.value))
-                seconds.append(outcome.own)  # the benchmark's own program may be believed
-    if not outcome.ok:
-        raise CanonicalFails(f"{problem['task_id']}: {failed(outcome).detail}")
-    return Expected(values=values, seconds=seconds)
-
-
 def check(
     jail: Jail, source: Source, problem: Problem, program: str, inputs: list[Any], right: Expected
 ) -> Verdict:
@@ -262,9 +221,10 @@ def check(
     """
     limits = [max(MINIMUM_SECONDS, TIMES_CANONICAL * seconds) for seconds in right.seconds]
     oracle = Oracle(source.dataset, problem["entry_point"], problem.get("atol") or 0)
+    wanted = zip(right.arguments, inputs, right.values, limits, strict=True)
     tests = [
-        FunctionCall(arguments=list(given), is_right=oracle.of(list(given), value), cpu=limit)
-        for given, value, limit in zip(inputs, right.values, limits, strict=True)
+        FunctionCall(arguments=text, is_right=oracle.of(list(given), value), cpu=limit)
+        for text, given, value, limit in wanted
     ]
     total = min(_ALL_TESTS_SECONDS, sum(limits)) + _SLACK_SECONDS
     return run_calls(jail, program, problem["entry_point"], tests, cpu=total, total=total)

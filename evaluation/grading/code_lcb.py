@@ -12,6 +12,7 @@ from typing import Any
 from evaluation.grading.code_outputs import same_lines, same_value
 from evaluation.grading.code_run import FunctionCall, InputOutput, Verdict, run_calls, run_stdio
 from evaluation.jail.sandbox import Jail
+from evaluation.jail.values import encode
 
 TEST_SECONDS = 6.0  # of CPU time, each test; also to run a program's definitions
 _MAX_UNPACKED = 1 << 30  # bytes of one problem's private tests
@@ -120,7 +121,7 @@ def check(jail: Jail, tests: Tests, program: str) -> Verdict:
 def _call(given: str, expected: str) -> FunctionCall:
     target = json.loads(expected)
     return FunctionCall(
-        arguments=[json.loads(line) for line in given.split("\n") if line.strip()],
+        arguments=encode([json.loads(line) for line in given.split("\n") if line.strip()]),
         is_right=lambda value: same_value(value, target),
         cpu=TEST_SECONDS,
     )

@@ -20,6 +20,7 @@ from evaluation.grading.code_run import (
 )
 from evaluation.grading.code_text import called_function, fenced_python
 from evaluation.jail.sandbox import Jail
+from evaluation.jail.values import encode
 
 ALL_TESTS_SECONDS, ONE_CASE_SECONDS = 20.0, 5.0  # of CPU time
 
@@ -116,4 +117,4 @@ def _call(case: dict[str, Any]) -> FunctionCall:
             isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
         )
 
-    return FunctionCall(arguments=case["args"], is_right=is_right, cpu=ALL_TESTS_SECONDS)
+    return FunctionCall(arguments=encode(case["args"]), is_right=is_right, cpu=ALL_TESTS_SECONDS)

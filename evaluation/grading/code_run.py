@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from evaluation.jail.sandbox import Jail, Outcome
-from evaluation.jail.values import decode, encode
+from evaluation.jail.values import decode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def run_stdio(
 class FunctionCall:
     """A test of a function: is the value of these arguments right?"""
 
-    arguments: list[Any]
+    arguments: str  # a list, as ``evaluation.jail.values.encode`` writes it
     is_right: Callable[[Any], bool]
     cpu: float
 
@@ -108,7 +108,7 @@ def run_calls(
         batch = tests[len(seconds) :][:size]
         outcomes = jail.calls(
             function,
-            [encode(test.arguments) for test in batch],
+            [test.arguments for test in batch],
             cpu=[min(test.cpu, left) for test in batch],
             total=left,
             within=within,

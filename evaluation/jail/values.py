@@ -19,6 +19,7 @@ _MAX_COLLISIONS = 32
 _MAX_FRACTION_BITS = 1 << 16
 _MAX_EXPONENT = 10_000  # of a decimal: larger ones are cheap to write and costly to compare
 _PLAIN_INT_BITS = 1024
+_LARGE = 1 << _PLAIN_INT_BITS
 
 Export = Callable[[Any], dict[str, Any]]
 Resolve = Callable[[dict[str, Any]], Any]
@@ -49,7 +50,8 @@ def decode(text: str, resolve: Resolve | None = None) -> Any:
     ValueError: the text does not hold a value.
     """
     try:
-        return _value(json.loads(text), resolve)
+        found = json.loads(text)
+        return _value(found, resolve) if "{" in text else found  # every tag is an object
     except (TypeError, KeyError, RecursionError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"no value: {type(error).__name__}: {error}") from error
 
@@ -77,7 +79,12 @@ def tagged(value: Any, export: Export, depth: int = 0) -> Any:
         return float.__float__(value)
     for kind in _SEQUENCES:
         if isinstance(value, kind):
-            items = [tagged(item, export, depth + 1) for item in kind.__iter__(value)]
+            items = [
+                item
+                if (own := type(item)) in _AS_THEY_ARE or (own is int and -_LARGE < item < _LARGE)
+                else tagged(item, export, depth + 1)
+                for item in kind.__iter__(value)
+            ]
             return items if kind is list else _tag(kind.__name__, items)
     if isinstance(value, dict):
         pairs = dict.items(value)
@@ -86,6 +93,7 @@ def tagged(value: Any, export: Export, depth: int = 0) -> Any:
     return _scalar(value, export)
 
 
+_AS_THEY_ARE = {str, float, bool, type(None)}  # no subclass of them, which might say anything
 _SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.grading import code_evalplus as evalplus
+from evaluation.grading.code_expected import Rights, rights_of
 from evaluation.grading.code_run import LOST, Verdict, run_tests
 from evaluation.grading.code_text import called_function
 from evaluation.jail.sandbox import Jail, Sandbox, default_sandbox, sandbox_problem
@@ -27,7 +28,10 @@ _PREFILL = (
     "corresponding tests:"
 )
 _OWN_TESTS_SECONDS = 10.0  # of CPU time, for all tests that a row carries
+_PROBLEMS_PER_JAIL = 16  # whose expected values are computed in one
 _DEFINITION = re.compile(r"^\s*def\s+(\w+)\s*\(", re.MULTILINE)
+
+Job = tuple[Row, list[evalplus.Extraction]]  # a row and its programs
 
 
 class EvalPlusTask(Task):
@@ -98,69 +102,66 @@ class EvalPlusTask(Task):
         jobs = [
             (row, [next(found) for _ in given]) for row, given in zip(rows, responses, strict=True)
         ]
-        return sandbox.map(lambda job: self._grade_problem(sandbox, *job), jobs)
+        size = min(-(-len(jobs) // sandbox.workers), _PROBLEMS_PER_JAIL) or 1
+        parts = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+        graded = sandbox.map(lambda part: self._grade_problems(sandbox, part), parts)
+        return [grades for part in graded for grades in part]
 
-    def _grade_problem(
-        self, sandbox: Sandbox, row: Row, found: list[evalplus.Extraction]
-    ) -> list[Grade]:
-        """All programs of a problem: its expected values are computed once."""
-        problem = self.problem(row)
-        if problem is None or not found:
-            return [self._grade_by_row(sandbox, row, one) for one in found]
-        programs = [one.program for one in found]
-        try:
-            base = self._verdicts(sandbox, problem, programs, "base_input")
-        except evalplus.CanonicalFails as error:
-            self._tell(f"{error}; the problem is left out")
-            return [_left_out(program) for program in programs]
-        passing = [p if v and v.correct else "" for p, v in zip(programs, base, strict=True)]
-        plus = self._plus(sandbox, problem, passing)
-        if plus is None:
-            return [
-                _without_plus(grade_of(one.program, verdict, one.problem))
-                for one, verdict in zip(found, base, strict=True)
-            ]
+    def _grade_problems(self, sandbox: Sandbox, jobs: list[Job]) -> list[list[Grade]]:
+        """Some rows; their expected values are computed in one jail, no program runs there."""
+        problems = [self.problem(row) if found else None for row, found in jobs]
+        rights = iter(rights_of(sandbox, [problem for problem in problems if problem is not None]))
         return [
-            grade_of(one.program, verdict, one.problem, scores={"plus": float(passed)})
-            for one, verdict, passed in zip(found, base, plus, strict=True)
+            [self._grade_by_row(sandbox, row, one) for one in found]
+            if problem is None
+            else self._grade_problem(sandbox, problem, next(rights), found)
+            for (row, found), problem in zip(jobs, problems, strict=True)
         ]
 
-    def _plus(
-        self, sandbox: Sandbox, problem: evalplus.Problem, programs: list[str]
-    ) -> list[bool] | None:
-        """Which programs, of those that passed the base tests, pass the others; None: no tests."""
-        if not problem.get("plus_input"):
-            return None
-        if not any(programs):
-            return [False] * len(programs)
-        try:
-            verdicts = self._verdicts(sandbox, problem, programs, "plus_input")
-        except evalplus.CanonicalFails as error:
-            self._tell(f"{error}; the problem has no plus verdict")
-            return None
-        return [verdict is not None and verdict.correct for verdict in verdicts]
+    def _grade_problem(
+        self,
+        sandbox: Sandbox,
+        problem: evalplus.Problem,
+        rights: Rights | None,
+        found: list[evalplus.Extraction],
+    ) -> list[Grade]:
+        """All programs of a problem. Whether it counts does not depend on them."""
+        if rights is None:
+            return [grade_of(p.program, LOST if p.program else None, p.problem) for p in found]
+        if rights.why:
+            what = "is left out" if rights.base is None else "has no plus verdict"
+            why = f"the canonical solution fails: {rights.why}; the problem {what}"
+            print(f"warning: {self.name}: {why}", file=sys.stderr)
+        if rights.base is None:
+            return [_left_out(one.program) for one in found]
+        return [self._grade_program(sandbox, problem, rights, one) for one in found]
 
-    def _tell(self, what: str) -> None:
-        print(f"warning: {self.name}: the canonical solution fails: {what}", file=sys.stderr)
-
-    def _verdicts(
-        self, sandbox: Sandbox, problem: evalplus.Problem, programs: list[str], kind: str
-    ) -> list[Verdict | None]:
-        """None for empty programs, which do not run. CanonicalFails: the problem's own does not,
-        whatever the programs, so that it does not depend on them which problems count.
+    def _grade_program(
+        self,
+        sandbox: Sandbox,
+        problem: evalplus.Problem,
+        rights: Rights,
+        found: evalplus.Extraction,
+    ) -> Grade:
+        """By the base tests and, where it passes them, by the others: a process for each kind, in
+        one jail.
         """
-        inputs = problem[kind]
-        right = sandbox.run(lambda jail: evalplus.expected_of(jail, problem, inputs), None)
-        if right is None:
-            return [LOST if program else None for program in programs]
 
-        def verdict_on(program: str) -> Verdict:
-            def job(jail: Jail) -> Verdict:
-                return evalplus.check(jail, self.source, problem, program, inputs, right)
+        def job(jail: Jail) -> list[Verdict]:
+            verdicts: list[Verdict] = []
+            for kind, right in (("base_input", rights.base), ("plus_input", rights.plus)):
+                if right is not None and all(verdict.correct for verdict in verdicts):
+                    given = problem[kind]
+                    verdicts.append(
+                        evalplus.check(jail, self.source, problem, found.program, given, right)
+                    )
+            return verdicts
 
-            return sandbox.run(job, LOST)
-
-        return [verdict_on(program) if program else None for program in programs]
+        base, *plus = sandbox.run(job, [LOST]) if found.program else [None]
+        if rights.plus is None:
+            return _without_plus(grade_of(found.program, base, found.problem))
+        scores = {"plus": float(any(verdict.correct for verdict in plus if verdict))}
+        return grade_of(found.program, base, found.problem, scores=scores)
 
     def _grade_by_row(self, sandbox: Sandbox, row: Row, found: evalplus.Extraction) -> Grade:
         program = found.program

@@ -18,9 +18,11 @@ from megatron_opdlm.prompts import render
 MODELS = {
     "teacher": "teacher, one token a forward",
     "before": "untrained student",
+    "warm_up": "warmed-up student, one token a pass",
     "static": "student, one token a pass",
     "dynamic": "student, all tokens above 0.9",
 }
+TRAININGS = ("warm_up", "distil")
 PARTS = ("rollout", "teacher", "update")
 SHOWN = 4  # questions whose answers are printed
 BLOCKS = 6  # of the trajectory
@@ -37,21 +39,27 @@ def main() -> None:
     scores = {
         name: json.loads((out / "evaluation" / name / "summary.json").read_text())[0]
         for name in MODELS
-        if name != "before"
+        if name not in ("before", "warm_up")
     }
-    training = rows(out / "run" / "metrics.jsonl")
+    trainings = {name: rows(out / name / "metrics.jsonl") for name in TRAININGS}
     record = {
-        "steps": training[-1]["step"],
-        "trained_tokens": training[-1]["cumulative_trained_tokens"],
-        "seconds": sum(step[f"seconds_{part}"] for step in training for part in PARTS),
-        "kl_by_masked_fraction": {
-            "first": training[0]["kl_by_masked_fraction"],
-            "last": training[-1]["kl_by_masked_fraction"],
+        "trainings": {
+            name: {
+                "steps": steps[-1]["step"],
+                "updates": sum(step["updates"] for step in steps),
+                "trained_tokens": steps[-1]["cumulative_trained_tokens"],
+                "seconds": sum(step[f"seconds_{part}"] for step in steps for part in PARTS),
+            }
+            for name, steps in trainings.items()
+        },
+        "held_out": {
+            name: read_json(out / "kl" / f"{name}.json") for name in ("before", *TRAININGS)
         },
         "perplexity_under_teacher": perplexity,
         "tokens_per_denoising_step": {
             name: tokens(answers[name]) / sum(row["passes"] for row in answers[name])
-            for name in ("before", "static", "dynamic")
+            for name in MODELS
+            if name != "teacher"
         },
         "gsm8k": {
             name: {key: row[key] for key in ("n", "accuracy", "stderr")}
@@ -95,11 +103,13 @@ def perplexities(
 
 
 def figures(record: dict[str, Any]) -> str:
-    lines = [
-        "# SmolLM2-135M-Instruct as a block-diffusion model",
-        "",
-        f"{record['steps']} steps, {record['trained_tokens']:,} trained tokens, "
-        f"{record['seconds'] / 60:.0f} minutes of training; torch {torch.__version__}.",
+    lines = ["# SmolLM2-135M-Instruct as a block-diffusion model", ""]
+    lines += [
+        f"{name}: {made['steps']} steps, {made['updates']} updates, {made['trained_tokens']:,} "
+        f"trained tokens, {made['seconds'] / 60:.0f} minutes."
+        for name, made in record["trainings"].items()
+    ]
+    lines += [
         "",
         "| | perplexity under the teacher | tokens a pass | GSM8K, short questions |",
         "|---|---|---|---|",
@@ -115,20 +125,19 @@ def figures(record: dict[str, Any]) -> str:
 
 
 def kl_table(record: dict[str, Any]) -> str:
-    first, last = (record["kl_by_masked_fraction"][when] for when in ("first", "last"))
+    found = record["held_out"]
+    masked = list(found["before"])
     lines = [
-        "KL to the teacher, nats:",
+        "On the teacher's answers to questions that training did not see, by masked tokens of 4:",
         "",
-        "| masked share of a block | first step | last step |",
-        "|---|---|---|",
+        "| | " + " | ".join(f"{number}" for number in masked) + " |",
+        "|---|" + "---|" * len(masked),
     ]
-    for share in sorted(first, key=str):
-        lines.append(f"| {share} | {_nats(first[share])} | {_nats(last.get(share))} |")
+    for name, rows in found.items():
+        for key, what in (("kl", "KL, nats"), ("student_sure", "surer than 0.9")):
+            values = " | ".join(f"{rows[number][key]:.3f}" for number in masked)
+            lines.append(f"| {name}: {what} | {values} |")
     return "\n".join(lines)
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def texts(answers: dict[str, list[dict[str, Any]]]) -> str:

@@ -67,14 +67,16 @@ def seconds_of_step(
     """By phase. ``config`` is the question's with the layout's keys."""
     work = question.counter.count(lengths, recompute=config.model.recompute)
     machine, shape = question.machine, question.student.shape
-    item = resolve_dtype(config.model.dtype, question.hardware).itemsize
+    item = resolve_dtype(config.model.dtype, question.hardware, shape).itemsize
     sequences = _sequences(config)
     share = sequences / split.data
     budget = config.update.tokens_per_microbatch
     asked = ModelWork(
         layers=question.teacher.shape.layers,
         hidden=question.teacher.shape.hidden,
-        item=resolve_dtype(config.teacher.dtype, question.hardware).itemsize,
+        item=resolve_dtype(
+            config.teacher.dtype, question.hardware, question.teacher.shape
+        ).itemsize,
         flops=work.teacher_flops,
         tokens=work.finished_tokens,
     )
@@ -82,8 +84,8 @@ def seconds_of_step(
         layers=shape.layers,
         hidden=shape.hidden,
         item=item,
-        flops=work.update_flops,
-        tokens=work.packed_tokens,
+        flops=work.update_flops / work.states,
+        tokens=work.packed_tokens / work.states,
     )
     teacher = step_time.teacher_seconds(
         asked,
@@ -181,17 +183,16 @@ def _update(
     lengths: Lengths,
     item: int,
 ) -> Update:
-    sequences, size = _sequences(config), config.optimizer.batch_size
-    # States of one sequence are not told apart from sequences here.
+    sequences, size = round(_sequences(config) * work.states), config.optimizer.batch_size
     number = updates_per_step(sequences, size, config.train.inner_epochs)
     of_replica = -(-min(size, sequences) // split.data)
     replicas = min(split.data, min(size, sequences))
-    packed = of_replica * work.packed_tokens
+    packed = of_replica * work.packed_tokens / work.states
     longest = _slowest(lengths, replicas, of_replica)
     numbers = memory.parts["gradients"] / 4
     return Update(
         number=number,
-        forwards=2 if config.model.recompute else 1,
+        forwards=1 if config.model.recompute == "false" else 2,
         sequences=of_replica,
         longest=longest,
         rows=max(1.0, packed / config.update.tokens_per_microbatch),

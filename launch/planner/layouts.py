@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from launch.planner.estimate import Question, seconds_of_step
 from megatron_opdlm.config import Config
+from megatron_opdlm.configuration.models import Recompute
 from megatron_opdlm.diffusion.blocks import sequence_end
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.planning.accelerators import MARGIN, USABLE
@@ -121,7 +123,7 @@ def longest_cache(question: Question, planned: Planned) -> float:
     config, shape = planned.config, question.student.shape
     load = most_of_a_step(config, shape)
     positions = sequence_end(load.prompt, load.response, config.rollout.block_size)
-    item = build.resolve_dtype(config.model.dtype, question.hardware).itemsize
+    item = build.resolve_dtype(config.model.dtype, question.hardware, shape).itemsize
     return positions * kv_bytes_per_token(shape, planned.split, item)
 
 
@@ -183,7 +185,7 @@ def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
     best: Planned | None = None
     refusal: Refused | None = None
     for offloads in _offloads(question):
-        for recompute in (False, True):
+        for recompute in get_args(Recompute):
             for rows in ROWS:
                 keys = layout | offloads
                 keys |= {"model.recompute": recompute, "update.tokens_per_microbatch": rows}
@@ -200,7 +202,8 @@ def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
 
 def _offloads(question: Question) -> Sequence[dict[str, object]]:
     """Float32 master weights are the model's own where it is float32, and stay."""
-    item = build.resolve_dtype(question.config.model.dtype, question.hardware).itemsize
+    dtype, shape = question.config.model.dtype, question.student.shape
+    item = build.resolve_dtype(dtype, question.hardware, shape).itemsize
     return OFFLOADS if item == 2 else OFFLOADS[:2]
 
 

@@ -15,11 +15,18 @@ WAYS_OUT = (
     "low-rank terms (lora.rank=16) take less of a rank"
 )
 
+RECOMPUTED = {
+    "false": "",
+    "attention": ", attention recomputed",
+    "mlp": ", MLP recomputed",
+    "true": ", recomputed",
+}
+
 
 def layout_of(planned: Planned) -> str:
     config, split = planned.config, planned.split
     name = name_of(split, sequence_parallel=config.model.sequence_parallel)
-    again = ", recomputed" if config.model.recompute else ""
+    again = RECOMPUTED[config.model.recompute]
     return (
         f"{name}, rows of {config.update.tokens_per_microbatch:,} tokens{again}, "
         f"{min(config.rollout.slots, _each(planned))} slots"

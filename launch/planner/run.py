@@ -162,8 +162,9 @@ def _tokens_per_pass(config: Config, given: float | None) -> float:
 
 def _steps(config: Config) -> int:
     """As the recipe says, or as many as its epochs take."""
-    if config.train.steps > 0:
-        return config.train.steps
+    steps = config.train.stop_after or config.train.steps
+    if steps > 0:
+        return steps
     if not config.data.path or not Path(config.data.path).exists():
         raise InputError(
             f"train.steps=-1 takes as many steps as data.path={config.data.path} has prompts for, "

@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 
 from megatron_opdlm.config import Config
+from megatron_opdlm.configuration.models import Recompute
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.packing import Packing, pack_step
 from megatron_opdlm.records import Prompt, Trajectory
@@ -39,6 +40,7 @@ class SequenceWork:
     packed_tokens: float  # that the student reads, of all its states
     finished_tokens: float  # that the teacher reads
     trained_tokens: float
+    states: float  # that are trained on
 
 
 class Counter:
@@ -48,7 +50,7 @@ class Counter:
         self.config, self.student, self.teacher = config, student, teacher
         self.count = lru_cache(maxsize=None)(self._count)
 
-    def _count(self, lengths: Lengths, *, recompute: bool) -> SequenceWork:
+    def _count(self, lengths: Lengths, *, recompute: Recompute) -> SequenceWork:
         config, block = self.config, self.config.rollout.block_size
         packing = Packing(
             block_size=block,
@@ -67,6 +69,7 @@ class Counter:
             exclude_eos=config.loss.exclude_eos,
             key=(config.train.seed, 1),
             alignment=config.states.block_alignment,
+            draws=config.states.per_response,
         )
         batches = pack_step([states], packing)
         asks = config.loss.kind != "nll"
@@ -96,6 +99,7 @@ class Counter:
             rollout_tokens=run_tokens,
             packed_tokens=sum(sum(b.lengths) for b in batches.updates[0]) / SAMPLES,
             finished_tokens=sum(sum(b.lengths) for b in batches.finished) / SAMPLES,
+            states=len(states) / SAMPLES,
             trained_tokens=sum(state.trained_tokens for state in states) / SAMPLES,
         )
 

@@ -19,7 +19,7 @@ A run is told what to do by `--config FILE.yaml` and `section.key=value` on the 
 wins over the file, which wins over the defaults here. Text is taken as it stands, a list or mapping
 is written as YAML, and a value may refer to another key: `train.out=${model.path}-run`. On resume,
 a key that "may change" may have another value when the same `train.out` goes on; the others must be
-as they were.
+as they were. A file may also have `base` and `stages` ([recipes](recipes.md)).
 """
 _NAMES = {bool: "true or false", int: "whole number", float: "number", str: "text"}
 

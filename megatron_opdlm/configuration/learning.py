@@ -82,16 +82,17 @@ class TrainConfig:
 
     steps: int = key(
         -1,
-        "length of the run",
+        "length of the plan, which learning rate and threshold_schedule run over; the run ends "
+        "with it unless train.stop_after says otherwise",
         unit="steps",
         at_least=1,
         or_else=(-1, "all epochs of the data"),
         may_change=True,
     )
-    schedule_steps: int | None = key(
+    stop_after: int | None = key(
         None,
-        "steps over which learning rate and threshold_schedule run; null: train.steps; a run that "
-        "is extended says here whether they keep their curves (docs/checkpoints.md)",
+        "last step of the run, whatever the plan's, whose curves stay as they are; later than that "
+        "in a run that is there already (docs/checkpoints.md); null: the plan's",
         unit="steps",
         at_least=1,
         may_change=True,

@@ -6,8 +6,15 @@ from typing import Literal, get_args
 from megatron_opdlm.keys import key
 
 Precision = Literal["auto", "fp32", "bf16"]
+Recompute = Literal["false", "true", "attention", "mlp"]
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
+
+
+DTYPE_HELP = (
+    "type of the weights; auto: bf16 on a GPU, and for models of 50 million parameters and more on "
+    "a CPU that multiplies in it (AMX, AVX512-BF16); else fp32"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,7 @@ class ModelConfig:
     sequence_parallel: bool = key(
         False, "tensor ranks share out the tokens between the linears, too", may_change=True
     )
-    dtype: Precision = key("auto", "type of the weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Precision = key("auto", DTYPE_HELP)
     max_positions: int | None = key(
         None,
         "of a prompt and its response together; null: the model's limit",
@@ -64,8 +71,11 @@ class ModelConfig:
         "it is installed, on GPUs in 16 bits; checkpoints are the same",
         may_change=True,
     )
-    recompute: bool = key(
-        False, "recompute activations in the backward pass: less memory, more time", may_change=True
+    recompute: Recompute = key(
+        "false",
+        "recompute activations in the backward pass (less memory, more time): true = of whole "
+        "layers, mlp or attention = of these parts only",
+        may_change=True,
     )
 
 
@@ -76,7 +86,7 @@ class TeacherConfig:
     path: str = key(
         "", "as model.path; empty: the same weights as the student's start", is_path=True
     )
-    dtype: Precision = key("auto", "type of the weights; auto: bf16 on a GPU, fp32 on a CPU")
+    dtype: Precision = key("auto", DTYPE_HELP)
     quantization: Literal["none", "fp8"] = key(
         "none", "fp8: the layers' linears get E4M3 weights and activations"
     )

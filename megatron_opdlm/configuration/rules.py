@@ -139,11 +139,10 @@ def _check_threshold_schedule(values: Values) -> None:
             f"threshold_schedule.enabled=true has no effect with rollout.remasking={remasking}; "
             "use low_confidence_dynamic, or threshold_schedule.enabled=false"
         )
-    key = "train.steps" if values["train.schedule_steps"] is None else "train.schedule_steps"
-    steps, hold = values[key], values["threshold_schedule.hold_steps"]
+    steps, hold = values["train.steps"], values["threshold_schedule.hold_steps"]
     if values["threshold_schedule.steps"] == -1 and steps != -1 and hold >= steps:
         raise InputError(
-            f"threshold_schedule.hold_steps={hold} leaves no step of {key}={steps} for the "
+            f"threshold_schedule.hold_steps={hold} leaves no step of train.steps={steps} for the "
             f"ramp; use less than {steps}, or set threshold_schedule.steps"
         )
 

@@ -81,6 +81,13 @@ class StatesConfig:
     mode: Literal["one_per_block", "all", "random_mask"] = key(
         "one_per_block", "one drawn state a block, every state, or masks drawn at random"
     )
+    per_response: int = key(
+        1,
+        "states drawn of each response by one_per_block and random_mask; in a packed row they "
+        "share its prompt and clean copy, and each counts as a sequence of an update",
+        unit="states",
+        at_least=1,
+    )
     block_alignment: Literal["absolute", "response"] = key(
         "absolute",
         "where training counts blocks from; response: as the public reference trains, whose "

@@ -7,6 +7,8 @@ sequence and return True where the query sees the key.
 
 from torch import Tensor
 
+TRUNK = -1  # branch of tokens that several sequences begin with
+
 
 def two_stream_visible(
     query_block: Tensor, query_clean: Tensor, key_block: Tensor, key_clean: Tensor
@@ -20,6 +22,14 @@ def two_stream_visible(
     return (key_clean & ((key_block < query_block) | (query_clean & same))) | (
         ~query_clean & ~key_clean & same
     )
+
+
+def branch_visible(query_branch: Tensor, key_branch: Tensor) -> Tensor:
+    """Sequences with a common beginning that is packed once: everyone sees what is common to all
+    (``TRUNK``) and what is on its own branch. Holds beside another predicate; the trunk comes first
+    there, so it sees no branch.
+    """
+    return (key_branch == TRUNK) | (key_branch == query_branch)
 
 
 def block_causal_visible(query_position: Tensor, key_position: Tensor, block_size: int) -> Tensor:

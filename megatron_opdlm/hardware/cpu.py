@@ -1,6 +1,7 @@
 """What running on CPU means for Megatron: gloo, float32 by default, no fused kernels."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ TRANSFORMER_OPTIONS: dict[str, Any] = {
     "batch_p2p_comm": False,
     "deallocate_pipeline_outputs": False,
 }
+
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # Linux' names, the fastest first
+
+
+def bfloat16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What of this processor multiplies matrices in bfloat16; empty where nothing does, or where
+    the system does not tell.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return next((unit for unit in _BFLOAT16_UNITS if unit in flags), "")
 
 
 def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:

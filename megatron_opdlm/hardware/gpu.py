@@ -18,17 +18,28 @@ PROJECTION_ROWS = 1024
 # Our kernel, which comes with every CUDA build of torch, before FlashAttention's. Neither measured.
 DECODE_ATTENTION = ("triton", "flash", "rows")
 
-TRANSFORMER_OPTIONS: dict[str, Any] = {
-    "use_cpu_initialization": False,
-    "persist_layer_norm": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "batch_p2p_comm": False,
-    "deallocate_pipeline_outputs": False,
-}
+
+def transformer_options(engine: str | None) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig where ``engine`` is Transformer Engine's version."""
+    return {
+        "use_cpu_initialization": False,
+        # SwiGLU as one compiled function each way, which keeps its input only
+        # (megatron/core/fusions/fused_bias_swiglu.py).
+        "bias_activation_fusion": True,
+        # Transformer Engine's kernel, which takes our angles as they are, float32 [s, 1, 1, d];
+        # without it Megatron refuses the option.
+        "apply_rope_fusion": engine is not None,
+        # Nothing is left to fuse: no bias, no dropout, one addition. Compiled, it would cost the
+        # host its guards in every layer.
+        "bias_dropout_fusion": False,
+        # The softmax is inside our attention, and there is no LayerNorm.
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        # Only the trained model has sums to add to: ``optimizer.fuse_gradients`` tells its linears.
+        "gradient_accumulation_fusion": False,
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": False,
+    }
 
 
 def transformer_engine() -> str | None:

@@ -15,6 +15,8 @@ def planned_gpu() -> Hardware:
         device=torch.device("cuda"),
         process_group_backend="nccl",
         dtype=torch.bfloat16,
+        large_dtype=torch.bfloat16,
+        overlaps_reduction=True,
         decode_attention=("rows",),  # pages, as the kernels that run there
         transformer_engine="planned",
         projection_rows=gpu.PROJECTION_ROWS,

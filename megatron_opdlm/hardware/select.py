@@ -15,6 +15,9 @@ from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
 Run = Callable[[], torch.Tensor]
 Capture = Callable[[Run], Run]
 
+# From here on products are long enough that 16 bits pay for the conversions around them.
+LARGE_PARAMETERS = 50_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -23,7 +26,8 @@ class Hardware:
     device: torch.device
     devices: tuple[str, ...]  # names of this node's accelerators
     process_group_backend: str  # "gloo" | "nccl"
-    dtype: torch.dtype  # default of model.dtype=auto
+    dtype: torch.dtype  # of a small model, and of model.dtype=auto in general
+    large_dtype: torch.dtype  # of a model of LARGE_PARAMETERS and more
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory_bytes: Callable[[], int]  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
@@ -31,6 +35,7 @@ class Hardware:
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     differentiates_flex: bool  # FlexAttention has a backward pass
+    overlaps_reduction: bool  # gradients are summed over replicas while others are computed
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
     # what one of them captured shares memory. None: cannot.
     captures: Callable[[], Capture] | None
@@ -38,6 +43,10 @@ class Hardware:
     # Starts a copy to the host; the function that comes back waits for it.
     fetch: Callable[[torch.Tensor], Callable[[], torch.Tensor]]
     reason: str  # why this hardware was chosen, for the log
+
+    def dtype_of(self, parameters: int) -> torch.dtype:
+        """model.dtype=auto of a model of this size."""
+        return self.large_dtype if parameters >= LARGE_PARAMETERS else self.dtype
 
 
 def _peak_resident_bytes() -> int:
@@ -59,18 +68,21 @@ def select_hardware() -> Hardware:
     if torch.cuda.is_available():
         device = gpu.set_device(launcher.local_rank())
         group_adam.use_where_megatron_falls_back()
+        engine = gpu.transformer_engine()
         return Hardware(
             device=device,
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,
-            transformer_options=gpu.TRANSFORMER_OPTIONS,
+            large_dtype=torch.bfloat16,
+            transformer_options=gpu.transformer_options(engine),
             peak_memory_bytes=gpu.peak_memory_bytes,
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.DECODE_ATTENTION,
-            transformer_engine=gpu.transformer_engine(),
+            transformer_engine=engine,
             projection_rows=gpu.PROJECTION_ROWS,
             differentiates_flex=True,
+            overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
             upload=gpu.upload,
             fetch=gpu.fetch,
@@ -78,11 +90,13 @@ def select_hardware() -> Hardware:
         )
     megatron_on_cpu.install()
     torch.set_num_threads(1)
+    unit = cpu.bfloat16_unit()
     return Hardware(
         device=torch.device("cpu"),
         devices=(),
         process_group_backend="gloo",
         dtype=torch.float32,
+        large_dtype=torch.bfloat16 if unit else torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,
         peak_memory_bytes=_peak_resident_bytes,
         free_memory_bytes=_available_bytes,
@@ -90,8 +104,19 @@ def select_hardware() -> Hardware:
         transformer_engine=None,
         projection_rows=cpu.PROJECTION_ROWS,
         differentiates_flex=False,
+        overlaps_reduction=False,
         captures=None,
         upload=lambda x: x,
         fetch=cpu.fetch,
-        reason="no CUDA device: gloo, float32, one thread a rank",
+        reason=_cpu_reason(unit),
+    )
+
+
+def _cpu_reason(unit: str) -> str:
+    if not unit:
+        return "no CUDA device: gloo, float32, one thread a rank"
+    millions = LARGE_PARAMETERS // 10**6
+    return (
+        f"no CUDA device: gloo, one thread a rank, float32; bfloat16 for models of {millions} "
+        f"million parameters and more, since this processor multiplies in it ({unit})"
     )

@@ -42,17 +42,25 @@ def two_stream_plan(
     clean_N: Tensor,
     device: torch.device,
     *,
+    branch_N: Tensor | None = None,
     read: Tensor | None = None,
     split: RowSplit | None = None,
 ) -> AttentionPlan:
     """Block-diffusion training attention within each packed [prompt | clean | noisy] sequence.
 
-    ``block_N``: absolute position // B; ``clean_N``: False in the noisy copy; both on the host.
+    ``block_N``: absolute position // B; ``clean_N``: False in the noisy copy; ``branch_N``: of
+    trees (``prefix_trees.py``; None: there are none); all on the host. Clean blocks of one token
+    are the causal mask.
     ``read``: packed tokens whose final hidden states are wanted (None: all); with ``split``, places
     among a rank's own.
     """
     row = PackedRow(
-        lengths=tuple(lengths), tokens=len(block_N), device=device, block=block_N, clean=clean_N
+        lengths=tuple(lengths),
+        tokens=len(block_N),
+        device=device,
+        block=block_N,
+        clean=clean_N,
+        branch=branch_N,
     )
     return _uncached(row, read, split)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_opdlm.diffusion.masks import block_causal_visible, two_stream_visible
+from megatron_opdlm.diffusion.masks import block_causal_visible
 from megatron_opdlm.model.packed_row import PackedRow
 
 WASTE = 0.25  # share of a bucket's row that padding to its longest sequence may take
@@ -193,17 +193,9 @@ def _chunks(row: PackedRow, sequence: range) -> Iterator[tuple[Tensor, Tensor, T
     """
     place = torch.arange(sequence.start, sequence.stop)
     for queries in place.split(CHUNK):
-        visible = _visible(row, queries[:, None], place[None, :])
+        visible = row.visible(queries[:, None], place[None, :])
         seen = visible.any(dim=0)
         yield queries, place[seen], visible[:, seen]
-
-
-def _visible(row: PackedRow, query: Tensor, key: Tensor) -> Tensor:
-    """Visibility between places of one sequence, for indices that broadcast."""
-    if row.block is None or row.clean is None:
-        return block_causal_visible(query, key, 1)
-    block, clean = row.block, row.clean
-    return two_stream_visible(block[query], clean[query], block[key], clean[key])
 
 
 def _causal_bucket(row: PackedRow, rows: _Rows) -> Bucket:
@@ -214,11 +206,7 @@ def _causal_bucket(row: PackedRow, rows: _Rows) -> Bucket:
 
 
 def _two_stream_bucket(row: PackedRow, rows: _Rows) -> Bucket:
-    assert row.block is not None and row.clean is not None
-    block, clean = row.block[rows.gather].to(row.device), row.clean[rows.gather].to(row.device)
-    mask = two_stream_visible(
-        block[:, :, None], clean[:, :, None], block[:, None, :], clean[:, None, :]
-    )
+    mask = row.visible(rows.gather[:, :, None], rows.gather[:, None, :])
     # A place beyond the end repeats the first token, which must not be seen twice.
-    mask = (mask & rows.real.to(row.device)[:, None, :]).unsqueeze(1)
-    return Bucket(gather=rows.gather.to(row.device), mask=mask)
+    mask = (mask & rows.real[:, None, :]).unsqueeze(1)
+    return Bucket(gather=rows.gather.to(row.device), mask=mask.to(row.device))

@@ -17,7 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from megatron_opdlm.diffusion.masks import block_causal_visible, two_stream_visible
+from megatron_opdlm.diffusion.masks import (
+    TRUNK,
+    block_causal_visible,
+    branch_visible,
+    two_stream_visible,
+)
 from megatron_opdlm.model.mask_tiles import Tokens, Visible, occupied_tiles
 from megatron_opdlm.model.packed_row import PackedRow
 
@@ -67,22 +72,27 @@ def _tokens(row: PackedRow, size: int) -> Tokens:
     else:
         block = F.pad(row.block, (0, padding))
         clean = F.pad(row.clean, (0, padding), value=True)
+    branch = torch.full((size,), TRUNK, dtype=torch.int32)
+    if row.branch is not None:
+        branch[: row.tokens] = row.branch
     return Tokens(
         document=document.to(row.device),
         block=block.int().to(row.device),
         clean=clean.to(row.device),
+        branch=branch.to(row.device),
     )
 
 
 def _visible(row: PackedRow, tokens: Tokens) -> Visible:
     """Visibility between any two places of the padded row."""
-    document, block, clean = tokens.document, tokens.block, tokens.clean
+    document, block, clean, branch = tokens.document, tokens.block, tokens.clean, tokens.branch
     if row.causal:
         return lambda query, key: (
             (document[query] == document[key]) & block_causal_visible(query, key, 1)
         )
     return lambda query, key: (
         (document[query] == document[key])
+        & branch_visible(branch[query], branch[key])
         & two_stream_visible(block[query], clean[query], block[key], clean[key])
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_opdlm.diffusion.masks import TRUNK
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.dense_attention import packed_pairs
 from megatron_opdlm.model.packed_row import PackedRow
@@ -37,6 +38,12 @@ def forward_flops(
     unread = 0 if read_rows is None else tokens - read_rows
     body_operations = 2.0 * (body * tokens - after_attention * unread)
     return body_operations + attention + 2.0 * embedding * projected_rows
+
+
+def mlp_flops(shape: ModelShape, *, tokens: int, read_rows: int | None = None) -> float:
+    """Operations of all layers' MLPs, or experts, in a forward."""
+    unread = 0 if read_rows is None else tokens - read_rows
+    return 2.0 * _mlp_parameters(shape) * (shape.layers * tokens - unread)
 
 
 def _mlp_parameters(shape: ModelShape) -> int:
@@ -85,6 +92,7 @@ def packed_row_pairs(
     lengths: Sequence[int],
     block: Tensor | None = None,
     clean: Tensor | None = None,
+    branch: Tensor | None = None,
 ) -> int:
     """(query, key) pairs that a kernel computes for a packed row of sequences of these lengths.
 
@@ -93,11 +101,16 @@ def packed_row_pairs(
     on all scores. Kernels that skip what is hidden count the visible pairs: what they lose in the
     tiles that are partly hidden is not counted as work.
 
-    ``block`` [N] and ``clean`` bool [N] of a student's row; None: causal.
+    ``block`` [N] and ``clean`` bool [N] of a student's row; None: causal. ``branch`` [N] of trees.
     """
     host = torch.device("cpu")
     row = PackedRow(
-        lengths=tuple(lengths), tokens=sum(lengths), device=host, block=block, clean=clean
+        lengths=tuple(lengths),
+        tokens=sum(lengths),
+        device=host,
+        block=block,
+        clean=clean,
+        branch=branch,
     )
     if attention == "dense":
         return packed_pairs(row)
@@ -108,9 +121,22 @@ def packed_row_pairs(
     starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
     pairs = 0
     for start, end in itertools.pairwise(starts):
-        own, is_clean = block[start:end], clean[start:end]
-        context, noisy = own[is_clean].contiguous(), own[~is_clean].contiguous()
-        pairs += int(torch.searchsorted(context, context, right=True).sum())
-        pairs += int(torch.searchsorted(context, noisy).sum())  # clean tokens of earlier blocks
-        pairs += int(noisy.unique(return_counts=True)[1].square().sum())
+        on = torch.full((end - start,), TRUNK) if branch is None else branch[start:end]
+        trunk = on == TRUNK
+        branches = int(on.max()) + 1
+        for number in range(max(branches, 1)):
+            path = trunk | (on == number)
+            pairs += _two_stream_pairs(block[start:end][path], clean[start:end][path])
+        if branches > 1:  # the trunk's own were counted on every path
+            pairs -= (branches - 1) * _two_stream_pairs(
+                block[start:end][trunk], clean[start:end][trunk]
+            )
     return pairs
+
+
+def _two_stream_pairs(block: Tensor, clean: Tensor) -> int:
+    """Visible pairs of one sequence, whose clean tokens are in order."""
+    context, noisy = block[clean].contiguous(), block[~clean].contiguous()
+    pairs = int(torch.searchsorted(context, context, right=True).sum())
+    pairs += int(torch.searchsorted(context, noisy).sum())  # clean tokens of earlier blocks
+    return pairs + int(noisy.unique(return_counts=True)[1].square().sum())

@@ -15,6 +15,11 @@ class Kernels:
     spec: str = "local"  # "local" | "te": whose layers
     attention: str = "dense"  # "dense" | "flex" | "te": who attends in a packed row
 
+    @property
+    def skips_hidden(self) -> bool:
+        """Whether pairs that nobody sees cost (nearly) nothing, so that a row may hold trees."""
+        return self.attention != "te"
+
     def __str__(self) -> str:
         return f"{self.spec} layers with {self.attention} attention"
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_opdlm.diffusion.masks import TRUNK
+
 # (query, key) pairs whose visibility is computed at once: a few times 16 MiB
 _PAIRS_AT_ONCE = 2**24
 _NONE = torch.iinfo(torch.int32)  # an empty range: lowest is max, highest is min
@@ -29,6 +31,7 @@ class Tokens:
     document: Tensor  # int32 [T * L]
     block: Tensor  # int32 [T * L]
     clean: Tensor  # bool [T * L]
+    branch: Tensor  # int32 [T * L], as ``branch_visible`` has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +83,23 @@ def _by_ranges(tokens: Tokens, tile: int) -> tuple[Tensor, Tensor, Tensor]:
     clean = _Range.of(tokens.block, tokens.clean, tile)
     noisy = _Range.of(tokens.block, ~tokens.clean, tile)
     key_clean, key_noisy = clean.of_keys(), noisy.of_keys()
-    one_document = document.is_one_with(document.of_keys())
-    # The first clean key is before the last query: that pair is visible, within a document.
+    branch = _Range.of(tokens.branch, any_token, tile)
+    key_branch = branch.of_keys()
+    beside_trunk = _Range.of(tokens.branch, tokens.branch != TRUNK, tile).of_keys()
+    # Every pair is of one document, and its key on the trunk or on the query's branch.
+    related = document.is_one_with(document.of_keys()) & (
+        (key_branch.high == TRUNK) | branch.is_one_with(beside_trunk)
+    )
+    unrelated = (key_branch.low > TRUNK) & ~branch.meets(key_branch)
+    # The first clean key is before the last query: that pair is visible, if they are related.
     earlier = key_clean.low < every_block.high
     same = clean.meets(key_clean) | noisy.meets(key_noisy)
-    some = one_document & earlier
-    undecided = document.meets(document.of_keys()) & (earlier | same) & ~some
+    some = related & earlier
+    undecided = document.meets(document.of_keys()) & (earlier | same) & ~some & ~unrelated
     # Clean keys: none after a clean query, all before the noisy ones. Noisy keys: of one block,
     # and so are the queries, all of them noisy. Comparisons with an empty range are true.
     sees_clean = (key_clean.high <= clean.low) & (key_clean.high < noisy.low)
     no_noisy_keys = key_noisy.low > key_noisy.high
     no_clean_queries = clean.low > clean.high
     sees_noisy = no_noisy_keys | (no_clean_queries & noisy.is_one_with(key_noisy))
-    return some, undecided, one_document & sees_clean & sees_noisy
+    return some, undecided, related & sees_clean & sees_noisy

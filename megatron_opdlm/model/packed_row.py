@@ -5,6 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_opdlm.diffusion.masks import (
+    block_causal_visible,
+    branch_visible,
+    two_stream_visible,
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRow:
@@ -18,11 +24,20 @@ class PackedRow:
     # Two-stream rows: absolute position // B [N], and False in the noisy copy [N]. None: causal.
     block: Tensor | None = None
     clean: Tensor | None = None
+    branch: Tensor | None = None  # [N] of a tree's tokens (prefix_trees.py); None: there is no tree
 
     @property
     def causal(self) -> bool:
         """True for the teacher's mask, False for the student's."""
         return self.block is None
+
+    def visible(self, query: Tensor, key: Tensor) -> Tensor:
+        """Visibility between places of one sequence, on the host, for indices that broadcast."""
+        if self.block is None or self.clean is None:
+            return block_causal_visible(query, key, 1)
+        block, clean, branch = self.block, self.clean, self.branch
+        visible = two_stream_visible(block[query], clean[query], block[key], clean[key])
+        return visible if branch is None else visible & branch_visible(branch[query], branch[key])
 
     def documents(self, size: int) -> Tensor:
         """Number of each token's sequence [size], on the host. What lies beyond the sequences gets

@@ -4,7 +4,7 @@ Derived from what autograd saves in Megatron's layers with our attention, and he
 peaks on a CPU (``tests/distributed/test_memory_peaks.py``).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape, padded_vocab
@@ -14,8 +14,9 @@ FLOAT = 4  # bytes
 DENSE_CHUNK = 256  # queries of a long sequence that the dense attention takes together
 LOGIT_COPIES = 3  # float32 arrays of a chunk's logits that the divergence has at a time
 DRAW_BYTES = 20  # of a drawn token and column: logits, weights, their running sums in float64
-GATE_COPIES = 5  # of an MLP's width: both halves of fc1, silu, the other half, their product
-EXPERT_COPIES = 6  # and the product once more, before it is weighed
+# Of an MLP's width: both halves of fc1 and their product; without the fused function silu and the
+# other half as well; of experts the product once more, before it is weighed.
+FUSED_COPIES, GATE_COPIES = 3, 5
 ROUTER_COPIES = 3  # of the number of experts: probabilities, weights, places
 
 
@@ -26,7 +27,8 @@ class Build:
     item: int  # bytes of a number of weights and activations
     spec: str = "local"  # "local" | "te": whose layers
     attention: str = "dense"  # "dense" | "flex" | "te"
-    recompute: bool = False
+    fused: bool = False  # norms and gate are one kernel each, as on GPUs
+    recompute: str = "false"  # "attention" | "mlp" | "true"
     sequence_parallel: bool = False
     low_rank: LowRank | None = None  # what is trained, beside frozen weights
 
@@ -67,10 +69,10 @@ class LayerMemory:
         not copied to float32; ``to_linear``: somebody keeps its output.
         """
         item, is_wide = self.build.item, self.build.item == FLOAT
-        if self.build.spec == "te":
+        if self.build.fused:
             return item * (1 + to_linear)
         entering = 0 if is_wide and from_view else FLOAT
-        normed = 0 if self.build.low_rank else item  # of use for the gradient of the weight alone
+        normed = 0 if self.build.low_rank else FLOAT  # of use for the weight's gradient alone
         return entering + normed + item * to_linear
 
     def attention(self, row: Row) -> float:
@@ -83,22 +85,32 @@ class LayerMemory:
             each += self._norm(from_view=True, to_linear=False) * self.key
         if item == FLOAT or not is_dense:  # some view of the joined product lives on
             each += (self.query + 2 * self.key) * item
-        each += 4 * shape.head_dim * item  # rotary factors of queries and of keys
+        if self.build.spec != "te":
+            each += 4 * shape.head_dim * item  # rotary factors of queries and of keys
         each += FLOAT * (2 * shape.heads + shape.groups) / self.split.tensor
         each += 3 * self.query * item  # queries as the kernel takes them, its output, the input
         if not is_dense:
             return tokens * (each + self.key * item)
+        if self.build.recompute == "attention":
+            return tokens * each
         gathered = 2 * self.key * item * max(tokens, row.pairs / DENSE_CHUNK)
         return tokens * each + gathered + item * row.pairs
 
     def mlp(self, tokens: float) -> float:
         """What is kept from the second norm to the layer's output."""
-        item, experts = self.build.item, self.shape.experts
         each = self._norm(from_view=False, to_linear=True) * self.shape.hidden * self.share
+        if self.build.recompute == "mlp":
+            return tokens * each
+        return tokens * (each + self._gated())
+
+    def _gated(self) -> float:
+        """What a token keeps between the MLP's two matrices, or in its experts."""
+        item, experts = self.build.item, self.shape.experts
+        copies = FUSED_COPIES if self.build.fused else GATE_COPIES
         if experts is None:
-            return tokens * (each + GATE_COPIES * self.ffn * item)
-        each += self.sent * self.shape.hidden * item + EXPERT_COPIES * self.ffn * item
-        return tokens * (each + ROUTER_COPIES * experts.count * FLOAT)
+            return copies * self.ffn * item
+        sent = self.sent * self.shape.hidden * item
+        return sent + (copies + 1) * self.ffn * item + ROUTER_COPIES * experts.count * FLOAT
 
     def saved(self, row: Row) -> float:
         """All that a layer keeps of a row for its backward pass."""
@@ -111,6 +123,15 @@ class LayerMemory:
         if self.build.sequence_parallel:
             return self.saved(row)
         return self.attention(row) + self.mlp(row.positions)
+
+    def again(self, row: Row) -> float:
+        """What is computed once more, and then kept, in the backward pass of a layer."""
+        if self.build.recompute == "false":
+            return 0.0
+        whole = LayerMemory(self.shape, self.split, replace(self.build, recompute="false"))
+        if self.build.recompute == "true":
+            return whole.saved(row)
+        return whole.saved(row) - self.saved(row)
 
     def forward_work(self, row: Row) -> float:
         """What a layer has at a time where nothing is kept: in its MLP, or in its attention."""
@@ -143,7 +164,7 @@ class LayerMemory:
 def saved_activations(layer: LayerMemory, row: Row, *, is_last_stage: bool) -> float:
     """Bytes that a stage's layers keep of a row between its forward and its backward pass."""
     layers = layer.shape.layers // layer.split.pipeline
-    if layer.build.recompute:
+    if layer.build.recompute == "true":
         return layers * row.tokens * layer.input
     if not is_last_stage:
         return layers * layer.saved(row)

@@ -2,7 +2,7 @@
 of numbers, so that every rank that knows the lengths comes to the same answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 
 def share_out(costs: Sequence[float], parts: int) -> list[list[int]]:
@@ -18,6 +18,27 @@ def share_out(costs: Sequence[float], parts: int) -> list[list[int]]:
         shares[lightest].append(item)
         load[lightest] += costs[item]
     return [sorted(share) for share in shares]
+
+
+def share_out_alike(
+    costs: Sequence[float], alike: Sequence[Hashable], saved: Sequence[float], parts: int
+) -> list[list[int]]:
+    """``share_out`` where an item costs ``saved[i]`` less in a part that has another one ``alike``
+    it: these stay together unless the parts' costs become so unequal that the largest grows.
+    """
+    together: dict[Hashable, list[int]] = {}
+    for item, kind in enumerate(alike):
+        together.setdefault(kind, []).append(item)
+    units = list(together.values())
+    of_unit = [sum(costs[i] for i in unit) - sum(saved[i] for i in unit[1:]) for unit in units]
+    apart, shares = share_out(costs, parts), share_out(of_unit, parts)
+    if _largest(shares, of_unit) > _largest(apart, costs):
+        return apart
+    return [sorted(item for unit in share for item in units[unit]) for share in shares]
+
+
+def _largest(shares: Sequence[Sequence[int]], costs: Sequence[float]) -> float:
+    return max(sum(costs[i] for i in share) for share in shares)
 
 
 def fill_bins(sizes: Sequence[int], capacity: int) -> list[list[int]]:

@@ -91,7 +91,7 @@ def _first_full_layer(layer: LayerMemory, work: Work) -> dict[str, float]:
     """
     row = work.student
     saved = activations.saved_activations(layer, row, is_last_stage=True)
-    if not layer.build.recompute:
+    if layer.build.recompute != "true":
         saved -= layer.saved_last(row)
     head = activations.embedding_gradient(layer) if layer.shape.tied else 0.0
     return {
@@ -102,8 +102,7 @@ def _first_full_layer(layer: LayerMemory, work: Work) -> dict[str, float]:
 
 
 def _backward(layer: LayerMemory, row: Row) -> float:
-    again = layer.saved(row) if layer.build.recompute else 0.0
-    return again + layer.backward_work(row)
+    return layer.again(row) + layer.backward_work(row)
 
 
 def teacher_work(layer: LayerMemory, work: Work) -> dict[str, float]:

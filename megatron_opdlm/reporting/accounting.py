@@ -3,21 +3,32 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.models import LoraTarget, Recompute
+from megatron_opdlm.diffusion.blocks import first_block_start
 from megatron_opdlm.model.flops import (
     attention_flops,
     forward_flops,
     low_rank_parameters,
+    mlp_flops,
     packed_row_pairs,
 )
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.packing import FinishedBatch, PackedBatch, StepBatches
+from megatron_opdlm.packing import (
+    FinishedBatch,
+    PackedBatch,
+    Packing,
+    StepBatches,
+    student_tokens,
+)
+from megatron_opdlm.prefix_trees import is_worth_sharing
 from megatron_opdlm.records import State, Trajectory, UpdateReport
 
 
@@ -25,24 +36,43 @@ def student_flops(
     shape: ModelShape,
     batch: PackedBatch,
     *,
-    recompute: bool,
+    recompute: Recompute,
     sequence_parallel: bool,
     low_rank: LowRank | None = None,
     attention: str = "dense",
 ) -> float:
-    """Operations of one use of a microbatch: forward, backward (twice as much) and, with
-    recomputation, the layers' forward once more. With low-rank terms the backward of all frozen
+    """Operations of one use of a microbatch: forward, backward (twice as much) and once more the
+    forward of what is recomputed. With low-rank terms the backward of all frozen
     matrices is half: they need no gradient of their own. ``attention`` names the student's kernel.
     """
     rows = len(batch.labels)
-    pairs = packed_row_pairs(attention, batch.lengths, batch.block, batch.clean) / batch.split.ranks
+    row = batch.lengths, batch.block, batch.clean, batch.branch
+    pairs = packed_row_pairs(attention, *row) / batch.split.ranks
+    tokens = len(batch.student_tokens)
     layers = _layers_flops(shape, batch.student_tokens, pairs, rows, sequence_parallel)
-    forwards, head = (2 if recompute else 1), projection_flops(shape, rows)
+    head, products = projection_flops(shape, rows), attention_flops(shape, pairs)
+    again = {
+        "false": 0.0,
+        "true": layers,
+        "attention": products,
+        "mlp": mlp_flops(shape, tokens=tokens, read_rows=None if sequence_parallel else rows),
+    }[recompute]
     if low_rank is None:
-        return (forwards + 2) * layers + 3 * head
-    products = attention_flops(shape, pairs)
-    terms = low_rank_flops(shape, low_rank, len(batch.student_tokens))
-    return (forwards + 1) * layers + products + (forwards + 2) * terms + 2 * head
+        return 3 * layers + again + 3 * head
+    repeated = [target for target in low_rank.targets if target in _RECOMPUTED[recompute]]
+    terms, terms_again = (
+        low_rank_flops(shape, replace(low_rank, targets=tuple(targets)), tokens)
+        for targets in (low_rank.targets, repeated)
+    )
+    return 2 * layers + again + products + 3 * terms + terms_again + 2 * head
+
+
+_RECOMPUTED: Mapping[Recompute, tuple[str, ...]] = {
+    "false": (),
+    "true": get_args(LoraTarget),
+    "attention": (),
+    "mlp": ("linear_fc1", "linear_fc2"),
+}
 
 
 def low_rank_flops(shape: ModelShape, low_rank: LowRank, tokens: int) -> float:
@@ -55,7 +85,9 @@ def teacher_flops(
 ) -> float:
     """Operations of the teacher's forward without its output layer."""
     rows = len(batch.read)
-    pairs = packed_row_pairs(attention, batch.lengths) / batch.split.ranks
+    clean = None if batch.block is None else torch.ones_like(batch.block, dtype=torch.bool)
+    row = batch.lengths, batch.block, clean, batch.branch
+    pairs = packed_row_pairs(attention, *row) / batch.split.ranks
     return _layers_flops(shape, batch.tokens, pairs, rows, sequence_parallel)
 
 
@@ -76,13 +108,26 @@ def state_cost(student: ModelShape, teacher: ModelShape, state: State, packed_to
     return asked + 3 * read
 
 
+def shared_cost(student: ModelShape, teacher: ModelShape, state: State, packing: Packing) -> float:
+    """Operations that a state costs less in a row with another one of its prompt."""
+    shift = packing.shift(state)
+    tokens = first_block_start(len(state.prompt_ids) + shift, packing.block_size) - shift
+    if not is_worth_sharing(tokens, student_tokens(state, packing) - tokens):
+        return 0.0
+    once = [
+        forward_flops(shape, tokens=tokens, attended_pairs=tokens**2, projected_rows=0)
+        for shape in (teacher, student)
+    ]
+    return packing.share_teacher * once[0] + 3 * packing.share_student * once[1]
+
+
 def step_flops(
     student: ModelShape,
     teacher: ModelShape | None,
     batches: StepBatches,
     *,
     uses: int,
-    recompute: bool,
+    recompute: Recompute,
     sequence_parallel: bool,
     low_rank: LowRank | None,
     attention: tuple[str, str],

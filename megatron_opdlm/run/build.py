@@ -91,21 +91,26 @@ def describe_kernels(config: Config, hardware: Hardware) -> str:
 
 def describe_decoding(config: Config, shape: ModelShape, hardware: Hardware) -> str:
     """One line for the log: what attends in the rollout, and why."""
-    dtype = resolve_dtype(config.model.dtype, hardware)
+    dtype = resolve_dtype(config.model.dtype, hardware, shape)
     way = choose_decode_attention(config.rollout.attention, dtype, shape.head_dim, hardware)
     return f"rollout: {way}"
 
 
-def resolve_dtype(name: str, hardware: Hardware) -> torch.dtype:
-    """``auto`` is the hardware's choice."""
-    return hardware.dtype if name == "auto" else _DTYPES[name]
+def resolve_dtype(name: str, hardware: Hardware, shape: ModelShape | None = None) -> torch.dtype:
+    """``auto`` is the hardware's choice. It needs the ``shape`` on a CPU only, whose kernels are
+    the same for every type.
+    """
+    if name != "auto":
+        return _DTYPES[name]
+    return hardware.dtype_of(shape.parameters) if shape else hardware.dtype
 
 
 def build_plan(config: Config, student: ModelSource) -> StepPlan:
     """Prompts of ``data.path``, their order, and what each step makes of them."""
     prompts = _load_prompts(config, student, "data.path", config.data.path)
     order = _order(config, prompts, config.rollout.prompts_per_step)
-    steps = config.train.steps
+    steps, stop_after = config.train.steps, config.train.stop_after
+    planned = order.total_steps if steps < 0 else min(steps, order.total_steps)
     return StepPlan(
         config=config,
         vocabulary=student.vocabulary,
@@ -113,7 +118,8 @@ def build_plan(config: Config, student: ModelSource) -> StepPlan:
         prompts=prompts,
         order=order,
         recorded=_recorded(config, student, prompts, order),
-        total_steps=order.total_steps if steps < 0 else min(steps, order.total_steps),
+        planned_steps=planned,
+        total_steps=min(stop_after, order.total_steps) if stop_after else planned,
     ).validate()
 
 
@@ -162,7 +168,7 @@ def _recorded(
 
 def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> LanguageModel:
     """The frozen autoregressive model, on the same layout as the student."""
-    dtype = resolve_dtype(config.teacher.dtype, hardware)
+    dtype = resolve_dtype(config.teacher.dtype, hardware, source.shape)
     kernels = kernels_of(config, hardware)[1]
     teacher = build_model(
         source.shape, model_layout(config), dtype, hardware, name="teacher.path", kernels=kernels
@@ -173,7 +179,7 @@ def build_teacher(source: ModelSource, config: Config, hardware: Hardware) -> La
 
 def teacher_bytes(config: Config, teacher: ModelSource, hardware: Hardware) -> int:
     """Memory of all of a second model's weights."""
-    size = resolve_dtype(config.teacher.dtype, hardware).itemsize
+    size = resolve_dtype(config.teacher.dtype, hardware, teacher.shape).itemsize
     linears = layer_linear_parameters(teacher.shape)
     if config.teacher.quantization == "none":
         return teacher.shape.parameters * size
@@ -183,7 +189,8 @@ def teacher_bytes(config: Config, teacher: ModelSource, hardware: Hardware) -> i
 def shares_base(config: Config, student: ModelSource, hardware: Hardware) -> bool:
     """Whether the student's frozen base is the teacher: the same weights in the same type."""
     same_path = config.teacher.path in ("", config.model.path)
-    types = {resolve_dtype(name, hardware) for name in (config.model.dtype, config.teacher.dtype)}
+    names, shape = (config.model.dtype, config.teacher.dtype), student.shape
+    types = {resolve_dtype(name, hardware, shape) for name in names}
     return (
         config.lora.rank > 0
         and config.lora.share_teacher
@@ -220,7 +227,7 @@ def build_student(
     leaves the weights unfilled. With low-rank terms only those are trained.
     """
     low_rank = low_rank_of(config)
-    dtype = resolve_dtype(config.model.dtype, hardware)
+    dtype = resolve_dtype(config.model.dtype, hardware, source.shape)
     model = build_model(
         source.shape,
         model_layout(config),
@@ -237,10 +244,16 @@ def build_student(
     if low_rank:
         lora.freeze_base(model)
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
+    # Weights are gathered at once, never during the next forward: the output layer's are read
+    # outside of its module, and captured passes read all of them, where nobody would wait.
     reduction = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=hardware.overlaps_reduction,
     )
     ddp = DistributedDataParallel(model.config, reduction, wrapped)
+    if hardware.overlaps_reduction:  # of the last microbatch only
+        model.config.no_sync_func = ddp.no_sync
     fuse_gradients(model)
     adam = optimizer_config(config, dtype, hardware)
     return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(adam, [ddp]))
@@ -274,7 +287,7 @@ def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -
         keep=config.checkpoint.keep,
         source=source.files,
         config_yaml=to_yaml(config),
-        dtype=dtype_name(resolve_dtype(config.model.dtype, hardware)),
+        dtype=dtype_name(resolve_dtype(config.model.dtype, hardware, source.shape)),
         block_contract=BlockContract(
             mask_token_id=source.vocabulary.mask_id,
             block_size=config.rollout.block_size,

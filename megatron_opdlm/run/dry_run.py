@@ -153,11 +153,11 @@ def _work(config: Config, source: "ModelSource", *, weights_are_there: bool) -> 
         plan = build.build_plan(config, source)
         return [
             f"prompts      {plan.prompts.summary}",
-            f"steps        {plan.total_steps} of {each}",
+            f"steps        {plan.steps_told} of {each}",
             *plan.notes,
         ]
     there = "there" if Path(config.data.path).exists() else "not there yet"
-    steps = config.train.steps
+    steps = config.train.stop_after or config.train.steps
     count = str(steps) if steps > 0 else f"as many as {config.data.epochs} epochs of the data take,"
     return [
         f"prompts      data.path={config.data.path} is {there}; not read: that needs the "
@@ -171,22 +171,24 @@ def _memory(
 ) -> list[str]:
     """Bytes of the fullest rank, by what they are for and by phase."""
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.planning.phase_memory import PHASES
+    from megatron_opdlm.planning.phase_memory import CACHE, PHASES
     from megatron_opdlm.run import build
     from megatron_opdlm.run.expected_memory import expected_memory, most_of_a_step
 
     hardware = select_hardware()
     load = most_of_a_step(config, source.shape)
     memory = expected_memory(config, source, teacher, split, hardware, load)
+    item = build.resolve_dtype(config.model.dtype, hardware, source.shape).itemsize
+    kept = memory.parts.get(CACHE, 0.0)
+    lasting = {name: size for name, size in memory.parts.items() if name != CACHE}
     peaks = ", ".join(f"{phase} {memory.peak(phase) / GIB:.3f}" for phase in PHASES)
     return [
         "memory of the fullest rank, GiB, estimated from shapes; activations come on top:",
-        *(f"  {name:<19}{size / GIB:.3f}" for name, size in memory.parts.items()),
-        f"  in the rollout     {memory.held('rollout') / GIB:.3f} and the KV cache",
-        f"  in the update      {memory.held('update') / GIB:.3f} and the activations",
-        _kv_cache(
-            config, source, split, build.resolve_dtype(config.model.dtype, hardware).itemsize
-        ),
+        *(f"  {name:<19}{size / GIB:.3f}" for name, size in lasting.items()),
+        f"  in the rollout     {(memory.held('rollout') - kept) / GIB:.3f} and the KV cache",
+        f"  in the update      {memory.held('update') / GIB:.3f} and the activations"
+        + (f"; {kept / GIB:.3f} of it is the KV cache, which stays" if kept else ""),
+        _kv_cache(config, source, split, item),
         f"  peaks              {peaks} on this hardware, for the longest responses; on GPUs: "
         "opdlm plan",
     ]
@@ -198,10 +200,7 @@ def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes:
 
     rollout = config.rollout
     token = kv_bytes_per_token(source.shape, split, item_bytes)
-    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
-    slots = min(rollout.slots, -(-sequences // (split.data * split.context)))
-    limit = config.model.max_positions or source.shape.max_positions
-    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    slots, longest = _slots(config, source, split)
     budget = (
         f"rollout.kv_cache_tokens={rollout.kv_cache_tokens}: "
         f"{rollout.kv_cache_tokens * token / GIB:.3f} GiB"
@@ -212,3 +211,12 @@ def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes:
         f"  KV cache           {token * longest * slots / GIB:.3f} for {slots} sequences of "
         f"{longest} tokens; budget: {budget}"
     )
+
+
+def _slots(config: Config, source: "ModelSource", split: "Split") -> tuple[int, int]:
+    """Sequences that a copy of the model decodes at once, and the tokens of the longest."""
+    rollout = config.rollout
+    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
+    limit = config.model.max_positions or source.shape.max_positions
+    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    return min(rollout.slots, -(-sequences // (split.data * split.context))), longest

@@ -10,7 +10,6 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.blocks import sequence_end
 from megatron_opdlm.engine.cache_budget import CACHE_SHARE
 from megatron_opdlm.hardware import Hardware
-from megatron_opdlm.model.decode_choice import choose_decode_attention
 from megatron_opdlm.model.flops import low_rank_parameters, packed_row_pairs
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.planning.activation_memory import (
@@ -93,14 +92,14 @@ def expected_memory(
     """
     kernels = build.kernels_of(config, hardware)
     low_rank = build.low_rank_of(config)
-    item, teacher_item = (
-        build.resolve_dtype(section.dtype, hardware).itemsize
-        for section in (config.model, config.teacher)
-    )
+    item = build.resolve_dtype(config.model.dtype, hardware, student.shape).itemsize
+    teacher_item = build.resolve_dtype(config.teacher.dtype, hardware, teacher.shape).itemsize
+    fused = hardware.device.type != "cpu"
     computed = Build(
         item=item,
         spec=kernels[0].spec,
         attention=kernels[0].attention,
+        fused=fused,
         recompute=config.model.recompute,
         sequence_parallel=config.model.sequence_parallel,
         low_rank=low_rank,
@@ -109,6 +108,7 @@ def expected_memory(
         item=teacher_item,
         spec=kernels[1].spec,
         attention=kernels[1].attention,
+        fused=fused,
         sequence_parallel=config.model.sequence_parallel,
     )
     layer = LayerMemory(student.shape, split, computed)
@@ -161,7 +161,7 @@ def _parts(
     trained: RankNumbers,
 ) -> tuple[dict[str, float], dict[str, frozenset[str]]]:
     """What lasts, and which of it waits in host memory in a phase."""
-    item = build.resolve_dtype(config.model.dtype, hardware).itemsize
+    item = build.resolve_dtype(config.model.dtype, hardware, student.shape).itemsize
     added = trained.total if config.lora.rank else 0.0
     o = config.optimizer
     states = {
@@ -198,7 +198,7 @@ def _teacher_parts(
     weights = build.teacher_bytes(config, teacher, hardware) * share
     if not config.teacher.offload_weights:
         return {TEACHER: weights}
-    item = build.resolve_dtype(config.teacher.dtype, hardware).itemsize
+    item = build.resolve_dtype(config.teacher.dtype, hardware, teacher.shape).itemsize
     ends = 1 if split.pipeline > 1 or teacher.shape.tied else 2
     rest = ends * vocabulary_columns(teacher.shape, split) * teacher.shape.hidden * item
     return {TEACHER_LAYERS: weights - rest, "teacher vocabulary": rest}
@@ -219,15 +219,14 @@ def _kv_cache(
     stays from one rollout to the next.
     """
     rollout = config.rollout
-    dtype = build.resolve_dtype(config.model.dtype, hardware)
-    way = choose_decode_attention(rollout.attention, dtype, shape.head_dim, hardware)
+    dtype = build.resolve_dtype(config.model.dtype, hardware, shape)
     each = -(-load.sequences // (split.data * split.context))
     positions = sequence_end(load.prompt, load.response, rollout.block_size)
     tokens = min(rollout.slots, each) * positions
-    captures = hardware.captures is not None and rollout.graphs and way.kernel is not None
+    captures = hardware.captures is not None and rollout.graphs and rollout.attention != "buckets"
     keeps = rollout.kv_cache_tokens is not None and captures and shape.experts is None
     if rollout.kv_cache_tokens is not None:
-        tokens = rollout.kv_cache_tokens if keeps else min(tokens, rollout.kv_cache_tokens)
+        tokens = min(tokens, rollout.kv_cache_tokens)
     return tokens * kv_bytes_per_token(shape, split, dtype.itemsize), keeps
 
 

@@ -118,7 +118,7 @@ def _announce(
         + (f", experts over {layout.expert}" if layout.expert > 1 else "")
         + (", sequence parallel" if layout.sequence_parallel else ""),
         f"prompts: {plan.prompts.summary}",
-        f"steps: {plan.total_steps}"
+        f"steps: {plan.steps_told}"
         + (f", resuming after step {progress.step}" if progress.step else ""),
         *plan.notes,
     ]

@@ -25,6 +25,8 @@ def check_run_directory(config: Config) -> None:
     read = (("model.path", config.model.path), ("teacher.path", config.teacher.path))
     check_outside(out, "train.out", {key: Path(path) for key, path in read if path})
     check_place(out, f"train.out={out}")
+    if not (out / CONFIG).is_file():
+        _check_end(config)
     if not out.exists():
         return
     if not out.is_dir():
@@ -45,7 +47,7 @@ def check_run_directory(config: Config) -> None:
             f"{', '.join(differing)}; "
             "use that configuration to resume, or another directory"
         )
-    _check_horizon(stored, config)
+    _check_plan(stored, config)
     if (out / INPUTS).is_file():
         remedy = "remove it (the next start records its inputs as they are then)"
         _check_inputs(config, read_record(out / INPUTS, dict, remedy))
@@ -66,29 +68,46 @@ def _stored_config(out: Path) -> Config:
         ) from None
 
 
-def _check_horizon(stored: Config, config: Config) -> None:
-    """InputError where the run now ends elsewhere, its schedules with it, and nobody said so."""
-    before, now = _horizon(stored), _horizon(config)
-    if before == now or config.train.schedule_steps is not None or not _has_schedules(config):
+def _check_end(config: Config) -> None:
+    """InputError for a new run that is to end after its plan: a recipe's train.stop_after beside a
+    train.steps that was made small for a trial.
+    """
+    steps, end = config.train.steps, config.train.stop_after
+    if end is not None and 0 < steps < end:
+        raise InputError(
+            f"train.stop_after={end} is after the plan's last step, train.steps={steps}; for a "
+            f"trial of the plan leave train.steps alone and use train.stop_after={steps}; a run "
+            "goes on after its plan only once it is there"
+        )
+
+
+def _check_plan(stored: Config, config: Config) -> None:
+    """InputError where the plan is another now, its schedules with it, and nobody said where the
+    run ends, which is what somebody may have meant.
+    """
+    before, now = _planned(stored), _planned(config)
+    end = config.train.stop_after
+    if before == now or end not in (None, stored.train.stop_after) or not _has_schedules(config):
         return
     raise InputError(
         f"train.out={config.train.out} was planned over {before}, this command plans {now}, and "
         "optimizer.lr and threshold_schedule run over the plan. To keep their values (the learning "
-        f"rate stays at optimizer.min_lr from its end) add train.schedule_steps={_number(before)}; "
-        f"to stretch them from here on add train.schedule_steps={_number(now)}; or use another "
-        "directory"
+        f"rate stays at optimizer.min_lr from its end) plan {before} again and add "
+        f"train.stop_after={_number(now)}; to stretch them from here on add it to this command; or "
+        "use another directory"
     )
 
 
-def _horizon(config: Config) -> str:
+def _planned(config: Config) -> str:
     """What the schedules run over, for comparison and for people."""
-    steps = config.train.schedule_steps or config.train.steps
-    return f"{steps} steps" if steps > 0 else f"data.epochs={config.data.epochs}"
+    steps = config.train.steps
+    return f"train.steps={steps}" if steps > 0 else f"data.epochs={config.data.epochs}"
 
 
-def _number(horizon: str) -> str:
-    """The steps of a horizon, where they are known before the prompts are read."""
-    return horizon.removesuffix(" steps") if horizon.endswith("steps") else f"<{horizon} in steps>"
+def _number(planned: str) -> str:
+    """The steps of a plan, where they are known before the prompts are read."""
+    key, _, number = planned.partition("=")
+    return number if key == "train.steps" else f"<{planned} in steps>"
 
 
 def _has_schedules(config: Config) -> bool:

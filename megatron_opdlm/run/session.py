@@ -21,6 +21,7 @@ from megatron_opdlm.packing import (
     PackedBatch,
     Packing,
     StepBatches,
+    beginnings,
     pack_step,
     student_tokens,
 )
@@ -83,6 +84,7 @@ class Session:
             "vocabulary": self.source.vocabulary,
             "exclude_eos": self.config.loss.exclude_eos,
             "alignment": self.config.states.block_alignment,
+            "draws": self.config.states.per_response,
         }
 
     def rollout(self, step: int, key: tuple[int, int]) -> Rollout:
@@ -253,6 +255,7 @@ class Session:
 
 def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packing:
     """How the configuration packs rows."""
+    student, teacher = kernels_of(config, hardware)
     return Packing(
         block_size=config.rollout.block_size,
         mask_id=source.vocabulary.mask_id,
@@ -263,6 +266,8 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
         context_ranks=parallel.context_size(),
         context_rank=parallel.context_rank(),
         alignment=config.states.block_alignment,
+        share_student=student.skips_hidden,
+        share_teacher=teacher.skips_hidden,
         rows_in_step=parallel.most_over_experts,
     )
 
@@ -271,9 +276,9 @@ def my_share(
     states: Sequence[State], student: ModelSource, teacher: ModelSource, packing: Packing
 ) -> list[State]:
     """This replica's states of one update: every replica gets about the same operations."""
-    costs = [
-        accounting.state_cost(student.shape, teacher.shape, s, student_tokens(s, packing))
-        for s in states
-    ]
-    shares = balance.share_out(costs, parallel.data_parallel_size())
+    shapes = student.shape, teacher.shape
+    costs = [accounting.state_cost(*shapes, s, student_tokens(s, packing)) for s in states]
+    saved = [accounting.shared_cost(*shapes, s, packing) for s in states]
+    alike = beginnings(states)
+    shares = balance.share_out_alike(costs, alike, saved, parallel.data_parallel_size())
     return [states[i] for i in shares[parallel.data_parallel_rank()]]

@@ -158,18 +158,22 @@ def test_another_configuration_is_refused(plain: Path, model: Path, prompts: Pat
 
 
 def test_a_longer_run(model: Path, prompts: Path, tmp_path: Path):
-    """Claim: a finished run goes on for more steps, and each of its numbers is that of a run that
-    was planned so from its start: the schedules run over ``train.schedule_steps``."""
-    keys = ["train.schedule_steps=5", "checkpoint.every=9"]
-    planned, extended = tmp_path / "planned", tmp_path / "extended"
-    jobs.train_run(training_run.overrides(model, prompts, planned, *keys))
-    short = training_run.overrides(model, prompts, extended, "train.steps=5", *keys[1:])
-    jobs.train_run(short)
-    with pytest.raises(InputError, match=r"add train\.schedule_steps=5"):
-        jobs.train_run([*short, f"train.steps={STEPS}"])
-    jobs.train_run([*short, f"train.steps={STEPS}", keys[0]])
-    assert metrics(extended) == metrics(planned)
-    assert metrics(planned)[-1]["lr"] == 2e-4  # optimizer.min_lr, from the end of the plan on
+    """Claim: a run that is ended early, goes on to the end of its plan and then for more steps has
+    the numbers of one that was not: the schedules run over ``train.steps``, wherever
+    ``train.stop_after`` is."""
+    keys, longer = ["train.steps=5", "checkpoint.every=9"], f"train.stop_after={STEPS}"
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    jobs.train_run(training_run.overrides(model, prompts, whole, *keys))
+    command = training_run.overrides(model, prompts, parts, *keys)
+    jobs.train_run([*command, "train.stop_after=3"])
+    assert metrics(parts) == metrics(whole)[:3]
+    jobs.train_run(command)
+    assert metrics(parts) == metrics(whole)
+    with pytest.raises(InputError, match=rf"add {longer}"):
+        jobs.train_run([*command, f"train.steps={STEPS}"])
+    jobs.train_run([*command, longer])
+    assert metrics(parts)[:5] == metrics(whole) and len(metrics(parts)) == STEPS
+    assert metrics(parts)[-1]["lr"] == 2e-4  # optimizer.min_lr, from the end of the plan on
 
 
 def test_other_weights_of_the_teacher_are_refused(

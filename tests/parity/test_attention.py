@@ -6,13 +6,14 @@ FlexAttention runs uncompiled here, but for the one test marked slow.
 
 import random
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from megatron_opdlm.diffusion.masks import TRUNK
 from megatron_opdlm.model import flex_attention
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.attention_plan import causal_plan, two_stream_plan
@@ -44,6 +45,8 @@ class Packed:
     sequence: list[int]  # of each token; -1 in the tail
     block: list[int]
     noisy: list[bool]
+    # Which of a tree's sequences each token belongs to; empty: there is no tree
+    owners: list[set[int]] = field(default_factory=list)
 
     def expected_mask(self) -> Tensor:
         """bool [N, N] pair by pair; tail tokens see themselves, so that rows are never empty."""
@@ -53,6 +56,8 @@ class Packed:
     def _sees(self, q: int, k: int) -> bool:
         if self.sequence[q] == -1 or self.sequence[q] != self.sequence[k]:
             return q == k
+        if self.owners and not self.owners[q] <= self.owners[k]:
+            return False
         if self.row.causal:
             return k <= q
         if self.noisy[k]:
@@ -86,6 +91,34 @@ def two_stream(responses: list[tuple[int, int]], tail: int = 0) -> Packed:
     return Packed(row, sequence, block, noisy)
 
 
+def trees(whole: list[tuple[int, list[tuple[int, int]]]], tail: int = 0) -> Packed:
+    """Trees of a common beginning and (clean, noisy) tokens of each branch after it."""
+    parts, owners = [], []
+    for shared, branches in whole:
+        assert shared % BLOCK == 0
+        parts.append((shared, 0))
+        owners += [set(range(len(branches)))] * shared
+        for number, (clean, copied) in enumerate(branches):
+            parts.append((clean, copied))
+            owners += [{number}] * (clean + copied)
+    alone = two_stream(parts, tail)
+    sequence, block, part = [], [], 0
+    for number, (shared, branches) in enumerate(whole):
+        for place in range(1 + len(branches)):
+            tokens = [i for i, s in enumerate(alone.sequence) if s == part]
+            sequence += [number] * len(tokens)
+            block += [alone.block[i] + (shared // BLOCK if place else 0) for i in tokens]
+            part += 1
+    sequence, block, owners = sequence + [-1] * tail, block + [0] * tail, owners + [{0}] * tail
+    row = replace(
+        alone.row,
+        lengths=tuple(sequence.count(number) for number in range(len(whole))),
+        block=torch.tensor(block),
+        branch=torch.tensor([next(iter(o)) if len(o) == 1 else TRUNK for o in owners]),
+    )
+    return Packed(row, sequence, block, alone.noisy, owners)
+
+
 def causal(lengths: list[int], tail: int = 0) -> Packed:
     sequence = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * tail
     row = PackedRow(lengths=tuple(lengths), tokens=len(sequence), device=CPU)
@@ -98,6 +131,8 @@ ROWS = {
     "causal-several-tiles": causal([530, 90]),
     "two-stream-ragged": two_stream([(20, 9), (4, 4), (31, 24), (0, 3)], tail=2),
     "two-stream-several-tiles": two_stream([(270, 250), (10, 7)], tail=1),
+    "trees-ragged": trees([(9, [(7, 6), (4, 4), (0, 2)]), (0, [(5, 5)]), (3, [(1, 1)] * 2)], 2),
+    "trees-several-tiles": trees([(150, [(200, 150), (140, 160)]), (6, [(8, 7)] * 2)], tail=1),
 }
 EVERY_ROW = pytest.mark.parametrize("packed", ROWS.values(), ids=ROWS)
 
@@ -187,7 +222,7 @@ def test_flex_tiles(packed: Packed):
 
 def test_several_tiles_have_every_kind():
     """Claim (that the cases above are no empty ones)."""
-    for name in ("causal-several-tiles", "two-stream-several-tiles"):
+    for name in ("causal-several-tiles", "two-stream-several-tiles", "trees-several-tiles"):
         mask = flex_mask(ROWS[name].row).block_mask
         tiles = mask.to_dense()[0, 0]
         assert mask.full_kv_num_blocks is not None
@@ -212,10 +247,15 @@ def random_tokens(draw: random.Random, tokens: int) -> Tokens:
         block += [p // size for p in [*range(length), *range(start, start + noisy)]]
         clean += [True] * length + [False] * noisy
     order = list(range(tokens))
+    branch = [draw.choice([TRUNK, 0, 0, 1]) for _ in range(tokens)]
+    if draw.random() < 0.6:  # runs, as in a row
+        branch = [TRUNK + i * 3 // tokens for i in range(tokens)]
     if draw.random() < 0.3:
         draw.shuffle(order)
-    number = torch.tensor([document[:tokens], block[:tokens]], dtype=torch.int32)[:, order]
-    return Tokens(document=number[0], block=number[1], clean=torch.tensor(clean)[order])
+    numbers = [document[:tokens], block[:tokens], branch]
+    number = torch.tensor(numbers, dtype=torch.int32)[:, order]
+    is_clean = torch.tensor(clean)[order]
+    return Tokens(document=number[0], block=number[1], clean=is_clean, branch=number[2])
 
 
 def test_tiles_of_random_rows():
@@ -231,7 +271,8 @@ def test_tiles_of_random_rows():
             earlier, same = t.block[k] < t.block[q], t.block[k] == t.block[q]
             clean = t.clean[k] & (earlier | (t.clean[q] & same))
             noisy = ~t.clean[k] & ~t.clean[q] & same
-            return (t.document[q] == t.document[k]) & (clean | noisy)
+            related = (t.branch[k] == TRUNK) | (t.branch[k] == t.branch[q])
+            return (t.document[q] == t.document[k]) & related & (clean | noisy)
 
         index = torch.arange(tile * count)
         pairs = visible(index[:, None], index).view(count, tile, count, tile)
@@ -241,7 +282,14 @@ def test_tiles_of_random_rows():
     assert bool((kinds > 300).all())
 
 
-@pytest.mark.parametrize("packed", [causal([4000, 90, 4000]), two_stream([(2500, 2400)] * 2)])
+@pytest.mark.parametrize(
+    "packed",
+    [
+        causal([4000, 90, 4000]),
+        two_stream([(2500, 2400)] * 2),
+        trees([(600, [(900, 900)] * 4), (1500, [(300, 250)] * 2)]),
+    ],
+)
 def test_few_pairs_are_looked_at(packed: Packed, monkeypatch: pytest.MonkeyPatch):
     """Claim: of T x T tiles only a few times T are looked into."""
     looked: list[int] = []
@@ -327,7 +375,8 @@ def plans(packed: Packed, read: Tensor | None = None) -> AttentionPlan:
     row = packed.row
     if row.block is None or row.clean is None:
         return causal_plan(row.lengths, row.tokens, CPU, read=read)
-    return two_stream_plan(row.lengths, row.block, row.clean, CPU, read=read)
+    stream = row.block, row.clean, CPU
+    return two_stream_plan(row.lengths, *stream, branch_N=row.branch, read=read)
 
 
 @pytest.mark.parametrize("name", ["causal-ragged", "two-stream-ragged"])

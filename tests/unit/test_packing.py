@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_opdlm.diffusion.masks import branch_visible, two_stream_visible
 from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step, student_tokens
 from megatron_opdlm.records import State
 from megatron_opdlm.states import choose_states, make_state
@@ -54,6 +55,41 @@ def test_shifted_logits_are_read_one_before():
     """Claim: a block's first position is read from the clean token before the block."""
     batch = only(pack_step([[ONE]], replace(PACKING, logit_shift=True)))
     assert batch.student_read.tolist() == [14, 11, 17]
+
+
+def test_states_of_a_sequence_share_its_clean_copy():
+    """Claim: each state adds a noisy copy of its counted blocks alone to one clean copy; a noisy
+    token sees what it sees in a row of its own, and nothing of another copy."""
+    other = state(ONE.prompt_ids, ONE.response_ids, [1, 0, *[0] * 4, 0, 1, 0, 0])
+    batch = only(pack_step([[ONE, other]], PACKING))
+    assert batch.lengths == [12 + 8 + 8]
+    assert batch.states == [ONE, other]
+    apart = [only(pack_step([[one]], PACKING)) for one in (ONE, other)]
+    for name in ("labels", "row_weight", "masked_share"):
+        assert torch.equal(getattr(batch, name), torch.cat([getattr(x, name) for x in apart])), name
+    assert batch.sequence.tolist() == [0, 0, 0, 1, 1]
+    read = [batch.student_read[:3], batch.student_read[3:]]
+    for alone, at, shared in zip(apart, (range(12, 20), range(20, 28)), read, strict=True):
+        inside = torch.tensor([*range(12), *at])
+        assert torch.equal(batch.student_tokens[inside], alone.student_tokens)
+        assert torch.equal(batch.student_positions[inside], alone.student_positions)
+        assert torch.equal(inside[alone.student_read], shared)
+        assert torch.equal(seen(batch)[inside][:, inside], seen(alone))
+        assert int(seen(batch)[inside].sum()) == int(seen(alone).sum())
+
+
+def seen(batch: PackedBatch) -> torch.Tensor:
+    block, clean = batch.block, batch.clean
+    visible = two_stream_visible(block[:, None], clean[:, None], block[None], clean[None])
+    branch = torch.zeros_like(block) if batch.branch is None else batch.branch
+    return visible & branch_visible(branch[:, None], branch[None])
+
+
+def test_states_share_no_more_than_a_microbatch_holds():
+    """Claim: states that exceed a microbatch together are packed apart."""
+    tight = replace(PACKING, tokens_per_microbatch=27)
+    (batches,) = pack_step([[ONE, ONE]], tight).updates
+    assert [batch.lengths for batch in batches] == [[20], [20]]
 
 
 def test_the_teacher_reads_up_to_the_last_prediction():

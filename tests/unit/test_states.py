@@ -115,3 +115,16 @@ def test_counted_positions(
     state = make_state(3, [END, 1], response, masked, IDS, exclude_eos=exclude_eos)
     assert [int(c) for c in state.counted] == counted
     assert state.trained_tokens == trained
+
+
+def test_every_draw_of_a_trajectory_is_one_of_its_own():
+    """Claim: the first of several draws is the one of a single draw, further ones differ from it
+    and from another sample's; ``all`` draws nothing."""
+    one, options = trajectory(6, COMMITTED), {"vocabulary": IDS, "exclude_eos": False}
+    for mode in ("one_per_block", "random_mask"):
+        several = choose_states([one], mode=mode, block_size=4, key=(1, 1), draws=3, **options)
+        found = [[int(m) for m in state.masked] for state in several]
+        assert found[0] == masks(mode, one)[0]
+        assert found[1:] != [masks(mode, trajectory(6, COMMITTED, sample))[0] for sample in (1, 2)]
+        assert len(set(map(tuple, found))) == 3
+    assert len(choose_states([one], mode="all", block_size=4, key=(1, 1), draws=3, **options)) == 4

@@ -94,8 +94,14 @@ def test_a_run_ends_with_its_data_and_says_so(plan_of):
     """Claim: more steps than the epochs hold are no second helping: the run, its schedules with
     it, ends with the data, and a note says both numbers; as many as there are need none."""
     short = plan_of("train.steps=10", "data.epochs=2")
-    assert short.total_steps == short.schedule_steps == 6
+    assert short.total_steps == short.planned_steps == 6
     [note] = short.notes
     assert "train.steps=10" in note and "3 prompts are used up after 6 steps" in note
     for keys in (["train.steps=6", "data.epochs=2"], ["train.steps=-1"]):
         assert plan_of(*keys).notes == []
+    ends = (["train.steps=5", "data.epochs=2", f"train.stop_after={last}"] for last in (4, 9))
+    early, late = (plan_of(*keys) for keys in ends)
+    assert (early.total_steps, early.planned_steps, early.notes) == (4, 5, [])
+    assert (early.steps_told, short.steps_told) == ("4 (planned: 5)", "6")
+    assert (late.total_steps, late.planned_steps) == (6, 5)
+    assert "train.stop_after=9, but 3 prompts are used up after 6 steps" in late.notes[0]

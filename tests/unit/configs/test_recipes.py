@@ -22,7 +22,8 @@ from megatron_opdlm.run import dry_run
 from tests.forking import ForkServer
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-RECIPES = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml") if path.stem != "tiny_cpu")
+TOYS = ["tiny_cpu", "tiny_cpu_stages"]
+RECIPES = sorted(path.stem for path in CONFIGS.glob("[!_]*.yaml") if path.stem not in TOYS)
 RANKS = 8
 
 # What the released launchers set, by our keys.
@@ -111,7 +112,7 @@ def test_small_models_fit_two_cards_of_48_gb(stem):
     assert recipe(stem, *overrides).rollout.slots * 2 >= 128
 
 
-@pytest.mark.parametrize("stem", [*RECIPES, "tiny_cpu"])
+@pytest.mark.parametrize("stem", [*RECIPES, *TOYS])
 @pytest.mark.parametrize("machine", ["8xH200", "8xH100-80GB"])
 def test_every_recipe_dry_runs_without_gpu_weights_or_data(stem, machine):
     """Claim: both layouts divide the model, and what does not depend on the batch fits."""
@@ -169,13 +170,21 @@ def test_a_layout_that_does_not_divide_is_refused_without_weights():
 
 
 def test_files_hold_no_key_twice_and_nothing_resolves_away():
+    """Claim: what stands in a file, or below one of its stages, is what a run gets."""
     for file in CONFIGS.glob("*.yaml"):
         tree = OmegaConf.to_container(OmegaConf.load(file))
         assert isinstance(tree, dict) and tree, file
         tree.pop("base", None)
-        keys = flatten(load_config(file, []))
-        given = {f"{s}.{k}": v for s, values in tree.items() for k, v in values.items()}
-        assert {key: keys[key] for key in given} == given, file
+        trees: list[tuple[str | None, Any]] = [
+            (entry.pop("name", kind), entry)
+            for entry in tree.pop("stages", [])
+            for kind in [entry.pop("kind")]
+        ]
+        for stage, own in [(None, tree), *trees]:
+            own.pop("evaluate", None)
+            keys = flatten(load_config(file, [], stage))
+            given = {f"{s}.{k}": v for s, values in own.items() for k, v in values.items()}
+            assert {key: keys[key] for key in given} == given, (file, stage)
 
 
 # Parameters as the model cards give them, in billions.

@@ -85,6 +85,22 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(command, models, tmp_path,
         command("whole.jsonl")
 
 
+def test_a_kill_between_the_answers_and_their_manifest(command, monkeypatch):
+    """Claim: the same command writes both, and has no answer to make."""
+    wrote = answer.write_json
+
+    def die(*_: object) -> None:
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(answer, "write_json", die)
+    with pytest.raises(RuntimeError):
+        command("answers.jsonl", "--keep-truncated")
+    monkeypatch.setattr(answer, "write_json", wrote)
+    monkeypatch.setattr(Answers, "add", lambda *_: pytest.fail("it was made already"))
+    path = command("answers.jsonl", "--keep-truncated")
+    assert manifest_of(path)["sha256"] == content_hash(path)
+
+
 def test_answers_that_were_cut_off_are_left_out(command):
     """Claim: by default, and counted; the others are the same ones."""
     kept = command("kept.jsonl", "--keep-truncated")

@@ -1,10 +1,12 @@
 """Evaluations that go on: after a kill, after an installation, and never with anything else."""
 
 import json
+import shutil
 import types
 
 import pytest
 
+from evaluation import verdicts
 from evaluation.generation.predictions import Predictions
 from evaluation.run import evaluate, load_tasks
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -48,6 +50,43 @@ def test_what_is_finished_is_not_made_again(data):
     finished = AnsweringGenerator()
     assert evaluate(finished, tasks, *settings, out=out) == ([resumed], [])
     assert not finished.seen
+
+
+def test_verdicts_are_kept_when_the_grading_is_killed(data, monkeypatch, capsys):
+    """Claim: graded problems are not graded again, unless their responses are others now; the
+    results are those of an undisturbed evaluation; how far the grading is, is said."""
+    tasks, out = load_tasks(["addition"], data, None), data / "killed"
+    settings = (Decoding(temperature=1.0), 2, {})
+    [whole], expected = evaluate(AnsweringGenerator(offset=1), tasks, *settings)
+    monkeypatch.setattr(verdicts, "FIRST_PART", 1)
+    monkeypatch.setattr(verdicts, "PART_SECONDS", 0.0)
+    monkeypatch.setattr("evaluation.generation.progress.LINE_SECONDS", 0.0)
+    real, asked = verdicts.grade_predictions, []
+
+    def grade(task, rows, predictions, lives=1):
+        asked.append([row["index"] for row in predictions])
+        if len(asked) > lives:
+            raise Killed
+        return real(task, rows, predictions)
+
+    monkeypatch.setattr(verdicts, "grade_predictions", grade)
+    with pytest.raises(Killed):
+        evaluate(AnsweringGenerator(offset=1), tasks, *settings, out=out, show=True)
+    assert "addition, graded: 2 of 4 responses" in capsys.readouterr().out
+    assert len((out / "graded.partial.jsonl").read_text().splitlines()) == 1
+    copies = [shutil.copytree(out, data / name) for name in ("same", "changed")]
+    lines = (copies[1] / "predictions.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["index"] != 0]  # made again, another way
+    (copies[1] / "predictions.jsonl").write_text("".join(line + "\n" for line in kept))
+    for copy, offset, again in zip(copies, (1, 0), ([[1]], [[0], [1]]), strict=True):
+        asked.clear()
+        monkeypatch.setattr(grade, "__defaults__", (9,))
+        [resumed], predictions = evaluate(AnsweringGenerator(offset), tasks, *settings, out=copy)
+        assert asked == again
+        if offset == 1:
+            assert predictions == expected
+            assert {**resumed, "seconds": 0} == {**whole, "seconds": 0}
+        assert not (copy / "graded.partial.jsonl").exists()
 
 
 def test_a_graded_task_is_kept_when_a_later_one_is_killed(data):

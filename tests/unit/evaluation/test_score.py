@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from evaluation import score as scoring
+from evaluation import verdicts
 from evaluation.graded import tell_scorer_errors
 from evaluation.grading import mathematics
 from evaluation.report import decoding_label, read_summary, table
@@ -181,8 +181,8 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, data, monkeypatch, capf
     """Claim: after a real SIGKILL, and a torn line, the same command grades what was not graded
     alone, publishes what an undisturbed one does, and says how far it is; until then there is no
     published file, and other predictions are refused by name."""
-    monkeypatch.setattr(scoring, "FIRST_PART", 2)
-    monkeypatch.setattr(scoring, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(verdicts, "FIRST_PART", 2)
+    monkeypatch.setattr(verdicts, "PART_SECONDS", 0.0)
     task, out = get_task("addition"), tmp_path / "out"
     rows = [{"index": i, "responses": [f"#{i + 1}", "#0"]} for i in range(5)]
     predictions = predictions_file(tmp_path, rows)

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.hardware import gpu
+from megatron_opdlm.hardware import cpu, gpu, select_hardware
 from tests.forking import REPOSITORY
 
 # A GPU as far as the choice of hardware asks for one; Transformer Engine and Apex are not here.
@@ -75,3 +77,24 @@ def test_captures_share_a_stream(monkeypatch: pytest.MonkeyPatch):
     finally:
         gpu._side_stream.cache_clear()
     assert len(made) == 1
+
+
+def test_a_processor_that_multiplies_in_bfloat16(tmp_path: Path):
+    """Claim: the first that ``/proc/cpuinfo`` names counts, AMX before AVX512; none, an unknown
+    system or a similar name count as none."""
+    file = tmp_path / "cpuinfo"
+    for flags, expected in (
+        ("fpu avx512_bf16 avx2", "avx512_bf16"),
+        ("avx512_bf16 amx_tile amx_bf16", "amx_bf16"),
+        ("avx512f xavx512_bf16", ""),
+    ):
+        file.write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags : fpu\n")
+        assert cpu.bfloat16_unit(file) == expected
+    assert cpu.bfloat16_unit(tmp_path / "nowhere") == ""
+
+
+def test_large_models_take_the_fast_type():
+    """Claim: ``auto`` is the large models' type from 50 million parameters on."""
+    machine = replace(select_hardware(), dtype=torch.float32, large_dtype=torch.bfloat16)
+    assert machine.dtype_of(49_999_999) is torch.float32
+    assert machine.dtype_of(50_000_000) is torch.bfloat16

@@ -128,7 +128,7 @@ def begun(place: Path, *outputs: str) -> None:
     (place / "out" / "run").mkdir(parents=True)
     for name in outputs:
         (place / "out" / name).mkdir()
-    (first.run / "config.yaml").write_text(to_yaml(first.config))
+    (first.last.run / "config.yaml").write_text(to_yaml(first.last.config))
     note_command(first)
 
 
@@ -171,12 +171,91 @@ def test_the_dry_run_goes_on_where_training_has_begun(place, models):
     place.joinpath("out").mkdir()
     place.joinpath("out", "imported").symlink_to(models.imported("student", tied=True))
     chosen = settings(place, "--dry-run", "--mask-token-id", str(MASK))
-    chosen.run.mkdir()
-    (chosen.run / "config.yaml").write_text(to_yaml(chosen.config))
+    chosen.last.run.mkdir()
+    (chosen.last.run / "config.yaml").write_text(to_yaml(chosen.last.config))
     note_command(chosen)
     text = pipeline.show(chosen)
     assert "8 ranks are assumed" in text and "ranks        8 = tensor 1" in text
     assert "import (complete, skipped)" in text
+
+
+STAGES = """
+base: {0}/configs/tiny_cpu.yaml
+stages:
+  - kind: answer
+  - kind: warm_up
+  - kind: distil
+    evaluate: larger.yaml
+    rollout: {{block_size: 8, denoising_steps: 8}}
+"""
+
+
+@pytest.fixture
+def staged(place: Path) -> Path:
+    """A recipe in stages, with an evaluation for its larger blocks."""
+    text = (place / "evaluation.yaml").read_text()
+    for key in ("block_size", "denoising_steps"):
+        text = text.replace(f"{key}: 4", f"{key}: 8")
+    (place / "larger.yaml").write_text(text)
+    file = place / "staged.yaml"
+    file.write_text(STAGES.format(ROOT))
+    return file
+
+
+def test_stages_hand_their_weights_on(place, staged):
+    """Claim: before anything is there the commands say where it will be; a training that begins as
+    another's student has the imported model for a teacher, one that has begun keeps its start."""
+    chosen, out = settings(place, "rollout.top_k=7", recipe=staged), place / "out"
+    answer = command_of("answer", chosen)
+    assert {"--top-k=7", "--temperature=1.0", "--max-new-tokens=24"} < set(answer)
+    warm_up, distil = chosen.trainings
+    assert warm_up.config.data.path == str(out / "stages" / "answer" / "answers.jsonl")
+    assert (warm_up.config.model.path, warm_up.config.teacher.path) == (str(out / "imported"), "")
+    assert distil.config.model.path == str(warm_up.run / "checkpoints" / "LAST")
+    assert distil.config.teacher.path == str(out / "imported")
+    warm_up.directory.mkdir(parents=True)
+    warm_up.trained.write_text('{"checkpoint": "step_0000009"}')
+    assert distil.config.model.path == str(warm_up.run / "checkpoints" / "step_0000009")
+    assert command_of("distil: evaluate", chosen)[2] == str(place / "larger.yaml")
+
+
+def test_stages_that_do_not_go_together_are_refused(place, staged):
+    for keys, message in (
+        (("stages.distil.loss.logit_shift=true",), "have loss.logit_shift=False and True, but"),
+        (("rollout.block_size=16",), "stage warm_up trains blocks of rollout.block_size=16"),
+        (("stages.warm_up.loss.kind=null",), "stage warm_up: loss.kind"),
+        (("stages.distill.train.steps=1",), "no stage 'distill'.*did you mean 'distil'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            settings(place, *keys, recipe=staged)
+
+
+def test_answers_that_are_there_are_of_this_command(place, staged):
+    chosen = settings(place, recipe=staged)
+    answers = place / "out" / "stages" / "answer" / "answers.jsonl"
+    answers.parent.mkdir(parents=True)
+    note_command(chosen)
+    other = settings(place, "stages.answer.rollout.temperature=0.5", recipe=staged)
+    check_same_command(other)
+    answers.touch()
+    check_same_command(chosen)
+    with pytest.raises(InputError, match=r"differs in answers of answer; .*remove answers\.jsonl"):
+        check_same_command(other)
+
+
+@pytest.mark.parametrize("stem", ["proposal_4b_stages", "proposal_4b_grown"])
+def test_the_recipes_in_stages_dry_run(place, stem, monkeypatch):
+    """Claim: without weights, data or a GPU, stage by stage."""
+    monkeypatch.chdir(place)
+    argv = [str(ROOT / "configs" / f"{stem}.yaml"), "--hf", "absent/Qwen3-4B", "--data", "absent"]
+    args = pipeline._parser().parse_intermixed_args([*argv, "--out", "out", "--dry-run"])
+    chosen = read_settings(args, {})
+    text = pipeline.show(chosen)
+    for training in chosen.trainings:
+        assert f"stage        {training.name}\n" in text and f"--stage {training.name} " in text
+    assert text.count("memory of the fullest rank") == len(chosen.trainings)
+    assert chosen.last.config.rollout.block_size == (16 if "grown" in stem else 4)
+    assert not (place / "out").exists()
 
 
 def test_train_takes_keys_on_both_sides_of_a_flag(capsys, tmp_path, monkeypatch):
@@ -240,9 +319,11 @@ def test_a_failure_is_told_from_a_stop_by_what_the_run_has_left(
     requests = Requests.listen()
     error, message = expected
     argv = asking(then.replace("{step}", step))
-    stage = Stage(name="train", complete=lambda: False, command=lambda: argv)
+    stage = Stage(
+        name="train", complete=lambda: False, command=lambda: argv, launched=True, run=tmp_path
+    )
     with pytest.raises(error, match=message):
-        pipeline._run(stage, Stages(), requests, tmp_path)
+        pipeline._run(stage, Stages(), requests)
 
 
 def test_a_stop_while_a_stage_ends_well_holds_the_next_one(place, own_signals, monkeypatch):

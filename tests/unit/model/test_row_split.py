@@ -97,7 +97,7 @@ def test_shares_are_the_row(ranks: int):
 def test_each_rank_keeps_the_targets_that_it_asks_for(ranks: int):
     """Claim: of what the context ranks of the teacher computed, a rank keeps the rows of its own
     counted positions and no others, whichever rank computed them."""
-    packing = replace(PACKING, tokens_per_microbatch=4096)
+    packing = replace(PACKING, tokens_per_microbatch=4096, share_teacher=False)
     steps = [of_rank(rank, ranks, packing) for rank in range(ranks)]
     for step in (steps[0], steps[-1]):
         targets = []  # (position, next token) stand for a hidden state
@@ -138,7 +138,7 @@ def _next_tokens(
 def operations(step: StepBatches) -> tuple[float, float]:
     """Of the student's microbatches and of the teacher's rows."""
     student = [
-        accounting.student_flops(SHAPE, batch, recompute=True, sequence_parallel=False)
+        accounting.student_flops(SHAPE, batch, recompute="true", sequence_parallel=False)
         for batch in rows(step)
     ]
     teacher = [
@@ -170,7 +170,9 @@ def test_kernels_that_skip_hidden_pairs_count_visible_ones():
     block, clean = batch.block[:n], batch.clean[:n]
     visible = two_stream_visible(block[:, None], clean[:, None], block[None], clean[None])
     same = document[:, None] == document[None]
-    row = batch.lengths, batch.block, batch.clean
+    branch = torch.zeros(n) if batch.branch is None else batch.branch[:n]
+    visible &= (branch[None] < 0) | (branch[:, None] == branch[None])
+    row = batch.lengths, batch.block, batch.clean, batch.branch
     seen = packed_row_pairs("flex", *row)
     assert seen == int((visible & same).sum())
     assert packed_row_pairs("te", *row) >= int(same.sum())

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.planning.balance import fill_bins, share_out
+from megatron_opdlm.planning.balance import fill_bins, share_out, share_out_alike
 from megatron_opdlm.records import State
 from megatron_opdlm.reporting.accounting import state_cost
 
@@ -78,3 +78,12 @@ def test_replicas_get_equal_work_and_about_as_many_microbatches():
     assert max(loads) < 1.02 * min(loads)
     counts = [len(fill_bins([tokens[i] for i in share], 16384)) for share in shares]
     assert max(counts) - min(counts) <= 2
+
+
+def test_alike_items_stay_together_while_that_is_cheaper():
+    """Claim: responses to one prompt share a part where that costs the dearest part less, and are
+    shared out one by one where it would cost more."""
+    alike = ["a", "b", "a", "b", "c", "c"]
+    assert share_out_alike([3.0] * 6, alike, [1.0] * 6, 3) == [[0, 2], [1, 3], [4, 5]]
+    assert share_out_alike([3.0] * 4, "aaaa", [1.0] * 4, 4) == [[0], [1], [2], [3]]
+    assert share_out_alike([3.0, 3.0, 3.0, 9.0], "aaab", [0.0] * 4, 2) == [[0, 1, 2], [3]]

@@ -77,11 +77,18 @@ def test_a_longer_run_says_what_becomes_of_its_schedules(keys: list[str]):
     nothing runs over the whole plan, it is taken."""
     with pytest.raises(InputError) as error:
         check(keys, "train.steps=16")
-    assert "planned over 8 steps, this command plans 16 steps" in str(error.value)
-    assert "train.schedule_steps=8" in str(error.value)
-    assert "train.schedule_steps=16" in str(error.value)
-    for steps in ("8", "16"):
-        check(keys, "train.steps=16", f"train.schedule_steps={steps}")
+    assert "planned over train.steps=8, this command plans train.steps=16" in str(error.value)
+    assert "plan train.steps=8 again and add train.stop_after=16" in str(error.value)
+    check(keys, "train.stop_after=16")
+    check(keys, "train.steps=16", "train.stop_after=16")
+    ended = ["train.stop_after=6"]  # as the general recipes do
+    prepare_run_directory(load_config(None, [*keys, *ended]))
+    with pytest.raises(InputError, match=r"plan train\.steps=8 again"):
+        check(keys, *ended, "train.steps=16")
+    check(keys, "train.stop_after=7")
+    check(keys)
+    with pytest.raises(InputError, match=r"train\.steps=2; for a trial .* train\.stop_after=2;"):
+        check(keys, "train.out=new", *ended, "train.steps=2")
     with pytest.raises(InputError, match=r"data\.epochs=2"):
         check(keys, "train.steps=-1", "data.epochs=2")
     check(keys, "data.epochs=2")

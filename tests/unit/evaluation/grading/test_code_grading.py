@@ -11,12 +11,12 @@ from typing import cast
 import pytest
 
 import evaluation.jail.sandbox
-from evaluation.grading import code_evalplus, code_lcb, code_probe, code_sanitizer
+from evaluation.grading import code_evalplus, code_expected, code_lcb, code_probe, code_sanitizer
 from evaluation.grading.code_evalplus import HUMANEVAL, Oracle, find_problems
 from evaluation.grading.code_outputs import same_lines, same_value, same_words
 from evaluation.grading.code_sanitizer import longest_python, sanitized
 from evaluation.grading.code_text import called_function, fenced_python, last_fence
-from evaluation.jail.sandbox import Jail, Outcome, Sandbox
+from evaluation.jail.sandbox import Jail, JailLost, Outcome, Sandbox
 from evaluation.tasks.codeforces import Codeforces
 from evaluation.tasks.evalplus import own_tests
 from evaluation.tasks.humaneval import HumanEval
@@ -391,6 +391,51 @@ def test_responses_whose_jail_is_lost_are_flagged_as_such(monkeypatch):
     assert (grade.correct, grade.flags) == (False, ["sandbox_lost"])
 
 
+class NotedJails(Sandbox):
+    """A real sandbox that notes what each of its jails loads, and loses one before its third."""
+
+    def __init__(self):
+        super().__init__(workers=1)
+        self.loaded: list[list[str]] = []
+
+    def open(self):
+        jail, loaded = super().open(), []
+        self.loaded.append(loaded)
+
+        def load(source, real=jail.load):
+            if len(self.loaded) == 1 and len(loaded) == 2:
+                raise JailLost("once")
+            loaded.append(source)
+            real(source)
+
+        jail.load = load
+        return jail
+
+
+def test_a_program_has_a_jail_of_its_own_where_no_expected_value_has_been(monkeypatch):
+    """Claim: canonical solutions share a jail, which goes on in another where it is lost; a program
+    has one for its base and its plus tests, a process each, and nothing else is loaded there."""
+    problems = [PROBLEM | {"task_id": f"HumanEval/{number}"} for number in (0, 1)]
+    task, sandbox = HumanEval(), NotedJails()
+    task.problems = {problem["task_id"]: problem for problem in problems}
+    monkeypatch.setattr("evaluation.tasks.evalplus.default_sandbox", lambda: sandbox)
+    asked = [problem | {"question": PROBLEM["prompt"]} for problem in problems]
+    right, wrong = (PROBLEM["prompt"] + f"    return {text}\n" for text in ("a + b", "a - b"))
+    monkeypatch.setattr(
+        code_evalplus,
+        "sanitize",
+        lambda _, texts: [code_evalplus.Extraction(program=text) for text, _ in texts],
+    )
+    grades = task.grade_all(asked, [[right, wrong], [wrong]])
+    assert [[grade.correct for grade in row] for row in grades] == [[True, False], [False]]
+    canonical = PROBLEM["prompt"] + PROBLEM["canonical_solution"]
+    kinds = 2  # base and plus
+    assert sandbox.loaded == [
+        *([canonical] * kinds, [canonical] * kinds),
+        *([right] * kinds, [wrong], [wrong]),
+    ]
+
+
 class SlowJail:
     """A program of the right answers, ``seconds`` of CPU time each; records the limits."""
 
@@ -425,7 +470,8 @@ class SlowJail:
 )
 def test_all_tests_of_a_problem_share_evalplus_limit(tests, seconds, status, ran):
     """min(60, the sum of the tests' limits, 1 s each here) + 1, the definitions included."""
-    right = code_evalplus.Expected(values=[3] * tests, seconds=[0.01] * tests)
+    known = {"arguments": ["[1, 2]"] * tests, "values": [3] * tests}
+    right = code_expected.Expected(**known, seconds=[0.01] * tests)
     jail = SlowJail(seconds)
     verdict = code_evalplus.check(cast(Jail, jail), HUMANEVAL, PROBLEM, "", [[1, 2]] * tests, right)
     assert (verdict.status, verdict.passed) == (status, ran)

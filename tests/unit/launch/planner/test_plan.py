@@ -112,7 +112,7 @@ def test_operations_are_those_of_a_count_by_hand():
     forward, backward and once more; the teacher over prompt and response; the rollout's passes."""
     asked = question("opdlm_8b", response=1000)
     work = asked.counter.count(
-        Lengths(prompt=200, response=1000, longest=4000, per_pass=2.0), recompute=True
+        Lengths(prompt=200, response=1000, longest=4000, per_pass=2.0), recompute="true"
     )
     n = asked.student.shape.parameters
     assert work.update_flops == pytest.approx(8 * n * 2200, rel=0.15)
@@ -131,7 +131,7 @@ def test_seconds_follow_from_the_datasheet():
     weights = asked.student.shape.parameters * 2
     cache = 2 * 36 * 8 * 128 * 2 * 2200
     assert seconds["rollout"] == pytest.approx(2001 * (weights + cache) / 4.8e12 / 0.6, rel=0.1)
-    flops = asked.counter.count(lengths, recompute=True).update_flops
+    flops = asked.counter.count(lengths, recompute="true").update_flops
     assert seconds["update"] == pytest.approx(flops / 989e12 / 0.4, rel=0.25)
     slow = own(question("opdlm_8b", gpu="a100")).seconds
     fast = own(question("opdlm_8b", gpu="b200")).seconds
