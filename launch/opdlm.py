@@ -30,6 +30,7 @@ COMMANDS = {
     "score": ("evaluation.score", "grades of responses that were made anywhere"),
     "report": ("evaluation.report", "the paper's tables and figures; of a run: its page"),
     "page": ("launch.run_page.page", "runs as one HTML file: curves, responses pass by pass"),
+    "plan": ("launch.planner.run", "memory, hours and layouts of a run on GPUs not here yet"),
     "doctor": ("launch.doctor.run", "whether a machine and a configuration are ready for a run"),
     "pipeline": ("launch.pipeline", "import, train, export, evaluate and report, each stage once"),
     "quickstart": ("launch.quickstart.run", "all of it on two CPU processes with a tiny model"),
