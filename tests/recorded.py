@@ -66,7 +66,7 @@ SHIFTED = Case(
 def record(hf_dir: Path, block_size: int, *, seed: int) -> list[dict[str, Any]]:
     """States of a rollout: prompts of every length modulo the block, responses that end at once,
     in mid-block and never; two more responses to one of the prompts; then states that no rollout
-    makes: nothing masked, and a response that is cut in mid-block."""
+    makes: nothing masked, and several of a response that is cut in mid-block."""
     lengths = [1, *range(block_size, 2 * block_size + 1)]
     lengths += [3 * block_size - 1] * (1 - len(lengths) % 2)  # replicas get unequal shares
     asked = [request(20 * seed + i, n, limit=3 + (4 * i) % 11) for i, n in enumerate(lengths)]
@@ -86,9 +86,10 @@ def record(hf_dir: Path, block_size: int, *, seed: int) -> list[dict[str, Any]]:
     ]
     rows[1] = rows[1] | {"response_ids": [END_IDS[0], *rows[1]["response_ids"][1:]]}
     rows.insert(3, {"prompt_ids": [5, 8, 9], "response_ids": [1, 2, 3, 4], "masked": [0] * 4})
-    rows.append(
-        {"prompt_ids": [7, 7], "response_ids": list(range(20, 37)), "masked": [0, 1] * 8 + [1]}
-    )
+    cut = {"prompt_ids": [7, 7], "response_ids": list(range(20, 37))}
+    # Three states of one sequence share its clean copy where they are packed together.
+    masks = [0, 1] * 8 + [1], [1, 0] * 8 + [1], [1] * 4 + [0] * 13
+    rows += [cut | {"masked": mask} for mask in masks]
     shared = max((row["prompt_ids"] for row in rows), key=len)
     for first in (11, 30):
         response = list(range(first, first + 2 * block_size))

@@ -18,6 +18,7 @@ from megatron_opdlm.prompts import render
 MODELS = {
     "teacher": "teacher, one token a forward",
     "before": "untrained student",
+    "warm_up": "warmed-up student, one token a pass",
     "static": "student, one token a pass",
     "dynamic": "student, all tokens above 0.9",
 }
@@ -38,7 +39,7 @@ def main() -> None:
     scores = {
         name: json.loads((out / "evaluation" / name / "summary.json").read_text())[0]
         for name in MODELS
-        if name != "before"
+        if name not in ("before", "warm_up")
     }
     trainings = {name: rows(out / name / "metrics.jsonl") for name in TRAININGS}
     record = {
@@ -57,7 +58,8 @@ def main() -> None:
         "perplexity_under_teacher": perplexity,
         "tokens_per_denoising_step": {
             name: tokens(answers[name]) / sum(row["passes"] for row in answers[name])
-            for name in ("before", "static", "dynamic")
+            for name in MODELS
+            if name != "teacher"
         },
         "gsm8k": {
             name: {key: row[key] for key in ("n", "accuracy", "stderr")}

@@ -52,6 +52,7 @@ class Settings:
         return {
             "teacher": (imported, ["--mode", "ar"]),
             "before": (imported, static),
+            "warm_up": (_trained(self.out, "warm_up"), static),
             "static": (exported, static),
             "dynamic": (exported, dynamic),
         }
@@ -200,7 +201,7 @@ def _answers(settings: Settings) -> Iterator[Stage]:
             complete=texts.exists,
             command=lambda c=common, a=asked: torchrun(settings.ranks, "evaluation.sample", *c, *a),
         )
-        if name == "before":
+        if name in ("before", "warm_up"):
             continue
         graded = ("--tasks", "GSM8K", "--data", f"{out}/data", "--out", str(scores))
         first = ("--limit", str(settings.problems))

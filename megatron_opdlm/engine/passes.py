@@ -254,7 +254,13 @@ class FixedPasses(_Passes):
     def _idle(self) -> Iterator[None]:
         """Nobody is at work: capturing runs a piece more than once to warm it up."""
         state = self.state
-        kept = [state.tokens, state.committed, state.numbers, *vars(state.now).values()]
+        kept = [
+            state.tokens,
+            state.committed,
+            state.sureness,
+            state.numbers,
+            *vars(state.now).values(),
+        ]
         copies = [tensor.clone() for tensor in kept]
         state.begin(float(state.threshold))
         for tensor in vars(state.now).values():

@@ -58,6 +58,7 @@ class _Waiting:
     order: int  # of its first admission; older ones keep their pages
     ids: list[int]  # the prompt and, of one that had to leave its slot, its finished blocks
     committed_at: list[int]  # of the finished blocks' response tokens
+    sureness: list[int]
     passes: int
 
 
@@ -81,7 +82,14 @@ class Queue:
             range(len(requests)), key=lambda i: -requests[i].positions(rules.block_size)
         )
         self.waiting = deque(
-            _Waiting(number=i, order=order, ids=requests[i].prompt.ids, committed_at=[], passes=0)
+            _Waiting(
+                number=i,
+                order=order,
+                ids=requests[i].prompt.ids,
+                committed_at=[],
+                sureness=[],
+                passes=0,
+            )
             for order, i in enumerate(by_length)
         )
         self.finished: dict[int, Trajectory] = {}
@@ -127,7 +135,7 @@ class SlotBooks:
         self.known = np.zeros(slots, dtype=np.int64)  # tokens that it came with
         self.block_start, self.end = np.zeros((2, slots), dtype=np.int64)
         self.tokens = np.zeros((slots, positions), dtype=np.int64)
-        self.committed_at = np.zeros((slots, positions), dtype=np.int64)
+        self.committed_at, self.sureness = np.zeros((2, slots, positions), dtype=np.int64)
         # Passes of the whole sequence, and those before its current block.
         self.passes, self.passes_before = np.zeros((2, slots), dtype=np.int64)
         self._short = True  # a sequence may lack pages
@@ -139,7 +147,7 @@ class SlotBooks:
         return int((self.request >= 0).sum())
 
     def learn(self, report: np.ndarray) -> list[Trajectory]:
-        """Enter what a pass did to each slot ([S, 3 + 2 B], ``SlotState.commit``); returns the
+        """Enter what a pass did to each slot ([S, 3 + 3 B], ``SlotState.commit``); returns the
         trajectories that ended.
         """
         size = self.queue.rules.block_size
@@ -149,7 +157,10 @@ class SlotBooks:
             return []
         place = finished[:, None], self.block_start[finished, None] + self._column
         new = report[finished, slot_state.TOKENS :]
-        self.tokens[place], self.committed_at[place] = new[:, :size], new[:, size:]
+        for book, part in zip(
+            (self.tokens, self.committed_at, self.sureness), range(0, 3 * size, size), strict=True
+        ):
+            book[place] = new[:, part : part + size]
         self.block_start[finished] += size
         self._short = True
         if self.committed is not None:
@@ -181,6 +192,7 @@ class SlotBooks:
             prompt=request.prompt,
             response_ids=response,
             committed_at=self.committed_at[slot, start:stop].tolist(),
+            confidence=(self.sureness[slot, start:stop] / slot_state.SURE).tolist(),
             response_tokens=kept,
             finish_reason=reason,
             forwards=int(passes),
@@ -245,6 +257,7 @@ class SlotBooks:
                 order=int(self.order[slot]),
                 ids=self.tokens[slot, :stop].tolist(),
                 committed_at=self.committed_at[slot, start:stop].tolist(),
+                sureness=self.sureness[slot, start:stop].tolist(),
                 passes=int(self.passes_before[slot]),
             )
         )
@@ -290,7 +303,9 @@ class SlotBooks:
         self.known[slot], self.end[slot] = known, end
         self.block_start[slot] = first_block_start(known, self.queue.rules.block_size)
         self.tokens[slot, :known] = waiting.ids
-        self.committed_at[slot, known - len(waiting.committed_at) : known] = waiting.committed_at
+        made = slice(known - len(waiting.committed_at), known)
+        self.committed_at[slot, made] = waiting.committed_at
+        self.sureness[slot, made] = waiting.sureness
         self.passes[slot] = self.passes_before[slot] = waiting.passes
         self.pages.give(slot, self.pages.needed(positions))
 

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.hardware.peak_memory import PeakMemory
+
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # environment of a program that shall see no GPU
 
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
@@ -54,9 +57,9 @@ def transformer_engine() -> str | None:
     return str(importlib.import_module("megatron.core.utils").get_te_version())
 
 
-def peak_memory_bytes() -> int:
-    """Largest amount of GPU memory that tensors have occupied on this rank."""
-    return torch.cuda.max_memory_allocated()
+def peak_memory() -> PeakMemory:
+    """Of GPU memory that tensors have occupied on this rank."""
+    return PeakMemory(torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats)
 
 
 def free_memory_bytes() -> int:

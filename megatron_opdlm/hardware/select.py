@@ -1,7 +1,6 @@
 """Chooses the hardware once, into one record. Nobody else asks what machine this is."""
 
 import functools
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ import psutil
 import torch
 
 from megatron_opdlm import launcher
-from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
+from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu, peak_memory
+from megatron_opdlm.hardware.peak_memory import PeakMemory
 
 Run = Callable[[], torch.Tensor]
 Capture = Callable[[Run], Run]
@@ -29,7 +29,7 @@ class Hardware:
     dtype: torch.dtype  # of a small model, and of model.dtype=auto in general
     large_dtype: torch.dtype  # of a model of LARGE_PARAMETERS and more
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
-    peak_memory_bytes: Callable[[], int]  # of this rank
+    peak_memory: PeakMemory  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
@@ -47,10 +47,6 @@ class Hardware:
     def dtype_of(self, parameters: int) -> torch.dtype:
         """model.dtype=auto of a model of this size."""
         return self.large_dtype if parameters >= LARGE_PARAMETERS else self.dtype
-
-
-def _peak_resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def _available_bytes() -> int:
@@ -76,7 +72,7 @@ def select_hardware() -> Hardware:
             dtype=torch.bfloat16,
             large_dtype=torch.bfloat16,
             transformer_options=gpu.transformer_options(engine),
-            peak_memory_bytes=gpu.peak_memory_bytes,
+            peak_memory=gpu.peak_memory(),
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=engine,
@@ -98,7 +94,7 @@ def select_hardware() -> Hardware:
         dtype=torch.float32,
         large_dtype=torch.bfloat16 if unit else torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,
-        peak_memory_bytes=_peak_resident_bytes,
+        peak_memory=peak_memory.resident(),
         free_memory_bytes=_available_bytes,
         decode_attention=("buckets",),
         transformer_engine=None,

@@ -50,10 +50,19 @@ class RotaryScaling:
 
 def read_theta(config: Mapping[str, Any], path: Path, default: float | None) -> float:
     """The base of the frequencies. Transformers 4 writes a flat ``rope_theta``, transformers 5 a
-    ``rope_parameters`` record.
+    ``rope_parameters`` record; a file may have both. InputError where they differ: each reader
+    would take its own.
     """
-    nested = _record(config, "rope_parameters", path).get("rope_theta")
-    theta = nested if nested is not None else config.get("rope_theta", default)
+    nested, flat = (
+        _record(config, "rope_parameters", path).get("rope_theta"),
+        config.get("rope_theta"),
+    )
+    if nested is not None and flat is not None and nested != flat:
+        raise InputError(
+            f"{path}: rope_theta={flat!r}, but rope_parameters has rope_theta={nested!r}; keep the "
+            "one that the model was trained with in both"
+        )
+    theta = next((found for found in (nested, flat, default) if found is not None), None)
     if theta is None:
         raise InputError(f"{path} has no rope_theta; add the value that the model was trained with")
     return number(theta, "rope_theta", path)

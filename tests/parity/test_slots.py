@@ -123,6 +123,8 @@ def test_sequences_that_outgrow_the_pages(
         with jobs.fixed_size_forwards(graphs):
             made = generate(model, asked, rules, vocabulary, key=(1, 1), options=options)
         assert made.trajectories == expected
+        for trajectory, one in zip(made.trajectories, expected, strict=True):
+            assert trajectory.confidence == pytest.approx(one.confidence, abs=1e-5)
         # 96 positions hold two of them, of 36 to 40 positions, at full length
         assert made.slot_utilisation * made.slots > 2.2
         assert left

@@ -55,6 +55,16 @@ def stand_in(folder: Path, name: str, version: str) -> None:
             wheel.writestr(path, text)
 
 
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="no clone")
+def test_the_image_holds_the_whole_repository():
+    """Claim: the build passes over nothing that is tracked, so that all tests can run there."""
+    everything, *kept = (REPOSITORY / ".dockerignore").read_text().split()
+    listed = ["git", "-C", str(REPOSITORY), "ls-tree", "--name-only", "HEAD"]
+    tracked = subprocess.run(listed, capture_output=True, text=True, check=True, timeout=60)
+    assert everything == "*"
+    assert {"!" + name for name in tracked.stdout.split()} <= {*kept}
+
+
 def test_the_dockerfile_s_image_is_the_one_tested():
     base = re.search(r"ARG BASE=.*:(\S+)-py3", (REPOSITORY / "Dockerfile").read_text())
     assert base is not None and base[1] == "25.12"

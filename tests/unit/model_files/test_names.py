@@ -313,6 +313,10 @@ def test_mixtures_we_would_compute_wrongly(
         ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide num_attention_heads=6"),
         ({"head_dim": 3}, "head_dim=3 is odd"),
         ({"rope_theta": "absent"}, "has no rope_theta"),
+        (
+            {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}},
+            "rope_theta=10000.0, but rope_parameters has rope_theta=1000000.0; keep the one",
+        ),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4}}, "rope_type='longrope'; built"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None is not a positive number"),
         ({"rope_scaling": {"type": "llama3", "factor": 8}}, "rope_scaling.low_freq_factor=None"),
