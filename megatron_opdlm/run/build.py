@@ -248,13 +248,15 @@ def build_student(
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
     # Weights are gathered at once, never during the next forward: the output layer's are read
     # outside of its module, and captured passes read all of them, where nobody would wait.
+    # Sums overlap the backward pass where that was tested: not between pipeline stages.
+    overlaps = hardware.overlaps_reduction and config.model.pipeline_parallel == 1
     reduction = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=hardware.overlaps_reduction,
+        overlap_grad_reduce=overlaps,
     )
     ddp = DistributedDataParallel(model.config, reduction, wrapped)
-    if hardware.overlaps_reduction:  # of the last microbatch only
+    if overlaps:  # of the last microbatch only
         model.config.no_sync_func = ddp.no_sync
     fuse_gradients(model)
     adam = optimizer_config(config, dtype, hardware)

@@ -191,12 +191,11 @@ def test_three_updates_on_one_rank(recorded: Recorded, case: Case):
     ids=lambda value: value.name if isinstance(value, Case) else value,
 )
 def test_three_updates(recorded: Recorded, ranks: WorkerGroups, name: str, case: Case):
-    """Claim: the same on every layout; replicas and replicated weights stay equal bit for bit; in
-    some with sums that overlap the backward pass."""
+    """Claim: the same on every layout; replicas and replicated weights stay equal bit for bit."""
     number, layout = LAYOUTS[name]
-    arguments = training_arguments(recorded, case, overrides(layout))
-    overlapped = name in ("pp2-dp2", "tp2-dp2-sp")
-    results = ranks(number).run(jobs.train_on, **arguments, overlapped=overlapped)
+    results = ranks(number).run(
+        jobs.train_on, **training_arguments(recorded, case, overrides(layout))
+    )
     assert_training(results[0], recorded.expected_training(case, LR, CLIP))
 
 
