@@ -73,7 +73,7 @@ def test_every_layout_says_the_same(
     for name in ("tp2", "pp2", "dp2", "cp2"):
         number, layout = LAYOUTS[name]
         out = tmp_path / name
-        keys = ["train.steps=1", "train.schedule_steps=8", *layout_overrides(layout)]
+        keys = ["train.steps=8", "train.stop_after=1", *layout_overrides(layout)]
         command = training_run.overrides(model, prompts, out, *keys)
         ranks(number).run(jobs.train_run, overrides=command, timeout=120)
         for ours, theirs in zip(samples(out), expected, strict=True):

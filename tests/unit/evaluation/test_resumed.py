@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from evaluation import verdicts
+from evaluation.generation import verdicts
 from evaluation.generation.predictions import Predictions
 from evaluation.run import evaluate, load_tasks
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -95,10 +95,10 @@ def test_a_graded_task_is_kept_when_a_later_one_is_killed(data):
     tasks, out = load_tasks(["addition", "exact_match"], data, None), data / "killed"
 
     class DiesLater(AnsweringGenerator):
-        def generate(self, *arguments):
+        def generate(self, prompts, decoding, samples, finished=lambda _: None):
             if self.seen:
                 raise Killed
-            return super().generate(*arguments)
+            return super().generate(prompts, decoding, samples, finished)
 
     with pytest.raises(Killed):
         evaluate(DiesLater(), tasks, Decoding(), 1, {}, out=out)

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from evaluation import verdicts
+from evaluation.generation import verdicts
 from evaluation.graded import tell_scorer_errors
 from evaluation.grading import mathematics
 from evaluation.report import decoding_label, read_summary, table

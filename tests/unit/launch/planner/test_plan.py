@@ -100,8 +100,8 @@ def test_a_kept_cache_is_there_in_every_phase():
     """Claim: a budget of the cache is kept between rollouts, so an update has less room; without
     one it is given back."""
     token = 2 * 36 * 8 * 128 * 2  # keys and values of a position: layers, groups, head, bytes
-    kept = own(question("opdlm_8b", "rollout.kv_cache_tokens=100000")).memory
-    assert kept.sizes("update")["KV cache"] == 100000 * token
+    kept = own(question("opdlm_8b", "rollout.kv_cache_tokens=50000")).memory
+    assert kept.sizes("update")["KV cache"] == 50000 * token
     given_back = own(question("opdlm_8b")).memory
     assert "KV cache" not in given_back.sizes("update")
     assert given_back.sizes("rollout")["KV cache"] == 16 * 6000 * token
