@@ -74,6 +74,7 @@ class Exports:
             if running.process.returncode:
                 self._say_failed(running)
             running.output.close()
+            self.checkpoints.keep_to_number()  # it was spared as long as it was read
         self._remove_orphans()
         wanted = self._wanted()
         if wanted:
