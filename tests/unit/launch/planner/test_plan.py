@@ -175,7 +175,10 @@ def test_the_command_prints_text_or_an_object(
     [
         (["--gpu", "h20", "--gpus", "8"], "--gpu h20 is not known.*use h200, h100"),
         (["--gpu", "h200", "--gpus", "0"], "--gpus 0: use 1 or more"),
-        (["--gpu", "h200", "--gpus", "8", "train.steps=-1"], "give --steps N"),
+        (
+            ["--gpu", "h200", "--gpus", "8", "train.steps=-1", "train.stop_after=null"],
+            "give --steps N",
+        ),
         (["--gpu", "h200", "--gpus", "8", "--tokens-per-pass", "9"], "at most 4 tokens"),
         (["--gpu", "h200", "--gpus", "8", "--measured", "nowhere"], "no directory of a run"),
         (["--gpu", "h200", "--gpus", "8", "model.path=checkpoints/x"], "x is not a directory"),
