@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.smollm2.run import TEXTS_ONLY, TRAININGS
 from megatron_opdlm.errors import Arguments, command
 from megatron_opdlm.model_files.shape import read_json
 from megatron_opdlm.model_files.writing import write_json
@@ -20,9 +21,9 @@ MODELS = {
     "before": "untrained student",
     "warm_up": "warmed-up student, one token a pass",
     "static": "student, one token a pass",
+    "sequential": "student, one token a pass, from left to right",
     "dynamic": "student, all tokens above 0.9",
 }
-TRAININGS = ("warm_up", "distil")
 PARTS = ("rollout", "teacher", "update")
 SHOWN = 4  # questions whose answers are printed
 BLOCKS = 6  # of the trajectory
@@ -39,7 +40,7 @@ def main() -> None:
     scores = {
         name: json.loads((out / "evaluation" / name / "summary.json").read_text())[0]
         for name in MODELS
-        if name not in ("before", "warm_up")
+        if name not in TEXTS_ONLY
     }
     trainings = {name: rows(out / name / "metrics.jsonl") for name in TRAININGS}
     record = {

@@ -23,6 +23,7 @@ WARM_UP, RECIPE = HERE / "warm_up.yaml", HERE / "recipe.yaml"
 FORMATS = {False: "a2d-llama", True: "llama"}  # by loss.logit_shift, which a2d's readers lack
 THRESHOLD = "0.9"
 TRAININGS = ("warm_up", "distil")
+TEXTS_ONLY = ("before", "warm_up", "sequential")  # not asked GSM8K
 QUICK = ("--dtype", "bf16")
 
 
@@ -48,12 +49,14 @@ class Settings:
         block = load_config(RECIPE, self.overrides).rollout.block_size
         blocks = ["--block-size", str(block), "--denoising-steps", str(block)]
         static = [*blocks, "--remasking", "low_confidence_static"]
+        sequential = [*blocks, "--remasking", "sequential"]
         dynamic = [*blocks, "--remasking", "low_confidence_dynamic", "--threshold", THRESHOLD]
         return {
             "teacher": (imported, ["--mode", "ar"]),
             "before": (imported, static),
             "warm_up": (_trained(self.out, "warm_up"), static),
             "static": (exported, static),
+            "sequential": (exported, sequential),
             "dynamic": (exported, dynamic),
         }
 
@@ -201,7 +204,7 @@ def _answers(settings: Settings) -> Iterator[Stage]:
             complete=texts.exists,
             command=lambda c=common, a=asked: torchrun(settings.ranks, "evaluation.sample", *c, *a),
         )
-        if name in ("before", "warm_up"):
+        if name in TEXTS_ONLY:
             continue
         graded = ("--tasks", "GSM8K", "--data", f"{out}/data", "--out", str(scores))
         first = ("--limit", str(settings.problems))
