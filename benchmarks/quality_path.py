@@ -257,8 +257,8 @@ Found = Mapping[tuple[int, int, str, int], Tree]
 
 def _accuracies(found: Found, tokens: int) -> list[str]:
     lines = [
-        "| block | way | trained tokens | " + " | ".join(DECODINGS) + " |",
-        "|---|---|---|" + "---|" * len(DECODINGS),
+        "| block | way | seeds | trained tokens | " + " | ".join(DECODINGS) + " |",
+        "|---|---|---|---|" + "---|" * len(DECODINGS),
     ]
     for block in sorted({key[1] for key in found}):
         for way in WAYS:
@@ -272,7 +272,9 @@ def _accuracies(found: Found, tokens: int) -> list[str]:
                 speed = f" at {statistics.mean(speeds):.2f}" if "dynamic" in name else ""
                 cells.append(f"{_spread(accuracies)}{speed}")
             trained = statistics.mean(r["trained_tokens"] for r in runs)
-            lines.append(f"| {block} | {way} | {trained:,.0f} | " + " | ".join(cells) + " |")
+            lines.append(
+                f"| {block} | {way} | {len(runs)} | {trained:,.0f} | " + " | ".join(cells) + " |"
+            )
     return lines
 
 

@@ -16,12 +16,7 @@ from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
 from checkpoint_tools.export.export_files import CardFacts, write_files
-from checkpoint_tools.export.formats import (
-    check_format,
-    exported_shape,
-    layout_of,
-    with_explicit_head,
-)
+from checkpoint_tools.export.formats import exported_shape, with_explicit_head
 from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE
 from checkpoint_tools.export.model_card import read_evaluation
 from checkpoint_tools.export.safetensors_writer import DEFAULT_SHARD_BYTES, ShardWriter
@@ -33,16 +28,17 @@ from checkpoint_tools.quantization.export import (
     quantize,
     read_quantization,
 )
-from checkpoint_tools.streaming.progress import Progress, progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from checkpoint_tools.verify import FULL, SAMPLE, Extent, compare, compare_tensor
 from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.families import FORMATS
+from megatron_opdlm.model_files.formats import check_format, layout_of
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.model_files.writing import check_free, check_outside
+from megatron_opdlm.reporting.progress import BYTES, Progress
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 EXTENTS = {"sample": SAMPLE, "full": FULL}
@@ -148,8 +144,11 @@ def convert(
             writer = ShardWriter(directory, exported, dtype, shard_bytes)
             team.on_first(writer.create_files)
             total = exported.parameters * ITEM_BYTES[dtype]
-            with progress_bar(
-                f"export {out.name}", total // team.size, shown=team.is_first and not quiet
+            with Progress(
+                f"export {out.name}",
+                total // team.size,
+                show=team.is_first and not quiet,
+                unit=BYTES,
             ) as bar:
                 team.together(
                     lambda: _while_checking(
@@ -218,7 +217,7 @@ def _write(
             size = writer.write(name, tensor)
             compare_tensor(written, name, tensor, writer.dtype, checkpoint)
             written.close()  # a mapping from before the next write need not show it
-            progress.update(size)
+            progress.advance(count=size)
     writer.close()
 
 

@@ -12,7 +12,6 @@ from checkpoint_tools.arguments import DTYPES, add_quiet, start
 from checkpoint_tools.export.hf_files import plain_config
 from checkpoint_tools.export.mask_registration import register_mask
 from checkpoint_tools.mask_choice import choose_mask
-from checkpoint_tools.streaming.progress import progress_bar
 from checkpoint_tools.streaming.team import Team, shared_directory
 from megatron_opdlm.errors import Arguments, command
 from megatron_opdlm.model_files.families import BY_TYPE
@@ -22,6 +21,7 @@ from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import end_tokens, names_end_token, pad_token
 from megatron_opdlm.model_files.writing import check_free, check_outside, write_json
+from megatron_opdlm.reporting.progress import BYTES, Progress
 
 
 def main() -> None:
@@ -87,7 +87,8 @@ def convert(
         files = directory / HUGGINGFACE
         team.on_first(lambda: _carry_over(weights, files, contract, mask_text))
         total = weights.model_shape.parameters * torch_dtype.itemsize // team.size
-        with progress_bar(f"import {out.name}", total, shown=team.is_first and not quiet) as bar:
+        shown = team.is_first and not quiet
+        with Progress(f"import {out.name}", total, show=shown, unit=BYTES) as bar:
             sha256 = write_weights(directory / WEIGHTS, weights, torch_dtype, team, bar)
         known = {f"weights/{name}": digest for name, digest in sha256.items()}
         team.on_first(

@@ -24,7 +24,6 @@ from evaluation.decoding_flags import (
     loading_from,
 )
 from evaluation.generation.identity import hash_model
-from evaluation.generation.progress import Progress
 from evaluation.sample import open_generator, response_text
 from megatron_opdlm.data.checks import MANIFEST
 from megatron_opdlm.data.content_hash import content_hash
@@ -40,6 +39,7 @@ from megatron_opdlm.model_files.writing import (
 )
 from megatron_opdlm.prompts import PromptSet, load_prompts
 from megatron_opdlm.records import Trajectory
+from megatron_opdlm.reporting.progress import Progress
 
 _SYNC_SECONDS = 5.0  # between flushes to the disk
 

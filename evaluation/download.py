@@ -40,6 +40,7 @@ from megatron_opdlm.data import sources
 from megatron_opdlm.data.dapo import dapo_rows
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.writing import check_place, replacing, write_bytes, write_json
+from megatron_opdlm.reporting.progress import Progress
 
 Result = TypeVar("Result")
 
@@ -176,8 +177,10 @@ def main() -> None:
     if args.public is not None:
         print(convert(tasks[0], args.public, args.data))
         return
-    for task in tasks:
-        print(fetch(task, args.data), flush=True)
+    with Progress("download", len(tasks), show=True, unit="task") as progress:
+        for task in tasks:
+            print(fetch(task, args.data), flush=True)
+            progress.advance()
 
 
 if __name__ == "__main__":

@@ -7,17 +7,13 @@ nothing twice.
 """
 
 import copy
-import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from evaluation.run import evaluate, load_training_tasks
 from evaluation.tasks import Row, Task, get_task
@@ -31,10 +27,8 @@ from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.run.session import Session
 from megatron_opdlm.supervision import activity, preemption
 
-_POLL_SECONDS = 0.2
 _LIFE_SECONDS = 1.0  # between signs of life while the writer grades
 _NO_FIGURES = ("task", "seconds", "settings")  # of a summary row
-_shared = itertools.count()  # results waited for; every rank counts alike
 
 
 @dataclass(kw_only=True)
@@ -149,18 +143,14 @@ class LiveGenerator(Generator):
         """The writer's value, on every rank. Grading may take the writer longer than a collective
         call waits, so the others wait for its sign first.
         """
-        key = f"in_training_evaluation/{next(_shared)}"
-        store = dist.distributed_c10d._get_default_store()
-        if self.is_writer:
-            store.set(key, "ready")
-        while not store.check([key]):
-            activity.advance()
-            time.sleep(_POLL_SECONDS)
+        parallel.wait_for_writer(lambda: None, activity.advance)
         return super().share(value)
 
 
 def live_generator(session: Session) -> LiveGenerator:
-    """A generator around the run's student; a request to stop ends its responses early."""
+    """A generator around the run's student; a request to stop ends its responses early. It takes
+    over the cache that the rollouts keep, so that there are never two.
+    """
     return LiveGenerator(
         model=session.student.model,
         tokenizer=load_tokenizer(session.source.files),
@@ -168,6 +158,7 @@ def live_generator(session: Session) -> LiveGenerator:
         contract=session.checkpoints.block_contract,
         longest=session.plan.max_positions,
         options=session.config.rollout,
+        keeper=session.decoders,
         stop=preemption.requested,
     )
 

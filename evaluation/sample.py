@@ -22,7 +22,6 @@ from evaluation.decoding_flags import (
     decoding_from,
     loading_from,
 )
-from evaluation.generation.progress import Progress
 from evaluation.prompting import prompt_from, response_text
 from megatron_opdlm.data.rows import read_rows
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -30,6 +29,7 @@ from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_new_file, check_outside, write_jsonl
 from megatron_opdlm.prompts import what_is_asked
 from megatron_opdlm.records import Trajectory
+from megatron_opdlm.reporting.progress import Progress
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:

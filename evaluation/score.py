@@ -14,6 +14,7 @@ from typing import TypeGuard
 
 from evaluation.generation.identity import hash_rows
 from evaluation.generation.predictions import SETTINGS, finished_rows
+from evaluation.generation.verdicts import Verdicts, grade_in_parts, sandbox_layers
 from evaluation.graded import graded_row, summary_of, tell_scorer_errors
 from evaluation.jail.sandbox import use_sandbox
 from evaluation.jsonl import read_jsonl
@@ -22,7 +23,6 @@ from evaluation.reporting.results import SUMMARY
 from evaluation.reporting.summary import SummaryRow
 from evaluation.sandbox_flag import add_sandbox_flag
 from evaluation.tasks import Row, Task, get_task
-from evaluation.verdicts import Verdicts, grade_in_parts, sandbox_layers
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.writing import write_json, write_jsonl
 

@@ -5,6 +5,7 @@ waits for no PyTorch. Ranks: ``torchrun ... --no-python opdlm NAME ...``.
 
 import importlib
 import sys
+from pathlib import Path
 
 from megatron_opdlm import __version__
 from megatron_opdlm.errors import OPDLM, InputError, command, nearest
@@ -27,8 +28,9 @@ COMMANDS = {
     "recipe": ("evaluation.recipe", "benchmarks as a file of configs/evaluation/ says"),
     "sweep": ("evaluation.sweep", "accuracy over decoding settings and checkpoints"),
     "score": ("evaluation.score", "grades of responses that were made anywhere"),
-    "report": ("evaluation.report", "the paper's tables and figures, measured beside published"),
+    "report": ("evaluation.report", "the paper's tables and figures; of a run: its page"),
     "page": ("launch.run_page.page", "runs as one HTML file: curves, responses pass by pass"),
+    "plan": ("launch.planner.run", "memory, hours and layouts of a run on GPUs not here yet"),
     "doctor": ("launch.doctor.run", "whether a machine and a configuration are ready for a run"),
     "pipeline": ("launch.pipeline", "import, train, export, evaluate and report, each stage once"),
     "quickstart": ("launch.quickstart.run", "all of it on two CPU processes with a tiny model"),
@@ -51,9 +53,19 @@ def _run() -> None:
     if name not in COMMANDS:
         said = f"{name!r} is no command{nearest(name, COMMANDS)}" if name else "a command is needed"
         raise InputError(f"{said}; {OPDLM} --help lists them")
+    if name == "report" and _names_a_run(arguments):
+        name = "page"
     module = importlib.import_module(COMMANDS[name][0])
     sys.argv = [f"{OPDLM} {name}", *arguments]
     module.main()
+
+
+def _names_a_run(arguments: list[str]) -> bool:
+    """Whether what is to be reported on is a training run: then its page is the report."""
+    from launch.run_page.records import is_run
+
+    paths = (argument.rpartition("=")[2] for argument in arguments if argument[:1] != "-")
+    return any(is_run(Path(path)) for path in paths)
 
 
 def _overview() -> str:

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoint_tools.export.formats import check_format
 from evaluation.reporting.results import SUMMARY
 from launch.pipeline_parts import Answering, Part, Recipe, Training, parts_of, trainings
 from launch.stages import ROOT
 from megatron_opdlm.config import Config, path_override
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.families import FORMATS, QWEN3
+from megatron_opdlm.model_files.formats import check_format
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, BlockContract
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, read_shape
 from megatron_opdlm.model_files.writing import check_outside, check_place

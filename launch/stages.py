@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from pathlib import Path
 import psutil
 
 from megatron_opdlm.errors import RunError, Stopped
+from megatron_opdlm.reporting.progress import last_line
 
 ROOT = Path(__file__).resolve().parents[1]
+WATCH_SECONDS = 2.0  # between looks at how far a stage is
+_CLEAR = "\033[K"  # the rest of a terminal's line
 STOP_SECONDS = 30  # for a killed job to be gone
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # one thread a rank: more are slower on a CPU
@@ -64,7 +68,7 @@ class Stages:
     def run(self, name: str, argv: list[str]) -> str:
         """Run a command to its end, output in ``logs/NAME.log``; returns its last line."""
         process = self.start(name, argv)
-        if process.wait():
+        if self._watch(name, process):
             raise self.failure(name, process.returncode)
         lines = self._logged(name).splitlines()
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -84,6 +88,19 @@ class Stages:
                 pass_fds=self.held,
                 preexec_fn=_end_with_parent,
             )
+
+    def _watch(self, name: str, process: subprocess.Popen) -> int:
+        """Wait for a command; on a terminal, say how far it is, as its log does. Its code."""
+        said = ""
+        while sys.stderr.isatty() and self.logs is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=WATCH_SECONDS)
+                break
+            said = last_line(self._logged(name))[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{_CLEAR}{said}", end="", file=sys.stderr, flush=True)
+        if said:
+            print(f"\r{_CLEAR}", end="", file=sys.stderr, flush=True)
+        return process.wait()
 
     def failure(self, name: str, code: int) -> RunError:
         """The error of a stage: its own ``error:`` line if it wrote one, and where to read more."""

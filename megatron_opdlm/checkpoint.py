@@ -49,6 +49,7 @@ from megatron_opdlm.storage.step_directories import (
     StepDirectories,
     is_name,
     name_of,
+    step_of,
 )
 from megatron_opdlm.update import Student
 
@@ -127,6 +128,7 @@ class Checkpoints:
     in_background: bool = False  # write while the run goes on, from copies in host memory
     identity: RunIdentity | None = None
     best_step: int | None = None  # whose checkpoint ``best`` names once it is published
+    in_use: str | None = None  # name of a checkpoint that is being read, which is not removed
     tracker_run_id: str | None = None  # of an experiment tracker, which may set it; saved, restored
     _copies: HostCopies = field(default_factory=HostCopies)
     _pending: _Pending | None = None
@@ -268,7 +270,16 @@ class Checkpoints:
         publish(temporary, self.places.of(step))
         self.places.point(LATEST, step)
         self._point_to_best()
-        self.places.keep(self.keep, newest=step)
+        self.places.keep(self.keep, newest=step, spared=self.in_use)
+
+    def latest_step(self) -> int:
+        """Of the checkpoint that ``latest`` names, as rank 0 sees it; 0: there is none."""
+        name = self.places.pointed_to(LATEST)
+        return step_of(name) if name and is_name(name) else 0
+
+    def keep_to_number(self) -> None:
+        """Remove what was spared while it was in use; on rank 0."""
+        self.places.keep(self.keep, newest=self.latest_step(), spared=self.in_use)
 
     def _point_to_best(self) -> None:
         """``best`` names the best step's checkpoint once that is there; until then, the one before

@@ -11,6 +11,7 @@ from megatron_opdlm import launcher, parallel
 from megatron_opdlm.checkpoint import load_model
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.engine.decoder import DecoderKeeper
 from megatron_opdlm.errors import InputError, Stopped
 from megatron_opdlm.mailbox import Mailbox
 from megatron_opdlm.model.gpt import LanguageModel, build_model
@@ -49,6 +50,7 @@ class Generator:
     no_mask: str = ""  # why not
     longest: int  # positions
     options: EngineOptions = EngineOptions()
+    keeper: DecoderKeeper | None = None  # of the decoder between calls
     stop: Callable[[], bool] = lambda: False  # asked after every forward; True ends ``generate``
 
     @property
@@ -113,6 +115,7 @@ class Generator:
             options=self.options,
             stop=self.stop,
             committed=committed,
+            keeper=self.keeper,
             **post,
         )
         if not made.complete:

@@ -106,6 +106,8 @@ def read(owner: type, name: str, value: Any, shown: str) -> Any:
 
 def _typed(shown: str, value: Any, hint: Any, knowledge: Key) -> Any:
     arguments, plain = typing.get_args(hint), plain_type(hint)
+    if "true" in choices(hint) and str(value).lower() in ("true", "false"):  # among other choices
+        return str(value).lower()
     if may_be_none(hint):
         nothing = value is None or (isinstance(value, str) and written_values.is_nothing(value))
         return None if nothing else _typed(shown, value, arguments[0], knowledge)

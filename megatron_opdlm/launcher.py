@@ -6,6 +6,7 @@ import os
 import socket
 
 _OF_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PLACE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _LARGEST_PORT = 65535
 
 
@@ -43,6 +44,11 @@ def forget() -> None:
     """This process is alone from here on, also for whoever asks its environment."""
     for name in _OF_LAUNCHER:
         os.environ.pop(name, None)
+
+
+def environment_alone() -> dict[str, str]:
+    """This process's environment for a program that is none of the ranks."""
+    return {k: v for k, v in os.environ.items() if k not in (*_OF_LAUNCHER, *_PLACE)}
 
 
 def problem() -> str | None:

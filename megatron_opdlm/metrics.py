@@ -1,4 +1,4 @@
-"""Final numbers of a step -> ``metrics.jsonl``, TensorBoard, W&B and a progress bar; rank 0 only.
+"""Final numbers of a step -> ``metrics.jsonl``, trackers and a progress bar; rank 0 only.
 
 Nothing is reduced here: the numbers come in as they are to be reported. On resume, lines of steps
 after ``start_step`` are removed, so every step appears once.
@@ -12,9 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_opdlm.errors import InputError, RunError
+from megatron_opdlm.errors import RunError
 from megatron_opdlm.model_files.writing import append_jsonl, json_line, write_bytes
-from megatron_opdlm.reporting.tracking import Tracker
+from megatron_opdlm.reporting.progress import Progress
+from megatron_opdlm.reporting.sample_texts import trajectory_text
+from megatron_opdlm.reporting.trackers import Tracker
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -35,10 +37,9 @@ class MetricsWriter:
         run_dir: Path,
         *,
         enabled: bool,
-        tensorboard: bool,
         total_steps: int,
         start_step: int,  # steps already done; 0 for a new run
-        tracker: Tracker | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self._run_dir = run_dir
         self._enabled = enabled
@@ -48,16 +49,8 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, SAMPLES, EVALUATION):
             forget_after(run_dir / name, start_step)
-        self._tracker = tracker
-        self._board = _open_tensorboard(run_dir, start_step) if tensorboard else None
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            desc="train",
-            file=sys.stderr,
-            dynamic_ncols=True,
-        )
+        self._trackers = trackers
+        self._bar = Progress("train", total_steps, start_step, show=True, unit="step")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record one training step: one line, on disk when this returns."""
@@ -65,8 +58,7 @@ class MetricsWriter:
             return
         append_jsonl(self._run_dir / METRICS, [{"step": step, **metrics}])
         self._show(step, metrics)
-        self._bar.set_postfix(_postfix(metrics), refresh=False)
-        self._bar.update(1)
+        self._bar.advance(note=_note(metrics))
 
     def say_once(self, note: str) -> None:
         """A line for people above the progress bar, unless this run has said it."""
@@ -75,9 +67,14 @@ class MetricsWriter:
             tqdm.write(f"note: {note}", file=sys.stderr)
 
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
-        """Record sample texts of one step, one line each."""
-        if self._enabled:
-            append_jsonl(self._run_dir / SAMPLES, [{"step": step, **sample} for sample in samples])
+        """Record sample texts of one step, one line each, and for the trackers as text."""
+        if not self._enabled:
+            return
+        append_jsonl(self._run_dir / SAMPLES, [{"step": step, **sample} for sample in samples])
+        for tracker in self._trackers:
+            tracker.texts(
+                step, {f"samples/{i}": trajectory_text(row) for i, row in enumerate(samples)}
+            )
 
     def evaluation(self, step: int, record: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Record an evaluation of the student after a step: ``record`` as a line of its own file,
@@ -90,22 +87,17 @@ class MetricsWriter:
         self._show(step, metrics)
 
     def _show(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Numbers for TensorBoard and the tracker."""
+        """Numbers for the trackers."""
         numbers = dict(scalars(metrics))
-        if self._board is not None:
-            for tag, value in numbers.items():
-                self._board.add_scalar(tag, value, step)
-        if self._tracker is not None:
-            self._tracker.log(step, numbers)
+        for tracker in self._trackers:
+            tracker.log(step, numbers)
 
     def close(self) -> None:
         if not self._enabled:
             return
         self._bar.close()
-        if self._board is not None:
-            self._board.close()
-        if self._tracker is not None:
-            self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def forget_after(file: Path, step: int) -> None:
@@ -151,20 +143,9 @@ def scalars(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield tag, float(value)
 
 
-def _postfix(metrics: Mapping[str, Any]) -> dict[str, str]:
-    return {
-        short: f"{metrics[name]:.4g}"
+def _note(metrics: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{short}={metrics[name]:.4g}"
         for name, short in _BAR.items()
         if isinstance(metrics.get(name), (int, float))
-    }
-
-
-def _open_tensorboard(run_dir: Path, start_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "logging.tensorboard=true needs the tensorboard package; install it, or use "
-            "logging.tensorboard=false"
-        ) from error
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+    )

@@ -56,6 +56,14 @@ class Packing:
         return rows + [[] for _ in range(self.rows_in_step(len(rows)) - len(rows))]
 
 
+PLACES = 32  # of a block that are told apart at the most
+
+
+def place_width(block_size: int) -> int:
+    """Neighbouring tokens of a block that count as one place of it."""
+    return -(-block_size // PLACES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """One microbatch of the student, and what is read from it: a row of N tokens, of which this
@@ -75,6 +83,8 @@ class PackedBatch:
     labels: Tensor  # [M] the tokens of the finished sequence
     row_weight: Tensor  # [M] 1 / counted positions of the sequence
     sequence: Tensor  # [M] index into ``states``
+    position: Tensor  # [M] of the token in its response
+    place: Tensor  # [M] of the token in its block, in units of ``place_width``
     masked_share: Tensor  # [M] share of its block's response tokens that are masked
 
     @property
@@ -241,6 +251,8 @@ def _pack(
     target = _row([questions.rows(s, at) for s, at in zip(states, counted, strict=True)])
     label = _row([_labels(s, at) for s, at in zip(states, counted, strict=True)])
     share = [_masked_shares(s, packing) for s in states]
+    position = _row([at - len(s.prompt_ids) for s, at in zip(states, counted, strict=True)])
+    place = _row([_places(s, at, packing) for s, at in zip(states, counted, strict=True)])
     device = packing.device
     return PackedBatch(
         states=states,
@@ -256,6 +268,8 @@ def _pack(
         labels=label[mine].to(device),
         row_weight=(1.0 / counts[sequence])[mine].to(device),
         sequence=sequence[mine].to(device),
+        position=position[mine].to(device),
+        place=place[mine].to(device),
         masked_share=torch.cat([*share, torch.zeros(0)])[mine].to(device),
     )
 
@@ -380,6 +394,12 @@ def _shifted(parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """Indices within each sequence -> indices of the packed row."""
     starts = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]
     return [part + start for part, start in zip(parts, starts, strict=False)]
+
+
+def _places(state: State, counted: Tensor, packing: Packing) -> Tensor:
+    """Of counted positions their places in their blocks, in units of ``place_width``."""
+    inside = (counted + packing.shift(state)) % packing.block_size
+    return inside // place_width(packing.block_size)
 
 
 def _labels(state: State, counted: Tensor) -> Tensor:

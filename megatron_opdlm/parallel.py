@@ -4,11 +4,13 @@ so callers hold no ``if``.
 
 import atexit
 import contextlib
+import itertools
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,9 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_opdlm.planning.layout import Layout
 
+T = TypeVar("T")
+_POLL_SECONDS = 0.2
+_waits = itertools.count()  # for rank 0; every rank counts alike
 _groups_of: Layout | None = None  # the layout that Megatron's groups stand for
 
 
@@ -354,12 +359,37 @@ def on_writer(action: Callable[[], str | None]) -> str | None:
     return first_problem(problem)
 
 
+def wait_for_writer(action: Callable[[], T], alive: Callable[[], None]) -> T | None:
+    """Do something on rank 0 that may take longer than a collective waits; the others wait for its
+    sign, saying ``alive``. Its result on rank 0, None elsewhere.
+    """
+    key, store = f"writer_is_done/{next(_waits)}", dist.distributed_c10d._get_default_store()
+    if is_writer():
+        result = action()
+        store.set(key, "")
+        return result
+    while not store.check([key]):
+        alive()
+        time.sleep(_POLL_SECONDS)
+    return None
+
+
 def max_over_ranks(value: float) -> float:
     """Largest value over all ranks."""
     holder = torch.tensor(value, dtype=torch.float64, device=select_hardware().device)
     if dist.get_world_size() > 1:
         dist.all_reduce(holder, op=dist.ReduceOp.MAX)
     return float(holder)
+
+
+def gather_numbers(mine: Sequence[float]) -> list[list[float]]:
+    """As many numbers of every rank, in the order of the ranks, on every rank."""
+    own = torch.tensor(mine, dtype=torch.float64, device=select_hardware().device)
+    if dist.get_world_size() == 1:
+        return [own.tolist()]
+    table = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(table, own)
+    return [row.tolist() for row in table]
 
 
 def barrier() -> None:

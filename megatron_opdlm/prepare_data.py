@@ -31,6 +31,7 @@ from megatron_opdlm.data.sources import PUBLISHED, TEMPLATES, Published, ask, fe
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_outside, check_place, write_json, write_jsonl
 from megatron_opdlm.prompts import check_vocabulary, render
+from megatron_opdlm.reporting.progress import Progress
 
 _SHOWN = 3  # faulty rows named in an error
 
@@ -77,12 +78,14 @@ def prepare(rows: list[Row], template: str, checks: Checks) -> Prepared:
     """Check every row. InputError with line numbers unless faulty rows are to be dropped."""
     good: list[tuple[Row, dict[str, Any], int]] = []
     faults: list[str] = []
-    for row in rows:
-        try:
-            fields = as_training_row(row.fields, template)
-            good.append((row, fields, _tokens(fields, checks)))
-        except InputError as error:
-            faults.append(f"{row.place}: {error}")
+    with Progress("prepare", len(rows), show=True, unit="row") as progress:
+        for row in rows:
+            try:
+                fields = as_training_row(row.fields, template)
+                good.append((row, fields, _tokens(fields, checks)))
+            except InputError as error:
+                faults.append(f"{row.place}: {error}")
+            progress.advance()
     if faults and not checks.drop_invalid:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise InputError(

@@ -54,6 +54,9 @@ class Trajectory:
     finish_reason: str  # "stop" | "length"
     forwards: int  # model forward passes this sample took part in, prefill included
     passes: int  # denoising passes executed
+    # [R] probability of each token when it was committed, to a millionth; empty: recorded
+    # elsewhere. Rounding of logits differs with the batch, so it is not compared.
+    confidence: list[float] = field(default_factory=list, compare=False)
     off_policy: bool = False  # recorded in a file: its tokens were committed by no pass
 
     @property
@@ -106,7 +109,21 @@ class UpdateReport:
     sequence_loss: list[float]  # in the order of the microbatches' states
     share_sum: dict[float, float]  # masked share of the block -> sum of the positions' values, nats
     share_count: dict[float, int]
+    place_sum: dict[int, float]  # the same by the token's place in its block (PackedBatch.place)
+    place_count: dict[int, int]
+    position_value: list[float]  # of the microbatches' counted positions, this context rank's alone
     grad_norm: float  # L2 norm over all parameters before clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """What an update saw of one token of a response that people are shown."""
+
+    sample: int
+    position: int  # in the response
+    masked: int  # tokens of the response that its state has masked
+    value: float  # the loss's divergence there, nats
+    teacher: list[tuple[int, float]]  # its likeliest tokens with their probabilities; may be empty
 
 
 @dataclass(frozen=True, kw_only=True)

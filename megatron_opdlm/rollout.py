@@ -191,8 +191,7 @@ class _Engine:
         self.groups = [self._group(one) for one in decoder.groups]
         self.stopped = False
         self.launches, self.busy_slots = 0, 0
-        # Tokens, those that the last layer carries on, (query, key) pairs, projected rows.
-        self.work = np.zeros(4, dtype=np.int64)
+        self.tokens, self.read_rows, self.pairs, self.projected_rows = 0, 0, 0, 0
 
     def _group(self, group: Group) -> _Group:
         room, slots = self.room, group.state.slots
@@ -227,6 +226,8 @@ class _Engine:
     def _goes_on(self) -> bool:
         """Whether there is another round: for the ranks that keep step, while one of them works."""
         works = not self.queue.done and not self.stopped
+        if not self.keeps_step:
+            return works
         return parallel.most_over_experts(int(works)) > 0
 
     def _launch(self, group: _Group) -> None:
@@ -287,7 +288,7 @@ class _Engine:
             flight, fetched = group.reports.popleft()
             numbers = fetched().numpy()
             header, report = numbers[:header_size].tolist(), numbers[header_size:]
-            report = report.reshape(-1, slot_state.TOKENS + 2 * state.rules.block_size)
+            report = report.reshape(-1, slot_state.TOKENS + 3 * state.rules.block_size)
             self._check(group, header[slot_state.FAULTY])
             self.stopped = self.stopped or bool(header[slot_state.STOP])
             pairs = flight.pairs
@@ -295,8 +296,11 @@ class _Engine:
                 padding = flight.rows - header[slot_state.ROWS_RUN]
                 pairs = header[slot_state.PAIRS] + padding * state.rules.block_size**2
                 group.rows, group.draws = header[slot_state.ROWS :]
-            self.work += flight.rows * state.rules.block_size, flight.read_rows, pairs, flight.draws
-            self.busy_slots += int(report[:, slot_state.RAN].sum())
+            self.tokens += flight.rows * state.rules.block_size
+            self.read_rows += flight.read_rows
+            self.pairs += pairs
+            self.projected_rows += flight.draws
+            self.busy_slots += int(np.count_nonzero(report[:, slot_state.RAN]))
             if flight.ignored:
                 report[list(flight.ignored)] = 0
             for trajectory in group.books.learn(report):
@@ -315,11 +319,10 @@ class _Engine:
             )
 
     def _flops(self) -> float:
-        tokens, read_rows, pairs, projected = self.work.tolist()
         return forward_flops(
             self.model.shape,
-            tokens=tokens,
-            read_rows=read_rows,
-            attended_pairs=pairs,
-            projected_rows=projected,
+            tokens=self.tokens,
+            read_rows=self.read_rows,
+            attended_pairs=self.pairs,
+            projected_rows=self.projected_rows,
         )

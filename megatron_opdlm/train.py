@@ -44,7 +44,7 @@ def run(config: Config) -> None:
                         update(session.student, packed, targets, session.objective, rate)
                         for packed, rate in session.update_schedule(step, batches)
                     ]
-                session.finish_step(step, rollout, states, batches, reports, watch)
+                session.finish_step(step, rollout, states, batches, targets, reports, watch)
                 evaluation.run(session)
                 session.save_if_due()
         session.close()

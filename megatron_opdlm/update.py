@@ -32,9 +32,11 @@ from megatron_opdlm.divergence import (
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import select_positions
-from megatron_opdlm.packing import PackedBatch
+from megatron_opdlm.packing import PLACES, PackedBatch
 from megatron_opdlm.teacher import Targets, rows_of
 from megatron_opdlm.top_k_targets import TopK, keep_top_k, top_k_loss
+
+_PERCENTS = 101  # from 0 to 100
 
 
 class NonFiniteError(RunError):
@@ -106,7 +108,7 @@ def measure(
     """Losses, and gradients left in the buffers, without changing a weight."""
     losses = _accumulate_gradients(student, batches, targets, objective)
     position_values, faults = _over_pipeline(batches, losses)
-    values, share_sum, share_count = _collect(batches, position_values)
+    values, by_share, by_place = _collect(batches, position_values)
     _require_finite(batches, values, faults)
     found_inf = student.optimizer.prepare_grads()
     grad_norm = float(student.optimizer.get_grad_norm())
@@ -118,8 +120,11 @@ def measure(
         )
     return UpdateReport(
         sequence_loss=values.tolist(),
-        share_sum=share_sum,
-        share_count=share_count,
+        share_sum={level / 100: total for level, (total, _) in by_share.items()},
+        share_count={level / 100: count for level, (_, count) in by_share.items()},
+        place_sum={place: total for place, (total, _) in by_place.items()},
+        place_count={place: count for place, (_, count) in by_place.items()},
+        position_value=position_values.tolist(),
         grad_norm=grad_norm,
     )
 
@@ -235,30 +240,33 @@ def _over_pipeline(batches: Sequence[PackedBatch], losses: list[Tensor]) -> tupl
     return value, fault.long()
 
 
-def _collect(
-    batches: Sequence[PackedBatch], values: Tensor
-) -> tuple[Tensor, dict[float, float], dict[float, int]]:
-    """Per-sequence losses [sequences] and sums of the positions' values by masked share, to whole
-    percents; over all context ranks.
+_Levels = dict[int, tuple[float, int]]  # level -> sum of its positions' values, their number
+
+
+def _collect(batches: Sequence[PackedBatch], values: Tensor) -> tuple[Tensor, _Levels, _Levels]:
+    """Per-sequence losses [sequences], and the positions' values by masked share, in whole
+    percents, and by place in the block; over all context ranks.
     """
     weight = torch.cat([batch.row_weight for batch in batches]).double()
     share = torch.cat([batch.masked_share for batch in batches])
-    sequence = _sequence_numbers(batches)
+    place = torch.cat([batch.place for batch in batches])
     count = sum(len(batch.states) for batch in batches)
-    percent = (share * 100).round().long()
-    parts = (
-        values.new_zeros(count).index_add(0, sequence, values * weight),
-        values.new_zeros(101).index_add(0, percent, values),
-        values.new_zeros(101).index_add(0, percent, torch.ones_like(values)),
-    )
-    summed = parallel.sum_over_context(torch.cat(parts))
-    per_sequence, sums, counts = summed.split([count, 101, 101])
-    levels = [level for level, number in enumerate(counts.tolist()) if number]
-    return (
-        per_sequence,
-        {level / 100: float(sums[level]) for level in levels},
-        {level / 100: int(counts[level]) for level in levels},
-    )
+    one = torch.ones_like(values)
+    sizes = [count, _PERCENTS, _PERCENTS, PLACES, PLACES]
+    index = [_sequence_numbers(batches), *[(share * 100).round().long()] * 2, *[place] * 2]
+    parts = [
+        values.new_zeros(size).index_add(0, at, value)
+        for size, at, value in zip(
+            sizes, index, [values * weight, values, one, values, one], strict=True
+        )
+    ]
+    losses, *levels = parallel.sum_over_context(torch.cat(parts)).split(sizes)
+    return losses, _levels(*levels[:2]), _levels(*levels[2:])
+
+
+def _levels(sums: Tensor, counts: Tensor) -> _Levels:
+    pairs = enumerate(zip(sums.tolist(), counts.tolist(), strict=True))
+    return {level: (total, int(count)) for level, (total, count) in pairs if count}
 
 
 def _sequence_numbers(batches: Sequence[PackedBatch]) -> Tensor:

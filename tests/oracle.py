@@ -281,10 +281,13 @@ class Rules:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A response of whole blocks, with the 1-based pass that committed each token."""
+    """A response of whole blocks, with the 1-based pass that committed each token, and its
+    confidence then.
+    """
 
     response_ids: list[int]
     committed_at: list[int]
+    confidence: list[float]
     passes: int
 
 
@@ -293,6 +296,7 @@ def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rul
     """Block diffusion without any cache: every pass runs the model on the whole sequence so far."""
     tokens, size = list(prompt), rules.block_size
     committed_at: dict[int, int] = {}
+    confidence: dict[int, float] = {}
     passes = 0
     for start in itertools.count(len(prompt) // size * size, size):
         stop = start + size
@@ -306,6 +310,7 @@ def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rul
             for i in committed(drawn, pass_index, rules):
                 tokens[i] = drawn[i].token
                 committed_at[i] = pass_index + 1
+                confidence[i] = drawn[i].confidence
                 masked.remove(i)
             passes += 1
             if not masked:
@@ -313,7 +318,12 @@ def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rul
         response = tokens[max(start, len(prompt)) :]
         if set(response) & set(rules.end_ids) or stop >= len(prompt) + limit:
             positions = range(len(prompt), len(tokens))
-            return Decoded(tokens[len(prompt) :], [committed_at[i] for i in positions], passes)
+            return Decoded(
+                tokens[len(prompt) :],
+                [committed_at[i] for i in positions],
+                [confidence[i] for i in positions],
+                passes,
+            )
     raise AssertionError
 
 

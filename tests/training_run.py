@@ -12,7 +12,7 @@ from tests.conftest import LAST_TOKEN, MASK
 STEPS = 8
 EVERY = 2
 # Wall-clock and memory are not part of the law; everything else is.
-MEASURED = ("seconds", "per_second", "peak_memory_bytes")
+MEASURED = ("seconds", "per_second", "peak_memory_bytes", "slowest_rank")
 
 
 def write_prompts(path: Path, count: int = 13) -> Path:

@@ -40,7 +40,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from checkpoint_tools.streaming.megatron_weights import stored_key
-from checkpoint_tools.streaming.progress import Progress
 from checkpoint_tools.streaming.team import Team, shares
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model_files.checksums import HashingFile
@@ -53,6 +52,7 @@ from megatron_opdlm.model_files.names import (
 )
 from megatron_opdlm.model_files.safetensors_dir import HFWeights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names
+from megatron_opdlm.reporting.progress import Progress
 
 # What Megatron writes beside the tensors: how it laid them out, and in which format.
 CONTENT = {
@@ -238,7 +238,7 @@ class _Writer(dcp.FileSystemWriter):
                 tensor = self._plan.resolve_data(item)
                 torch.save(tensor, cast(IO[bytes], file))
                 file.raise_failure()
-                self._progress.update(tensor.nbytes)
+                self._progress.advance(count=tensor.nbytes)
                 places.append((start, file.tell() - start))
         sha256 = file.sha256
         return [

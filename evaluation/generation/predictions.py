@@ -20,7 +20,7 @@ from megatron_opdlm.errors import InputError
 from megatron_opdlm.model_files.writing import check_place, json_line, sync, write_json, write_jsonl
 
 PREDICTIONS, SETTINGS, PARTIAL = "predictions.jsonl", "settings.json", "summary.partial.json"
-VERDICTS = "graded.partial.jsonl"  # of a task whose grading is under way (evaluation.verdicts)
+VERDICTS = "graded.partial.jsonl"  # of a task whose grading is under way (verdicts.py)
 LAYOUT = ("tp", "pp", "ep")  # results do not depend on it: another one may go on
 _SYNC_SECONDS = 5.0  # between flushes to the disk
 

@@ -4,13 +4,13 @@ import time
 from typing import Any
 
 from evaluation.generation.predictions import Predictions
-from evaluation.generation.progress import Progress
+from evaluation.generation.verdicts import Verdicts, grade_in_parts
 from evaluation.graded import PROMPT_TOO_LONG, graded_row, summary_of, tell_scorer_errors
 from evaluation.prompting import response_text
 from evaluation.tasks import Row, Task
-from evaluation.verdicts import Verdicts, grade_in_parts
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.records import Prompt, Trajectory
+from megatron_opdlm.reporting.progress import Progress
 
 _SAMPLE_BITS = 32  # a response's key: its number among the row's, then the row's index in 32 bits
 

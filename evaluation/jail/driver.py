@@ -21,6 +21,7 @@ from evaluation.jail.child import (
     fresh_interpreter,
     process_descriptors,
 )
+from evaluation.jail.remote import Remote
 
 FRAME_LIMIT = 1 << 30  # from the grader, who is trusted
 _POLL_SECONDS = 0.05
@@ -291,7 +292,7 @@ class Driver:
 
         def body() -> int:
             fresh_interpreter(self.packages)
-            verdict = judge.run(judge.Remote(3, 4), self.source, request["tests"])
+            verdict = judge.run(Remote(3, 4), self.source, request["tests"])
             channel.send(5, verdict)
             return 0
 

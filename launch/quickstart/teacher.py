@@ -23,6 +23,7 @@ from pathlib import Path
 from launch.quickstart import task
 from megatron_opdlm.errors import Arguments, InputError, RunError, command
 from megatron_opdlm.model_files.writing import new_directory, write_json
+from megatron_opdlm.reporting.progress import Progress
 
 PAD, END = "<pad>", "<end>"
 VOCABULARY = [PAD, END, *task.ALPHABET]  # ids 0..15
@@ -153,20 +154,22 @@ def train(model, recipe: Recipe) -> int:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     model.train()
     tokens = 0
-    for step in range(recipe.steps):
-        corrupt = recipe.corrupt * min(1.0, 2 * step / recipe.steps)
-        batch = [draw.choice(pool) for _ in range(recipe.batch_size)]
-        inputs, labels = collate(training_rows(batch, corrupt, draw))
-        logits = model(input_ids=inputs).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        tokens += int((labels != IGNORED).sum())
+    with Progress("teacher", recipe.steps, show=True, unit="step") as progress:
+        for step in range(recipe.steps):
+            corrupt = recipe.corrupt * min(1.0, 2 * step / recipe.steps)
+            batch = [draw.choice(pool) for _ in range(recipe.batch_size)]
+            inputs, labels = collate(training_rows(batch, corrupt, draw))
+            logits = model(input_ids=inputs).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            tokens += int((labels != IGNORED).sum())
+            progress.advance(note=f"loss={loss.item():.4g}")
     model.eval()
     return tokens
 

@@ -12,13 +12,16 @@ const PANELS = [
   { title: "loss", keys: ["loss"] },
   { title: "KL", unit: "nats", keys: ["kl"] },
   { title: "KL by masked share", unit: "nats", group: "kl_by_masked_fraction/", ramp: true, split: true },
+  { title: "KL by position in the block", unit: "nats", group: "kl_by_block_position/", ramp: true, split: true },
   { title: "accuracy", from: "evaluation", group: "", split: true, all: 1 },
   { title: "tokens a pass", keys: ["tokens_per_denoising_step", "tokens_per_forward"] },
   { title: "responses that end by an end token", unit: "share", keys: ["eos_fraction"], all: 1 },
   { title: "length", unit: "tokens", keys: ["mean_response_tokens", "max_new_tokens"] },
   { title: "time of a step by phase", unit: "s", group: "seconds_", split: true },
+  { title: "the slowest rank of each phase", unit: "s", group: "slowest_seconds/", split: true, severalRanks: true },
   { title: "throughput", unit: "tokens/s", keys: ["trained_tokens_per_second", "rollout_tokens_per_second"] },
   { title: "peak memory", unit: "GiB", keys: ["peak_memory_bytes"], scale: 2 ** -30 },
+  { title: "peak memory by phase", unit: "GiB", group: "peak_memory_bytes_by_phase/", scale: 2 ** -30, split: true },
   { title: "gradient norm", keys: ["grad_norm"] },
   { title: "learning rate", keys: ["lr"] },
 ];
@@ -70,11 +73,18 @@ function style(order, count, ramp) {
   return { colour: `var(--c${order % COLOURS})`, dash: DASHES[Math.floor(order / COLOURS) % DASHES.length] };
 }
 
+/** Whether another rank than 0, whose times are drawn anyway, was ever the slowest. */
+function hasSlowerRank(run) {
+  const columns = Object.entries(run.columns).filter(([key]) => key.startsWith("slowest_rank/"));
+  return columns.some(([, ranks]) => ranks.some((rank) => rank > 0));
+}
+
 /** The curves of a panel: name, points [x, y] and how they look. */
 function curves(panel, runs, axis) {
   const from = panel.from || "columns";
   const found = [];
   for (const run of runs) {
+    if (panel.severalRanks && !hasSlowerRank(run)) continue;
     let keys = panel.keys || Object.keys(run[from]).filter((key) => key !== "step" && key.startsWith(panel.group));
     if (panel.ramp) keys = keys.sort((a, b) => parseFloat(a.slice(panel.group.length)) - parseFloat(b.slice(panel.group.length)));
     const x = positions(run, from, axis);

@@ -20,6 +20,7 @@ from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place, to_json, write_text
 
+PAGE = "page.html"
 _HERE = Path(__file__).parent
 
 
@@ -65,15 +66,21 @@ def name_runs(arguments: list[str]) -> dict[str, Path]:
 def main() -> None:
     parser = Arguments(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="[NAME=]RUN")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.html")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.html",
+        help=f"default: {PAGE} in the first run's directory",
+    )
     args = parser.parse_args()
-    out: Path = args.out
+    named = name_runs(args.runs)
+    out: Path = args.out or next(iter(named.values())) / PAGE
     if out.suffix != ".html":
         raise InputError(f"--out {out}: a page is a file that ends in .html; name it so")
     if out.is_dir():
         raise InputError(f"--out {out}: is a directory; name a file in it")
     check_place(out, f"--out {out}")
-    runs = [read_run(directory, name) for name, directory in name_runs(args.runs).items()]
+    runs = [read_run(directory, name) for name, directory in named.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, render(runs))
     print(f"page: {out}")

@@ -21,10 +21,15 @@ RESPONSES = 60  # of a run at the most, so that the page stays small
 Columns = dict[str, list[float | None]]
 
 
+def is_run(directory: Path) -> bool:
+    """Whether a directory is one of ``train.out``."""
+    return (directory / METRICS).is_file()
+
+
 def read_run(directory: Path, name: str) -> dict[str, Any]:
     """A run directory as the page's data. InputError where it holds no training step."""
     file = directory / METRICS
-    if not file.is_file():
+    if not is_run(directory):
         raise InputError(f"{directory}: holds no {METRICS}; give the directory of train.out")
     steps = read_lines(file)
     if not steps:
@@ -108,6 +113,7 @@ def response(row: Mapping[str, Any], block_size: int, alignment: str) -> dict[st
         "texts": row.get("response_texts") or [f"{token} " for token in ids],
         "blocks": blocks,
         "committed_at": committed,
+        **{key: row.get(key) for key in ("confidence", "kl", "teacher")},
         "passes_of_block": passes,
         "passes": [before[block] + at for block, at in zip(blocks, committed, strict=True)],
     }

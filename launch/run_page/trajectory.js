@@ -12,6 +12,10 @@ function shown(text) {
   return text === "" ? "◌" : text.replaceAll("\n", "↵\n");
 }
 
+function share(p) {
+  return `${+(100 * p).toPrecision(3)} %`;
+}
+
 function said(sample, i) {
   const block = sample.blocks[i];
   const lines = [
@@ -19,6 +23,11 @@ function said(sample, i) {
     `id ${sample.ids[i]}, token ${i + 1} of ${sample.ids.length}, block ${block + 1}`,
     `pass ${sample.committed_at[i]} of the block's ${sample.passes_of_block[block]}, ${sample.passes[i]} of the response`,
   ];
+  if (sample.confidence) lines.push(`confidence ${share(sample.confidence[i])}`);
+  if (sample.kl && sample.kl[i] !== null) lines.push(`KL ${+sample.kl[i].toPrecision(3)} nats in the trained state`);
+  if (sample.kl && sample.kl[i] === null) lines.push("not under loss in the trained state");
+  const teacher = sample.teacher?.[i];
+  if (teacher?.length) lines.push(`teacher: ${teacher.map(([text, p]) => `${JSON.stringify(text)} ${share(p)}`).join(", ")}`);
   if (i >= sample.response_tokens) lines.push("after the response's end");
   return lines.join("\n");
 }

@@ -111,6 +111,11 @@ class CheckpointConfig:
     every: int = key(10, "steps between two checkpoints", unit="steps", at_least=1)
     keep: int = key(2, "newest checkpoints that are kept", unit="checkpoints", at_least=1)
     async_save: bool = key(True, "write from copies in host memory while the run goes on")
+    export: list[str] = key(
+        [],
+        "formats of `opdlm export`, such as [sdar]: each checkpoint that is kept is exported to "
+        "exports/FORMAT/ of the run directory by a process beside the run",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,11 @@ class LoggingConfig:
     tensorboard: bool = key(True, "write TensorBoard's files")
     wandb: Literal["none", "offline", "online"] = key("none", "Weights & Biases")
     wandb_project: str = key("megatron-opdlm", "project of the run's page")
+    wandb_entity: str = key("", "user or team of the project; empty: the account's default")
+    wandb_group: str = key("", "group of runs that the page shows together")
+    wandb_name: str = key("", "name of the run; empty: the run directory's")
+    wandb_tags: list[str] = key([], "tags of the run")
+    trackers: list[str] = key([], "modules of other trackers (docs/metrics.md)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 from megatron_opdlm.keys import key
 
 Precision = Literal["auto", "fp32", "bf16"]
+Recompute = Literal["false", "true", "attention", "mlp"]
 LoraTarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 LORA_TARGETS: tuple[LoraTarget, ...] = get_args(LoraTarget)
 
@@ -70,8 +71,11 @@ class ModelConfig:
         "it is installed, on GPUs in 16 bits; checkpoints are the same",
         may_change=True,
     )
-    recompute: bool = key(
-        False, "recompute activations in the backward pass: less memory, more time", may_change=True
+    recompute: Recompute = key(
+        "false",
+        "recompute activations in the backward pass (less memory, more time): true = of whole "
+        "layers, mlp or attention = of these parts only",
+        may_change=True,
     )
 
 

@@ -29,11 +29,11 @@ class Pages:
 
     def give(self, slot: int, pages: int) -> None:
         """Add free pages to a slot."""
-        held = self.held[slot]
+        held = int(self.held[slot])
         for place in range(held, held + pages):
             self.table[slot, place] = self.free.pop()
-        self.held[slot] += pages
-        self.covered[slot] += pages * self.page_tokens
+        self.held[slot] = held + pages
+        self.covered[slot] = (held + pages) * self.page_tokens
         self.changed = True
 
     def take_back(self, slot: int) -> None:

@@ -6,6 +6,7 @@ sizes; what each size runs is captured once and replayed. Nobody waits for the d
 whoever does not fit takes part in the next pass.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class _Passes:
     def __init__(self, model: LanguageModel, state: SlotState, plans: DecodePlans) -> None:
         self.model, self.state, self.plans = model, state, plans
         self.device = state.device
+        self.first, self.last = parallel.is_first_stage(), parallel.is_last_stage()
+        self.alone = model.config.tensor_model_parallel_size * parallel.pipeline_size() == 1
         hidden, dtype = model.shape.hidden, model.config.params_dtype
         # Shifted logits: the hidden state before each block, as it was last computed clean.
         self.carry = torch.zeros(state.slots + 1, hidden, dtype=dtype, device=self.device)
@@ -60,12 +63,18 @@ class _Passes:
 
     def receive(self, tokens: int) -> Tensor | None:
         """Activations [N, 1, H] of the stage before, None on the first one."""
-        if parallel.is_first_stage():
+        if self.first:
             return None
         shape = (tokens, 1, self.model.shape.hidden)
         return parallel.receive_from_previous_stage(
             shape, self.model.config.params_dtype, self.device
         )
+
+    def decide(self, drawn: Tensor) -> parallel.Sending:
+        """Make the drawn tokens of one rank those of all ranks of the replica."""
+        if self.alone:
+            return parallel.Sending(work=None, tensor=drawn)
+        return parallel.broadcast_from_last_stage(drawn)
 
     def draw(self, hidden_MH: Tensor, draws: Draws) -> Tensor:
         """Draw a token at every entry -> [3, M] token, confidence, entropy."""
@@ -120,7 +129,7 @@ class ExactPasses(_Passes):
         drawn = torch.zeros(3, len(read) + 1, dtype=torch.float64, device=self.device)
         drawn[:, -1] = stop
         sent = None
-        if parallel.is_last_stage():
+        if self.last:
             drawn[:, :-1] = self.draw(output.flatten(0, 1), self.draws)
         else:
             sent = parallel.send_to_next_stage(output)
@@ -129,7 +138,7 @@ class ExactPasses(_Passes):
             draws=len(read),
             read_rows=len(read),
             pairs=attended_pairs(plan),
-            drawn=parallel.broadcast_from_last_stage(drawn),
+            drawn=self.decide(drawn),
             activations=sent,
             ignored=set(),
         )
@@ -154,35 +163,42 @@ class FixedPasses(_Passes):
         self.draw_sizes = sizes_to(state.slots * state.rules.block_size)
         self._replays: dict[tuple[str, int], Run] = {}
         self._limits = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._draw_limit = 0
         # What one captured piece leaves for the next, whatever their sizes: final hidden states of
         # the current blocks, drawn tokens of each size, and the activations from the stage before.
         places = state.slots * state.rules.block_size + 1
         self._hidden = self.carry.new_zeros(places if model.post_process else 0, model.shape.hidden)
         self._drawn: dict[int, Tensor] = {}
+        self._stops: dict[int, bool] = {}  # what these last said
         self._activations: dict[int, Tensor] = {}
 
     def launch(self, rows: int, draws: int, stop: bool) -> Flight:
         """Run a pass up to the drawn tokens, with room for so many rows and draws at least."""
-        rows = next((size for size in self.row_sizes if size >= rows), rows)
-        draws = next((size for size in self.draw_sizes if size >= draws), self.draw_sizes[-1])
+        if rows <= self.row_sizes[-1]:
+            rows = self.row_sizes[bisect_left(self.row_sizes, rows)]
+        draws = self.draw_sizes[bisect_left(self.draw_sizes, min(draws, self.draw_sizes[-1]))]
         tokens = rows * self.state.rules.block_size
-        self._limits[1].fill_(draws)
+        if draws != self._draw_limit:  # every kernel outside the captured ones costs its launch
+            self._limits[1].fill_(draws)
+            self._draw_limit = draws
         received = self.receive(tokens)
         if received is not None:
             self._input(rows).copy_(received)
         output = self._replay("forward", rows, partial(self._forward, rows))
         drawn, sent = self._out(draws), None
-        if parallel.is_last_stage():
+        if self.last:
             self._replay("draw", draws, partial(self._draw, draws))
+            if stop != self._stops.get(draws, False):
+                drawn[:, -1].fill_(float(stop))
+                self._stops[draws] = stop
         else:
             sent = parallel.send_to_next_stage(output.clone())  # the next replay overwrites it
-        drawn[:, -1].fill_(float(stop))
         return Flight(
             rows=rows,
             draws=draws,
             read_rows=tokens,  # how many are read differs from pass to pass
             pairs=None,
-            drawn=parallel.broadcast_from_last_stage(drawn),
+            drawn=self.decide(drawn),
             activations=sent,
             ignored=set(),
         )
@@ -238,7 +254,13 @@ class FixedPasses(_Passes):
     def _idle(self) -> Iterator[None]:
         """Nobody is at work: capturing runs a piece more than once to warm it up."""
         state = self.state
-        kept = [state.tokens, state.committed, state.numbers, *vars(state.now).values()]
+        kept = [
+            state.tokens,
+            state.committed,
+            state.sureness,
+            state.numbers,
+            *vars(state.now).values(),
+        ]
         copies = [tensor.clone() for tensor in kept]
         state.begin(float(state.threshold))
         for tensor in vars(state.now).values():

@@ -31,10 +31,12 @@ PROMPT = -1  # in ``committed``: a token of the prompt, which no pass committed
 
 # A report's first numbers: whether to stop, place of a faulty draw; of fixed sizes also the (query,
 # key) pairs and rows of this pass, rows and drawn tokens that the next one needs. Then for each
-# slot: whether it ran, finished its block, ended; its block's tokens, and when each was committed.
+# slot: whether it ran, finished its block, ended; its block's tokens, when each was committed, and
+# with what confidence, in units of 1 / SURE.
 STOP, FAULTY, PAIRS, ROWS_RUN, ROWS, DRAWS = range(6)
 EXACT_HEADER, FIXED_HEADER = 2, 6
 RAN, FINISHED, OVER, TOKENS = range(4)
+SURE = 1_000_000
 
 
 class Rows(NamedTuple):
@@ -88,6 +90,7 @@ class SlotState:
         self.fresh = 0 if rules.logit_shift and size == 1 else 1
         self.tokens = zeros(slots + 1, positions)
         self.committed = zeros(slots, size)  # pass of the current block's tokens; 0: masked
+        self.sureness = zeros(slots, size)  # confidence of those that a pass has committed
         self.numbers = zeros(FIELDS, slots + 1)
         self.covered = zeros(slots)  # blocks that the cache has room for, at most END
         self.threshold = zeros(dtype=torch.float64)
@@ -195,19 +198,20 @@ class SlotState:
         now = self.now
         block = self.block * now.runs
         counts = self._counts() if fixed else ()
-        chosen, tokens = self._choose(draws, drawn[:, :-1])
+        chosen, tokens, sureness = self._choose(draws, drawn[:, :-1])
         self.passes += now.runs
         committed = torch.where(chosen, self.passes[:, None], self.committed)
         place = self._place + (block * self.rules.block_size)[:, None]
         tokens = torch.where(chosen, tokens, torch.take(self.tokens, place))
         self.tokens.put_(place, tokens)
+        self.sureness.copy_(torch.where(chosen, sureness, self.sureness))
         self.clean.copy_(torch.where(now.runs, block, self.clean))
         finished = now.runs & (committed != 0).all(1)
         stopped = (self._is_end(tokens) & (committed > 0)).any(1)
         over = finished & (stopped | (block + 1 >= self.end))
         goes_on = finished ^ over
         what = (flag[:, None] for flag in (now.runs, finished, over))
-        report = torch.cat([*what, tokens, committed], dim=1).flatten()
+        report = torch.cat([*what, tokens, committed, self.sureness], dim=1).flatten()
         self.block += over * NOWHERE + goes_on
         self.passes.masked_fill_(goes_on, 0)
         self.committed.copy_(committed.masked_fill_(goes_on[:, None], 0))
@@ -229,9 +233,9 @@ class SlotState:
         places = self.slots * self.rules.block_size
         return torch.where(confidence.isfinite(), places, draws.place_M).amin()
 
-    def _choose(self, draws: Draws, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """Which positions of the current blocks are committed (bool [S, B]), and the drawn tokens
-        [S, B].
+    def _choose(self, draws: Draws, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which positions of the current blocks are committed (bool [S, B]), the drawn tokens and
+        their confidences in units of 1 / SURE [S, B].
         """
         size = self.rules.block_size
         blocks = drawn.new_zeros(3, self.slots * size + 1).index_copy_(1, draws.place_M, drawn)
@@ -246,7 +250,7 @@ class SlotState:
             threshold=self.threshold,
             entropy_bound=self.rules.entropy_bound,
         )
-        return chosen, token.long()
+        return chosen, token.long(), (confidence * SURE).round().long()
 
     def _is_end(self, tokens: Tensor) -> Tensor:
         ends = torch.zeros_like(tokens, dtype=torch.bool)

@@ -58,6 +58,7 @@ class _Waiting:
     order: int  # of its first admission; older ones keep their pages
     ids: list[int]  # the prompt and, of one that had to leave its slot, its finished blocks
     committed_at: list[int]  # of the finished blocks' response tokens
+    sureness: list[int]
     passes: int
 
 
@@ -81,7 +82,14 @@ class Queue:
             range(len(requests)), key=lambda i: -requests[i].positions(rules.block_size)
         )
         self.waiting = deque(
-            _Waiting(number=i, order=order, ids=requests[i].prompt.ids, committed_at=[], passes=0)
+            _Waiting(
+                number=i,
+                order=order,
+                ids=requests[i].prompt.ids,
+                committed_at=[],
+                sureness=[],
+                passes=0,
+            )
             for order, i in enumerate(by_length)
         )
         self.finished: dict[int, Trajectory] = {}
@@ -127,9 +135,10 @@ class SlotBooks:
         self.known = np.zeros(slots, dtype=np.int64)  # tokens that it came with
         self.block_start, self.end = np.zeros((2, slots), dtype=np.int64)
         self.tokens = np.zeros((slots, positions), dtype=np.int64)
-        self.committed_at = np.zeros((slots, positions), dtype=np.int64)
+        self.committed_at, self.sureness = np.zeros((2, slots, positions), dtype=np.int64)
         # Passes of the whole sequence, and those before its current block.
         self.passes, self.passes_before = np.zeros((2, slots), dtype=np.int64)
+        self._short = True  # a sequence may lack pages
         self._column = np.arange(queue.rules.block_size)
 
     @property
@@ -138,7 +147,7 @@ class SlotBooks:
         return int((self.request >= 0).sum())
 
     def learn(self, report: np.ndarray) -> list[Trajectory]:
-        """Enter what a pass did to each slot ([S, 3 + 2 B], ``SlotState.commit``); returns the
+        """Enter what a pass did to each slot ([S, 3 + 3 B], ``SlotState.commit``); returns the
         trajectories that ended.
         """
         size = self.queue.rules.block_size
@@ -148,8 +157,12 @@ class SlotBooks:
             return []
         place = finished[:, None], self.block_start[finished, None] + self._column
         new = report[finished, slot_state.TOKENS :]
-        self.tokens[place], self.committed_at[place] = new[:, :size], new[:, size:]
+        for book, part in zip(
+            (self.tokens, self.committed_at, self.sureness), range(0, 3 * size, size), strict=True
+        ):
+            book[place] = new[:, part : part + size]
         self.block_start[finished] += size
+        self._short = True
         if self.committed is not None:
             for slot in finished.tolist():
                 self.committed(self._block(slot))
@@ -169,19 +182,21 @@ class SlotBooks:
         self.pages.take_back(slot)
 
     def _trajectory(self, slot: int, request: Request) -> Trajectory:
-        start, stop, end_ids = len(request.prompt.ids), self.block_start[slot], self._end_ids
+        start, stop, passes = len(request.prompt.ids), self.block_start[slot], self.passes[slot]
         response = self.tokens[slot, start:stop].tolist()
-        ends = [i for i, token in enumerate(response) if token in end_ids]
-        stopped = bool(ends) and ends[0] < request.max_new_tokens
+        kept, reason = self._through_end(response), "stop"
+        if kept is None or kept > request.max_new_tokens:
+            kept, reason = min(len(response), request.max_new_tokens), "length"
         return Trajectory(
             sample=request.sample,
             prompt=request.prompt,
             response_ids=response,
             committed_at=self.committed_at[slot, start:stop].tolist(),
-            response_tokens=ends[0] + 1 if stopped else min(len(response), request.max_new_tokens),
-            finish_reason="stop" if stopped else "length",
-            forwards=int(self.passes[slot]),
-            passes=int(self.passes[slot]),
+            confidence=(self.sureness[slot, start:stop] / slot_state.SURE).tolist(),
+            response_tokens=kept,
+            finish_reason=reason,
+            forwards=int(passes),
+            passes=int(passes),
         )
 
     def _block(self, slot: int) -> Block:
@@ -191,14 +206,15 @@ class SlotBooks:
         start = max(stop - self.queue.rules.block_size, prompt_end)
         stop = min(stop, prompt_end + request.max_new_tokens)
         ids = self.tokens[slot, start:stop].tolist()
-        ends = [i for i, token in enumerate(ids) if token in self._end_ids]
-        ids = ids[: ends[0] + 1] if ends else ids
+        ids = ids[: self._through_end(ids)]
         passes = self.committed_at[slot, start : start + len(ids)].tolist()
         return Block(sample=request.sample, ids=ids, committed_at=passes)
 
-    @property
-    def _end_ids(self) -> tuple[int, ...]:
-        return self.queue.vocabulary.end_ids
+    def _through_end(self, ids: list[int]) -> int | None:
+        """How many of a response's tokens the first end token leaves."""
+        ends = (ids.index(end) for end in self.queue.vocabulary.end_ids if end in ids)
+        first = min(ends, default=None)
+        return None if first is None else first + 1
 
     @property
     def covered(self) -> np.ndarray:
@@ -211,9 +227,12 @@ class SlotBooks:
         finished block. A sequence that is the youngest waits.
         """
         left: list[int] = []
+        if not self._short:
+            return left
         want = np.minimum(self.block_start + self.ahead, self.end)
         short = np.flatnonzero((want > self.pages.covered) & (self.request >= 0))
-        if not len(short):
+        self._short = bool(len(short))
+        if not self._short:
             return left
         missing = self.pages.missing(want)
         for slot in short[np.argsort(self.order[short])].tolist():
@@ -238,6 +257,7 @@ class SlotBooks:
                 order=int(self.order[slot]),
                 ids=self.tokens[slot, :stop].tolist(),
                 committed_at=self.committed_at[slot, start:stop].tolist(),
+                sureness=self.sureness[slot, start:stop].tolist(),
                 passes=int(self.passes_before[slot]),
             )
         )
@@ -251,40 +271,43 @@ class SlotBooks:
         page is left for every running sequence that may yet ask for one.
         """
         queue, room, slots = self.queue, self.queue.prefill_tokens, []
-        for slot in np.flatnonzero(self.request < 0).tolist():
+        if not queue.waiting:
+            return None
+        free = np.flatnonzero(self.request < 0).tolist()
+        growing = (self.pages.covered < self.end) & (self.request >= 0)
+        reserve = int(np.count_nonzero(growing)) if free else 0
+        for slot in free:
             if not queue.waiting:
                 break
             tokens = len(queue.waiting[0].ids)
-            if (tokens > room and slots) or not self._fits(queue.waiting[0]):
+            positions, end = self._positions(queue.waiting[0])
+            pages = self.pages.needed(positions)
+            if (tokens > room and slots) or pages + reserve > len(self.pages.free):
                 break
             room -= tokens
+            reserve += pages * self.pages.page_tokens < end
             self._enter(slot, queue.waiting.popleft())
             slots.append(slot)
         return self._admission(np.array(slots)) if slots else None
 
-    def _fits(self, waiting: _Waiting) -> bool:
-        """Whether the pages allow it. With nobody else at work they do."""
-        positions = first_block_start(len(waiting.ids), self.queue.rules.block_size) + self.ahead
-        running = self.request >= 0
-        growing = self.pages.covered < self.end
-        reserve = int((running & growing).sum())
-        return self.pages.needed(min(positions, self._end_of(waiting))) + reserve <= len(
-            self.pages.free
-        )
-
-    def _end_of(self, waiting: _Waiting) -> int:
-        return self.queue.requests[waiting.number].positions(self.queue.rules.block_size)
+    def _positions(self, waiting: _Waiting) -> tuple[int, int]:
+        """What it needs pages for at first, and at the end."""
+        size = self.queue.rules.block_size
+        end = self.queue.requests[waiting.number].positions(size)
+        return min(first_block_start(len(waiting.ids), size) + self.ahead, end), end
 
     def _enter(self, slot: int, waiting: _Waiting) -> None:
         known = len(waiting.ids)
+        positions, end = self._positions(waiting)
         self.request[slot], self.order[slot] = waiting.number, waiting.order
-        self.known[slot], self.end[slot] = known, self._end_of(waiting)
+        self.known[slot], self.end[slot] = known, end
         self.block_start[slot] = first_block_start(known, self.queue.rules.block_size)
         self.tokens[slot, :known] = waiting.ids
-        self.committed_at[slot, known - len(waiting.committed_at) : known] = waiting.committed_at
+        made = slice(known - len(waiting.committed_at), known)
+        self.committed_at[slot, made] = waiting.committed_at
+        self.sureness[slot, made] = waiting.sureness
         self.passes[slot] = self.passes_before[slot] = waiting.passes
-        positions = min(self.block_start[slot] + self.ahead, self.end[slot])
-        self.pages.give(slot, self.pages.needed(int(positions)))
+        self.pages.give(slot, self.pages.needed(positions))
 
     def _admission(self, slots: np.ndarray) -> Admission:
         size, known, start = self.queue.rules.block_size, self.known[slots], self.block_start[slots]

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.hardware.peak_memory import PeakMemory
+
+HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # environment of a program that shall see no GPU
 
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
@@ -18,17 +21,28 @@ PROJECTION_ROWS = 1024
 # Our kernel, which comes with every CUDA build of torch, before FlashAttention's. Neither measured.
 DECODE_ATTENTION = ("triton", "flash", "rows")
 
-TRANSFORMER_OPTIONS: dict[str, Any] = {
-    "use_cpu_initialization": False,
-    "persist_layer_norm": False,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "apply_rope_fusion": False,
-    "batch_p2p_comm": False,
-    "deallocate_pipeline_outputs": False,
-}
+
+def transformer_options(engine: str | None) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig where ``engine`` is Transformer Engine's version."""
+    return {
+        "use_cpu_initialization": False,
+        # SwiGLU as one compiled function each way, which keeps its input only
+        # (megatron/core/fusions/fused_bias_swiglu.py).
+        "bias_activation_fusion": True,
+        # Transformer Engine's kernel, which takes our angles as they are, float32 [s, 1, 1, d];
+        # without it Megatron refuses the option.
+        "apply_rope_fusion": engine is not None,
+        # Nothing is left to fuse: no bias, no dropout, one addition. Compiled, it would cost the
+        # host its guards in every layer.
+        "bias_dropout_fusion": False,
+        # The softmax is inside our attention, and there is no LayerNorm.
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        # Only the trained model has sums to add to: ``optimizer.fuse_gradients`` tells its linears.
+        "gradient_accumulation_fusion": False,
+        "batch_p2p_comm": False,
+        "deallocate_pipeline_outputs": False,
+    }
 
 
 def transformer_engine() -> str | None:
@@ -43,9 +57,9 @@ def transformer_engine() -> str | None:
     return str(importlib.import_module("megatron.core.utils").get_te_version())
 
 
-def peak_memory_bytes() -> int:
-    """Largest amount of GPU memory that tensors have occupied on this rank."""
-    return torch.cuda.max_memory_allocated()
+def peak_memory() -> PeakMemory:
+    """Of GPU memory that tensors have occupied on this rank."""
+    return PeakMemory(torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats)
 
 
 def free_memory_bytes() -> int:

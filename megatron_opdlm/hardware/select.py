@@ -1,7 +1,6 @@
 """Chooses the hardware once, into one record. Nobody else asks what machine this is."""
 
 import functools
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,8 @@ import psutil
 import torch
 
 from megatron_opdlm import launcher
-from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu
+from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu, peak_memory
+from megatron_opdlm.hardware.peak_memory import PeakMemory
 
 Run = Callable[[], torch.Tensor]
 Capture = Callable[[Run], Run]
@@ -29,12 +29,13 @@ class Hardware:
     dtype: torch.dtype  # of a small model, and of model.dtype=auto in general
     large_dtype: torch.dtype  # of a model of LARGE_PARAMETERS and more
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
-    peak_memory_bytes: Callable[[], int]  # of this rank
+    peak_memory: PeakMemory  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     differentiates_flex: bool  # FlexAttention has a backward pass
+    overlaps_reduction: bool  # gradients are summed over replicas while others are computed
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
     # what one of them captured shares memory. None: cannot.
     captures: Callable[[], Capture] | None
@@ -46,10 +47,6 @@ class Hardware:
     def dtype_of(self, parameters: int) -> torch.dtype:
         """model.dtype=auto of a model of this size."""
         return self.large_dtype if parameters >= LARGE_PARAMETERS else self.dtype
-
-
-def _peak_resident_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
 
 
 def _available_bytes() -> int:
@@ -67,19 +64,21 @@ def select_hardware() -> Hardware:
     if torch.cuda.is_available():
         device = gpu.set_device(launcher.local_rank())
         group_adam.use_where_megatron_falls_back()
+        engine = gpu.transformer_engine()
         return Hardware(
             device=device,
             devices=gpu.device_names(),
             process_group_backend="nccl",
             dtype=torch.bfloat16,
             large_dtype=torch.bfloat16,
-            transformer_options=gpu.TRANSFORMER_OPTIONS,
-            peak_memory_bytes=gpu.peak_memory_bytes,
+            transformer_options=gpu.transformer_options(engine),
+            peak_memory=gpu.peak_memory(),
             free_memory_bytes=gpu.free_memory_bytes,
             decode_attention=gpu.DECODE_ATTENTION,
-            transformer_engine=gpu.transformer_engine(),
+            transformer_engine=engine,
             projection_rows=gpu.PROJECTION_ROWS,
             differentiates_flex=True,
+            overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
             upload=gpu.upload,
             fetch=gpu.fetch,
@@ -95,12 +94,13 @@ def select_hardware() -> Hardware:
         dtype=torch.float32,
         large_dtype=torch.bfloat16 if unit else torch.float32,
         transformer_options=cpu.TRANSFORMER_OPTIONS,
-        peak_memory_bytes=_peak_resident_bytes,
+        peak_memory=peak_memory.resident(),
         free_memory_bytes=_available_bytes,
         decode_attention=("buckets",),
         transformer_engine=None,
         projection_rows=cpu.PROJECTION_ROWS,
         differentiates_flex=False,
+        overlaps_reduction=False,
         captures=None,
         upload=lambda x: x,
         fetch=cpu.fetch,

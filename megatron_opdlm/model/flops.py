@@ -40,6 +40,12 @@ def forward_flops(
     return body_operations + attention + 2.0 * embedding * projected_rows
 
 
+def mlp_flops(shape: ModelShape, *, tokens: int, read_rows: int | None = None) -> float:
+    """Operations of all layers' MLPs, or experts, in a forward."""
+    unread = 0 if read_rows is None else tokens - read_rows
+    return 2.0 * _mlp_parameters(shape) * (shape.layers * tokens - unread)
+
+
 def _mlp_parameters(shape: ModelShape) -> int:
     """Parameters of a layer's MLP, or of its router and experts, that work on a token."""
     if shape.experts is None:

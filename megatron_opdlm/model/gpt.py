@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from megatron_opdlm.configuration.models import Recompute
 from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.experts import expert_options
@@ -69,15 +70,27 @@ class LanguageModel(GPTModel):
         return range(first, first + len(self.decoder.layers))
 
 
-def transformer_config(
-    shape: ModelShape, layout: Layout, dtype: torch.dtype, hardware: Hardware, *, recompute: bool
-) -> TransformerConfig:
-    """Megatron's description of a model of this shape on this hardware."""
-    recomputation = {
+_RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
+    "false": {},
+    "true": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
-    }
+    },
+    "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
+}
+
+
+def transformer_config(
+    shape: ModelShape,
+    layout: Layout,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    *,
+    recompute: Recompute,
+) -> TransformerConfig:
+    """Megatron's description of a model of this shape on this hardware."""
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -112,7 +125,7 @@ def transformer_config(
         calculate_per_token_loss=True,  # gradients are divided by the sequences summed over DP
         perform_initialization=False,  # weights are always loaded, and loading is complete
         **expert_options(shape.experts),
-        **(recomputation if recompute else {}),
+        **_RECOMPUTATION[recompute],
         **hardware.transformer_options,
     )
 
@@ -124,7 +137,7 @@ def build_model(
     hardware: Hardware,
     *,
     name: str = "model",
-    recompute: bool = False,
+    recompute: Recompute = "false",
     kernels: Kernels = Kernels(),  # noqa: B008 -- frozen
 ) -> LanguageModel:
     """This rank's part of a model, its weights not yet filled. ``name`` stands in error messages.

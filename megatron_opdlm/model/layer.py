@@ -5,6 +5,8 @@ from typing import Any
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+_OF_EXPERTS = "moe_layer_recompute"  # an attribute of Megatron's mixture of experts
+
 
 class ReadingLayer(TransformerLayer):
     """In the last layer, output projection, residual and MLP run at ``AttentionPlan.read`` only.
@@ -18,6 +20,17 @@ class ReadingLayer(TransformerLayer):
         self._add = self.self_attn_bda
         self._wanted: Tensor | None = None
         self.self_attn_bda = self._add_residual
+        self._recomputes = self.recompute_mlp, getattr(self.mlp, _OF_EXPERTS, False)
+
+    def train(self, mode: bool = True) -> "ReadingLayer":
+        """Recomputing the MLP is for training only: Megatron would also do it while decoding, where
+        what it asks of the random generators cannot be captured.
+        """
+        self.recompute_mlp, of_experts = (mode and wanted for wanted in self._recomputes)
+        if hasattr(self.mlp, _OF_EXPERTS):
+            setattr(self.mlp, _OF_EXPERTS, of_experts)
+        super().train(mode)
+        return self
 
     def _forward_attention(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         plan = kwargs["packed_seq_params"]

@@ -216,13 +216,13 @@ def freeze_base(model: LanguageModel) -> None:
     assert adapters is not None
     model.requires_grad_(False)
     adapters.requires_grad_(True)
-    if model.config.recompute_granularity == "full" and model.pre_process:
+    if model.config.recompute_granularity is not None and model.pre_process:
         model.embedding.register_forward_hook(_require_gradient)
 
 
 def _require_gradient(embedding: Any, inputs: Any, output: Tensor) -> None:
-    """Megatron's recomputation of a layer is differentiated only where its input is, and the first
-    layer's comes from a frozen embedding.
+    """Megatron's recomputation, of a layer or its MLP, is differentiated only where its input is,
+    and the first layer's comes from a frozen embedding.
     """
     if torch.is_grad_enabled():
         output.requires_grad_()

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ class ModelShape:
     family: Family = QWEN3
     rope_scaling: RotaryScaling | None = None  # None: positions as they were trained
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Number of parameters, a tied embedding counted once."""
         return sum(math.prod(size) for size in hf_names(self).values())
 
-    @property
+    @cached_property
     def layer_parameters(self) -> int:
         """Number of parameters of a layer, without those of its experts."""
         sizes = _layer_sizes(self)

@@ -1,20 +1,23 @@
 """Tokens, floating-point operations and seconds of a step (definitions: ``docs/metrics.md``)."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_opdlm import parallel
+from megatron_opdlm.configuration.models import LoraTarget, Recompute
 from megatron_opdlm.diffusion.blocks import first_block_start
+from megatron_opdlm.hardware.peak_memory import PeakMemory
 from megatron_opdlm.model.flops import (
     attention_flops,
     forward_flops,
     low_rank_parameters,
+    mlp_flops,
     packed_row_pairs,
 )
 from megatron_opdlm.model_files.manifest import LowRank
@@ -24,35 +27,57 @@ from megatron_opdlm.packing import (
     PackedBatch,
     Packing,
     StepBatches,
+    place_width,
     student_tokens,
 )
 from megatron_opdlm.prefix_trees import is_worth_sharing
 from megatron_opdlm.records import State, Trajectory, UpdateReport
+
+# A phase of the metrics -> those of the loop.
+PHASES = {"rollout": ("rollout",), "teacher": ("teacher",), "update": ("states", "update")}
 
 
 def student_flops(
     shape: ModelShape,
     batch: PackedBatch,
     *,
-    recompute: bool,
+    recompute: Recompute,
     sequence_parallel: bool,
     low_rank: LowRank | None = None,
     attention: str = "dense",
 ) -> float:
-    """Operations of one use of a microbatch: forward, backward (twice as much) and, with
-    recomputation, the layers' forward once more. With low-rank terms the backward of all frozen
+    """Operations of one use of a microbatch: forward, backward (twice as much) and once more the
+    forward of what is recomputed. With low-rank terms the backward of all frozen
     matrices is half: they need no gradient of their own. ``attention`` names the student's kernel.
     """
     rows = len(batch.labels)
     row = batch.lengths, batch.block, batch.clean, batch.branch
     pairs = packed_row_pairs(attention, *row) / batch.split.ranks
+    tokens = len(batch.student_tokens)
     layers = _layers_flops(shape, batch.student_tokens, pairs, rows, sequence_parallel)
-    forwards, head = (2 if recompute else 1), projection_flops(shape, rows)
+    head, products = projection_flops(shape, rows), attention_flops(shape, pairs)
+    again = {
+        "false": 0.0,
+        "true": layers,
+        "attention": products,
+        "mlp": mlp_flops(shape, tokens=tokens, read_rows=None if sequence_parallel else rows),
+    }[recompute]
     if low_rank is None:
-        return (forwards + 2) * layers + 3 * head
-    products = attention_flops(shape, pairs)
-    terms = low_rank_flops(shape, low_rank, len(batch.student_tokens))
-    return (forwards + 1) * layers + products + (forwards + 2) * terms + 2 * head
+        return 3 * layers + again + 3 * head
+    repeated = [target for target in low_rank.targets if target in _RECOMPUTED[recompute]]
+    terms, terms_again = (
+        low_rank_flops(shape, replace(low_rank, targets=tuple(targets)), tokens)
+        for targets in (low_rank.targets, repeated)
+    )
+    return 2 * layers + again + products + 3 * terms + terms_again + 2 * head
+
+
+_RECOMPUTED: Mapping[Recompute, tuple[str, ...]] = {
+    "false": (),
+    "true": get_args(LoraTarget),
+    "attention": (),
+    "mlp": ("linear_fc1", "linear_fc2"),
+}
 
 
 def low_rank_flops(shape: ModelShape, low_rank: LowRank, tokens: int) -> float:
@@ -107,7 +132,7 @@ def step_flops(
     batches: StepBatches,
     *,
     uses: int,
-    recompute: bool,
+    recompute: Recompute,
     sequence_parallel: bool,
     low_rank: LowRank | None,
     attention: tuple[str, str],
@@ -164,11 +189,13 @@ def paper_flops(shape: ModelShape, trained_tokens: int) -> float:
 
 @dataclass
 class Stopwatch:
-    """Wall-clock seconds by phase of one step, on this rank. ``before`` is called with the name of
-    each phase before it begins; ``around`` gives what the phase runs in.
+    """Wall-clock seconds and peak of memory by phase of one step, on this rank. ``before`` is
+    called with the name of each phase before it begins; ``around`` gives what the phase runs in.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+    memory: PeakMemory | None = None
     before: Callable[[str], None] = lambda name: None
     around: Callable[[str], AbstractContextManager[object]] = nullcontext
 
@@ -176,12 +203,16 @@ class Stopwatch:
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the body to a phase."""
         self.before(name)
+        if self.memory is not None:
+            self.memory.restart()
         start = time.perf_counter()
         try:
             with self.around(name):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if self.memory is not None:
+                self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), self.memory.recent())
 
 
 def rollout_counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -228,35 +259,53 @@ def speeds(watch: Stopwatch, trained_tokens: int, rollout_tokens: int) -> dict[s
     """Seconds of the phases and tokens a second; ``trained_tokens_per_second`` counts the whole
     step's time.
     """
-    seconds = watch.seconds
-    update = seconds.get("update", 0.0) + seconds.get("states", 0.0)
-    total = sum(seconds.values())
-    return {
-        "seconds_rollout": seconds.get("rollout", 0.0),
-        "seconds_teacher": seconds.get("teacher", 0.0),
-        "seconds_update": update,
+    seconds = _phase_seconds(watch)
+    total = sum(watch.seconds.values())
+    return {f"seconds_{phase}": seconds[phase] for phase in PHASES} | {
         "trained_tokens_per_second": trained_tokens / max(total, 1e-9),
-        "rollout_tokens_per_second": rollout_tokens / max(seconds.get("rollout", 0.0), 1e-9),
+        "rollout_tokens_per_second": rollout_tokens / max(seconds["rollout"], 1e-9),
     }
 
 
-def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
+def _phase_seconds(watch: Stopwatch) -> dict[str, float]:
+    return {
+        phase: sum(watch.seconds.get(part, 0.0) for part in parts)
+        for phase, parts in PHASES.items()
+    }
+
+
+def over_ranks(watch: Stopwatch) -> dict[str, dict[str, float]]:
+    """Of each phase the slowest rank, its seconds, and the largest memory of any rank."""
+    mine = [*_phase_seconds(watch).values()]
+    mine += [max(watch.peak_bytes.get(part, 0) for part in parts) for parts in PHASES.values()]
+    table = parallel.gather_numbers(mine)
+    columns = list(zip(*table, strict=True))
+    seconds = dict(zip(PHASES, columns[: len(PHASES)], strict=True))
+    memory = dict(zip(PHASES, columns[len(PHASES) :], strict=True))
+    return {
+        "slowest_seconds": {phase: max(each) for phase, each in seconds.items()},
+        "slowest_rank": {phase: each.index(max(each)) for phase, each in seconds.items()},
+        "peak_memory_bytes_by_phase": {phase: int(max(each)) for phase, each in memory.items()},
+    }
+
+
+def reduce_losses(reports: Sequence[UpdateReport], block_size: int) -> dict[str, Any]:
     """Means over the step's updates, summed over the model replicas first.
 
     ``loss`` is each update's mean over its sequences, ``kl`` the mean over positions in nats,
-    ``kl_by_masked_fraction`` the same by the share of its block's response tokens that were masked.
+    ``kl_by_masked_fraction`` the same by the share of its block's response tokens that were masked,
+    ``kl_by_block_position`` by the position in the block, from 1.
     """
-    replicas = parallel.gather_objects_over_data_parallel([list(reports)])
+    light = [replace(report, position_value=[]) for report in reports]
+    replicas = parallel.gather_objects_over_data_parallel([light])
     losses = []
     for shares in zip(*replicas, strict=True):
         values = [value for report in shares for value in report.sequence_loss]
         losses.append(sum(values) / len(values))
-    sums: dict[float, float] = {}
-    counts: dict[float, int] = {}
-    for report in (report for replica in replicas for report in replica):
-        for share, value in report.share_sum.items():
-            sums[share] = sums.get(share, 0.0) + value
-            counts[share] = counts.get(share, 0) + report.share_count[share]
+    everything = [report for replica in replicas for report in replica]
+    sums, counts = _added((report.share_sum, report.share_count) for report in everything)
+    place_sums, place_counts = _added((r.place_sum, r.place_count) for r in everything)
+    width = place_width(block_size)
     return {
         "loss": sum(losses) / len(losses),
         "kl": sum(sums.values()) / max(sum(counts.values()), 1),
@@ -264,4 +313,20 @@ def reduce_losses(reports: Sequence[UpdateReport]) -> dict[str, Any]:
         "kl_by_masked_fraction": {
             f"{share:.2f}": sums[share] / counts[share] for share in sorted(sums)
         },
+        "kl_by_block_position": {
+            f"{1 + width * at}": place_sums[at] / place_counts[at] for at in sorted(place_sums)
+        },
     }
+
+
+def _added(
+    pairs: Iterable[tuple[Mapping[Any, float], Mapping[Any, int]]],
+) -> tuple[dict[Any, float], dict[Any, int]]:
+    """Sums and counts by level, added up."""
+    sums: dict[Any, float] = {}
+    counts: dict[Any, int] = {}
+    for own_sums, own_counts in pairs:
+        for level, value in own_sums.items():
+            sums[level] = sums.get(level, 0.0) + value
+            counts[level] = counts.get(level, 0) + own_counts[level]
+    return sums, counts

@@ -25,6 +25,7 @@ from megatron_opdlm.model.flops import layer_linear_parameters
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.kernels import Kernels, choose_kernels, reason
 from megatron_opdlm.model.quantization import require_modelopt
+from megatron_opdlm.model_files.formats import check_format
 from megatron_opdlm.model_files.manifest import BlockContract, LowRank
 from megatron_opdlm.model_files.shape import ModelShape, check_layout
 from megatron_opdlm.model_files.vocabulary import load_tokenizer
@@ -61,6 +62,7 @@ def open_pair(config: Config, world_size: int | None = None) -> tuple[ModelSourc
     ranks = launcher.world_size() if world_size is None else world_size
     for source, key in ((student, "model.path"), (teacher, "teacher.path")):
         require_layout(config, source, key, ranks)
+    require_exports(config, student)
     return student, teacher
 
 
@@ -244,10 +246,16 @@ def build_student(
     if low_rank:
         lora.freeze_base(model)
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
+    # Weights are gathered at once, never during the next forward: the output layer's are read
+    # outside of its module, and captured passes read all of them, where nobody would wait.
     reduction = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=hardware.overlaps_reduction,
     )
     ddp = DistributedDataParallel(model.config, reduction, wrapped)
+    if hardware.overlaps_reduction:  # of the last microbatch only
+        model.config.no_sync_func = ddp.no_sync
     fuse_gradients(model)
     adam = optimizer_config(config, dtype, hardware)
     return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(adam, [ddp]))
@@ -282,15 +290,27 @@ def build_checkpoints(config: Config, source: ModelSource, hardware: Hardware) -
         source=source.files,
         config_yaml=to_yaml(config),
         dtype=dtype_name(resolve_dtype(config.model.dtype, hardware, source.shape)),
-        block_contract=BlockContract(
-            mask_token_id=source.vocabulary.mask_id,
-            block_size=config.rollout.block_size,
-            block_alignment=config.states.block_alignment,
-            logit_shift=config.loss.logit_shift,
-        ),
+        block_contract=_contract(config, source),
         low_rank=low_rank_of(config),
         in_background=config.checkpoint.async_save,
     )
+
+
+def _contract(config: Config, source: ModelSource) -> BlockContract:
+    """What decodes the student as it is trained."""
+    return BlockContract(
+        mask_token_id=source.vocabulary.mask_id,
+        block_size=config.rollout.block_size,
+        block_alignment=config.states.block_alignment,
+        logit_shift=config.loss.logit_shift,
+    )
+
+
+def require_exports(config: Config, student: ModelSource) -> None:
+    """InputError where a format of ``checkpoint.export`` could not hold the student."""
+    contract = _contract(config, student)
+    for name in config.checkpoint.export:
+        check_format(name, contract, student.shape, flag="checkpoint.export=")
 
 
 def require_layout(config: Config, source: ModelSource, key: str, world_size: int) -> None:

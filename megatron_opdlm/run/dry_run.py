@@ -45,12 +45,13 @@ def describe(config: Config, world_size: int) -> str:
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.model_files.shape import padded_vocab
     from megatron_opdlm.run import build
+    from megatron_opdlm.run.expected_memory import split_of
     from megatron_opdlm.run.run_directory import check_run_directory
 
     check_run_directory(config)
-    source, teacher, notes = _open_pair(config, world_size)
+    source, teacher, notes = open_or_public(config, world_size)
     layout = model_layout(config)
-    split = _split(config, world_size)
+    split = split_of(config, world_size)
     hardware = select_hardware()
     shape = source.shape
     lines = [
@@ -74,7 +75,7 @@ def describe(config: Config, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSource, list[str]]":
+def open_or_public(config: Config, world_size: int) -> "tuple[ModelSource, ModelSource, list[str]]":
     """Both models, checked; and a note where a published shape stands in for one."""
     from megatron_opdlm.hardware import select_hardware
     from megatron_opdlm.run import build
@@ -94,6 +95,7 @@ def _open_pair(config: Config, world_size: int) -> "tuple[ModelSource, ModelSour
         sources.append(source)
         notes += note
     student, teacher = sources
+    build.require_exports(config, student)
     if student.vocabulary.size != teacher.vocabulary.size:
         build.require_same_tokens(student, teacher)
     return student, teacher, notes
@@ -128,19 +130,6 @@ def _open(key: str, path: str, mask: int | None) -> "tuple[ModelSource, list[str
         directory=Path(path), shape=shape, vocabulary=vocabulary, contract=None, low_rank=None
     )
     return source, [f"note         {key}={path} is not there yet: {why}"]
-
-
-def _split(config: Config, world_size: int) -> "Split":
-    from megatron_opdlm.planning.rank_memory import Split
-
-    layout = model_layout(config)
-    return Split(
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        data=layout.data_parallel(world_size),
-    )
 
 
 def _feed_forward(source: "ModelSource") -> str:
@@ -183,53 +172,26 @@ def _memory(
 ) -> list[str]:
     """Bytes of the fullest rank, by what they are for and by phase."""
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.model.flops import low_rank_parameters
-    from megatron_opdlm.planning.rank_memory import (
-        GRADIENT_BYTES,
-        RankNumbers,
-        optimizer_bytes_per_number,
-        rank_numbers,
-    )
+    from megatron_opdlm.planning.phase_memory import CACHE, PHASES
     from megatron_opdlm.run import build
+    from megatron_opdlm.run.expected_memory import expected_memory, most_of_a_step
 
     hardware = select_hardware()
+    load = most_of_a_step(config, source.shape)
+    memory = expected_memory(config, source, teacher, split, hardware, load)
     item = build.resolve_dtype(config.model.dtype, hardware, source.shape).itemsize
-    student = rank_numbers(source.shape, split)
-    low_rank = build.low_rank_of(config)
-    trained, added = student, 0.0
-    if low_rank:
-        added = low_rank_parameters(source.shape, low_rank) / split.tensor / split.pipeline
-        trained = RankNumbers(dense=added)
-    o = config.optimizer
-    states = {
-        "main_params": o.main_params_dtype,
-        "exp_avg": o.exp_avg_dtype,
-        "exp_avg_sq": o.exp_avg_sq_dtype,
-    }
-    teacher_share = rank_numbers(teacher.shape, split).total / teacher.shape.parameters
-    sizes = {
-        "student weights": (student.total + added) * item,
-        "gradients": trained.total * GRADIENT_BYTES,
-        "optimizer": trained.optimizer_share(split) * optimizer_bytes_per_number(item, states),
-        "teacher weights": build.teacher_bytes(config, teacher, hardware) * teacher_share,
-    }
-    if config.loss.kind == "nll" or build.shares_base(config, source, hardware):
-        sizes["teacher weights"] = 0.0
-    waits = {
-        "update": {"teacher weights"} if config.teacher.offload_weights else set(),
-        "rollout": {"optimizer"} if config.optimizer.cpu_offload else set(),
-    }
-    waits["rollout"] |= waits["update"]
-    phases = {
-        phase: sum(size for name, size in sizes.items() if name not in away)
-        for phase, away in waits.items()
-    }
+    kept = memory.parts.get(CACHE, 0.0)
+    lasting = {name: size for name, size in memory.parts.items() if name != CACHE}
+    peaks = ", ".join(f"{phase} {memory.peak(phase) / GIB:.3f}" for phase in PHASES)
     return [
         "memory of the fullest rank, GiB, estimated from shapes; activations come on top:",
-        *(f"  {name:<19}{size / GIB:.3f}" for name, size in sizes.items()),
-        f"  in the rollout     {phases['rollout'] / GIB:.3f} and the KV cache",
-        f"  in the update      {phases['update'] / GIB:.3f} and the activations",
+        *(f"  {name:<19}{size / GIB:.3f}" for name, size in lasting.items()),
+        f"  in the rollout     {(memory.held('rollout') - kept) / GIB:.3f} and the KV cache",
+        f"  in the update      {memory.held('update') / GIB:.3f} and the activations"
+        + (f"; {kept / GIB:.3f} of it is the KV cache, which stays" if kept else ""),
         _kv_cache(config, source, split, item),
+        f"  peaks              {peaks} on this hardware, for the longest responses; on GPUs: "
+        "opdlm plan",
     ]
 
 
@@ -239,10 +201,7 @@ def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes:
 
     rollout = config.rollout
     token = kv_bytes_per_token(source.shape, split, item_bytes)
-    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
-    slots = min(rollout.slots, -(-sequences // (split.data * split.context)))
-    limit = config.model.max_positions or source.shape.max_positions
-    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    slots, longest = _slots(config, source, split)
     budget = (
         f"rollout.kv_cache_tokens={rollout.kv_cache_tokens}: "
         f"{rollout.kv_cache_tokens * token / GIB:.3f} GiB"
@@ -253,3 +212,12 @@ def _kv_cache(config: Config, source: "ModelSource", split: "Split", item_bytes:
         f"  KV cache           {token * longest * slots / GIB:.3f} for {slots} sequences of "
         f"{longest} tokens; budget: {budget}"
     )
+
+
+def _slots(config: Config, source: "ModelSource", split: "Split") -> tuple[int, int]:
+    """Sequences that a copy of the model decodes at once, and the tokens of the longest."""
+    rollout = config.rollout
+    sequences = rollout.prompts_per_step * rollout.responses_per_prompt
+    limit = config.model.max_positions or source.shape.max_positions
+    longest = min(limit, (config.data.max_prompt_tokens or limit) + rollout.max_new_tokens)
+    return min(rollout.slots, -(-sequences // (split.data * split.context))), longest

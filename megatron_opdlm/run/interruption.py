@@ -32,6 +32,8 @@ def _save(session: Session) -> str:
     """A checkpoint of the last finished step, unless there is one; what was done, in one line."""
     step = session.progress.step
     session.save()
+    if parallel.is_writer():
+        session.exports.abandon()
     session.close()
     done = f"step {step} is saved" if step else "no step was finished"
     return f"by {parallel.broadcast_object(preemption.reason())}; {done}, the same command goes on"

@@ -1,6 +1,7 @@
 """Opens a run: checks everything, then builds everything, and says what is about to happen."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_opdlm import launcher, parallel
@@ -11,7 +12,7 @@ from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.offload import HOST, move_layers
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.reporting.profiling import Profiler
-from megatron_opdlm.reporting.tracking import Tracker, open_tracker
+from megatron_opdlm.reporting.trackers import TrackedRun, Tracker, open_trackers
 from megatron_opdlm.run.build import (
     build_checkpoints,
     build_objective,
@@ -22,6 +23,7 @@ from megatron_opdlm.run.build import (
     describe_kernels,
     open_pair,
 )
+from megatron_opdlm.run.exports import EXPORTS, Exports
 from megatron_opdlm.run.provenance import record_start
 from megatron_opdlm.run.run_directory import check_run_directory, prepare_run_directory
 from megatron_opdlm.run.run_lock import hold_run_directory
@@ -62,15 +64,30 @@ def open_session(config: Config) -> Session:
             count = config.teacher.calibration_prompts
             sequences = calibration_sequences(plan.prompts.prompts, count, plan.max_positions)
             quantize_fp8(teacher, sequences, packing_of(config, source, hardware))
-    tracker = None
+    trackers: Sequence[Tracker] = ()
     hold_run_directory(Path(config.train.out), create=True)
     if parallel.is_writer():
         prepare_run_directory(config)
         checkpoints.places.discard_leftovers()
         decoding = describe_decoding(config, source.shape, hardware)
         _announce(config, hardware, decoding, plan, progress)
-        tracker = _open_tracker(config, checkpoints)
+        trackers = _open_trackers(config, checkpoints, progress)
     parallel.barrier()
+    metrics = MetricsWriter(
+        Path(config.train.out),
+        enabled=parallel.is_writer(),
+        total_steps=plan.total_steps,
+        start_step=progress.step,
+        trackers=trackers,
+    )
+    exports = Exports(
+        directory=Path(config.train.out) / EXPORTS,
+        formats=config.checkpoint.export,
+        checkpoints=checkpoints,
+        say=metrics.say_once,
+    )
+    if parallel.is_writer():
+        exports.begin()
     session = Session(
         config=config,
         hardware=hardware,
@@ -81,14 +98,8 @@ def open_session(config: Config) -> Session:
         teacher_source=teacher_source,
         objective=build_objective(config, teacher),
         checkpoints=checkpoints,
-        metrics=MetricsWriter(
-            Path(config.train.out),
-            enabled=parallel.is_writer(),
-            tensorboard=config.logging.tensorboard,
-            total_steps=plan.total_steps,
-            start_step=progress.step,
-            tracker=tracker,
-        ),
+        exports=exports,
+        metrics=metrics,
         progress=progress,
         profiler=profiler,
         saved_step=progress.step,
@@ -125,15 +136,21 @@ def _announce(
     print("\n".join(lines), file=sys.stderr, flush=True)
 
 
-def _open_tracker(config: Config, checkpoints: Checkpoints) -> Tracker | None:
-    """The run's page in an experiment tracker; its id travels with the checkpoints."""
-    tracker = open_tracker(
-        Path(config.train.out),
-        mode=config.logging.wandb,
-        project=config.logging.wandb_project,
-        settings=flatten(config),
-        run_id=checkpoints.tracker_run_id,
+def _open_trackers(
+    config: Config, checkpoints: Checkpoints, progress: Progress
+) -> Sequence[Tracker]:
+    """The run's pages in experiment trackers; the id of one that has any travels with the
+    checkpoints.
+    """
+    trackers = open_trackers(
+        TrackedRun(
+            directory=Path(config.train.out),
+            start_step=progress.step,
+            logging=config.logging,
+            settings=flatten(config),
+            run_id=checkpoints.tracker_run_id,
+        )
     )
-    if tracker is not None:
-        checkpoints.tracker_run_id = tracker.run_id
-    return tracker
+    known = (tracker.run_id for tracker in trackers)
+    checkpoints.tracker_run_id = next(filter(None, known), checkpoints.tracker_run_id)
+    return trackers

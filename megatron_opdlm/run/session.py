@@ -30,10 +30,12 @@ from megatron_opdlm.records import Rollout, State, Trajectory, UpdateReport
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.reporting.profiling import Profiler
 from megatron_opdlm.reporting.sample_texts import sample_rows
+from megatron_opdlm.reporting.token_views import view_tokens
 from megatron_opdlm.rollout import generate_over_copies
 from megatron_opdlm.run.build import ModelSource, kernels_of, low_rank_of
+from megatron_opdlm.run.exports import Exports
 from megatron_opdlm.step_plan import StepPlan
-from megatron_opdlm.supervision import preemption, watchdog
+from megatron_opdlm.supervision import activity, preemption, watchdog
 from megatron_opdlm.teacher import Targets, score
 from megatron_opdlm.update import Objective, Student
 
@@ -55,6 +57,7 @@ class Session:
     teacher_source: ModelSource
     objective: Objective
     checkpoints: Checkpoints
+    exports: Exports
     metrics: MetricsWriter
     progress: Progress
     profiler: Profiler
@@ -64,7 +67,11 @@ class Session:
     def watch(self, step: int) -> accounting.Stopwatch:
         """The clock of a step; the begin of each phase is a point where the run can stop."""
         self.profiler.begin(step)
-        return accounting.Stopwatch(before=partial(self._begin, step), around=self.profiler.phase)
+        return accounting.Stopwatch(
+            before=partial(self._begin, step),
+            around=self.profiler.phase,
+            memory=self.hardware.peak_memory,
+        )
 
     def _begin(self, step: int, phase: str) -> None:
         watchdog.enter(phase, step)
@@ -165,6 +172,7 @@ class Session:
         rollout: Rollout,
         states: Sequence[State],
         batches: StepBatches,
+        targets: Targets | None,
         reports: Sequence[UpdateReport],
         watch: accounting.Stopwatch,
     ) -> None:
@@ -188,15 +196,16 @@ class Session:
             cumulative_flops_paper=done.cumulative_flops_paper
             + accounting.paper_flops(self.source.shape, trained),
         )
-        losses = accounting.reduce_losses(reports)
+        losses = accounting.reduce_losses(reports, self.config.rollout.block_size)
         speeds = accounting.speeds(watch, trained, int(counts["rollout_tokens"]))
-        row = losses | counts | speeds | asdict(self.progress)
+        ranks = accounting.over_ranks(watch)
+        row = losses | counts | speeds | ranks | asdict(self.progress)
         row |= {
             "lr": self.plan.learning_rate(step, len(reports) - 1, len(reports)),
             "max_new_tokens": self.plan.budget(step),
             "threshold": self.plan.decoding(step).threshold,
             "updates": len(reports),
-            "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory_bytes())),
+            "peak_memory_bytes": int(parallel.max_over_ranks(self.hardware.peak_memory.highest())),
         }
         self.metrics.write(step, row)
         if note := accounting.nothing_to_learn(counts):
@@ -206,16 +215,20 @@ class Session:
         every = self.config.logging.samples_every
         if every and (step % every == 0 or step == 1):
             chosen = rollout.trajectories[: self.config.logging.samples]
-            self.metrics.samples(step, sample_rows(chosen, self.source.files))
+            shown = {trajectory.sample for trajectory in chosen}
+            views = view_tokens(shown, batches.updates, reports, targets, self.objective)
+            self.metrics.samples(step, sample_rows(chosen, self.source.files, views))
 
     def save_if_due(self) -> None:
         """At the end of a step: publish the save under way if it is written, begin one if it is
-        time.
+        time; the same of exports.
         """
         step = self.progress.step
         self.checkpoints.poll()
         if step % self.config.checkpoint.every == 0 or step == self.plan.total_steps:
             self.save()
+        if parallel.is_writer():
+            self.exports.advance()
 
     def save(self) -> None:
         """A checkpoint of the last finished step, unless it has one."""
@@ -249,6 +262,10 @@ class Session:
         """End of the run."""
         self.profiler.close()
         self.checkpoints.finish()
+        watchdog.enter("export", self.progress.step)
+        parallel.wait_for_writer(
+            lambda: self.exports.finish(activity.advance, preemption.requested), activity.advance
+        )
         self.metrics.close()
         parallel.barrier()
 

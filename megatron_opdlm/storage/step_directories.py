@@ -121,14 +121,15 @@ class StepDirectories:
                 raise FileExistsError(f"{path} is no checkpoint of this run; move it away")
             self.remove(path.name)
 
-    def keep(self, number: int, newest: int) -> None:
-        """Remove the run's checkpoints but the ``number`` newest up to step ``newest``, and the
-        best. Later ones are what a run left that went back; they are replaced as it comes by.
+    def keep(self, number: int, newest: int, spared: str | None = None) -> None:
+        """Remove the run's checkpoints but the ``number`` newest up to step ``newest``, the best
+        and the one named ``spared``. Later ones are what a run left that went back; they are
+        replaced as it comes by.
         """
         done = [name for name in self.own() if step_of(name) <= newest]
-        best = self.pointed_to(BEST)
+        spare = (self.pointed_to(BEST), spared)
         for name in done[:-number]:
-            if name != best:
+            if name not in spare:
                 self.remove(name)
 
     def remove(self, name: str) -> None:

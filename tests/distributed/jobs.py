@@ -5,6 +5,7 @@ process with ``Layout()``, and returns plain values.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -385,14 +386,22 @@ def _as_hugging_face(shape: ModelShape, rows: int, whole: dict[str, Tensor]) -> 
     return {name: tensor.numpy() for name, tensor in named}
 
 
-def train_on(overrides: list[str], updates: Sequence[Rows], lr: float) -> dict[str, Any]:
+def train_on(
+    overrides: list[str], updates: Sequence[Rows], lr: float, *, overlapped: bool = False
+) -> dict[str, Any]:
     """One optimizer step for each list of recorded states; losses, gradient norms, and the final
-    weights on rank 0.
+    weights on rank 0. ``overlapped``: gradients are summed as on a GPU, in several buckets.
     """
     config = load_config(None, overrides)
     source, teacher_source = build.open_pair(config)
     hardware = join(model_layout(config))
-    student = build.build_student(source, config, hardware)
+    if overlapped:
+        hardware = replace(hardware, overlaps_reduction=True)
+        with _small_buckets():
+            student = build.build_student(source, config, hardware)
+        assert len(student.ddp.bucket_groups) > 2
+    else:
+        student = build.build_student(source, config, hardware)
     teacher = build.build_teacher(teacher_source, config, hardware)
     objective = build.build_objective(config, teacher)
     step = _step(updates, config, (source, teacher_source), hardware)
@@ -404,6 +413,18 @@ def train_on(overrides: list[str], updates: Sequence[Rows], lr: float) -> dict[s
         norms.append(report.grad_norm)
     weights = under_hf_names(student.model, lambda p: p.data)
     return {"losses": losses, "grad_norms": norms, "weights": weights}
+
+
+@contextmanager
+def _small_buckets() -> Iterator[None]:
+    """Megatron's buckets would hold a tiny model whole."""
+    original = build.DistributedDataParallelConfig
+    small: Any = partial(original, bucket_size=20_000)
+    build.DistributedDataParallelConfig = small
+    try:
+        yield
+    finally:
+        build.DistributedDataParallelConfig = original
 
 
 def _step(

@@ -85,11 +85,11 @@ def assert_as_expected(results: list[dict[str, Any]], expected: dict[str, Any]) 
 
 
 @CASES
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-def test_one_rank(adapted: Adapted, case: Case, recompute: bool):
+@pytest.mark.parametrize("recompute", ["false", "true", "mlp"])
+def test_one_rank(adapted: Adapted, case: Case, recompute: str):
     """Claim: loss, gradient norm and the gradients of all factors are those of transformers with
     low-rank terms; nothing else has a gradient."""
-    keys = [*adapted.overrides(case), *LORA, f"model.recompute={str(recompute).lower()}"]
+    keys = [*adapted.overrides(case), *LORA, f"model.recompute={recompute}"]
     found = lora_jobs.replay_with_gradients(keys, adapted.recorded.file(case))
     expected = adapted.expected(case)
     assert all(np.any(gradient) for gradient in expected["gradients"].values())

@@ -1,9 +1,8 @@
 """A recipe with ``stages`` through the pipeline: answers, warm-up, then larger blocks."""
 
 import json
-import shlex
 import signal
-import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,11 @@ from launch import pipeline
 from launch.pipeline_settings import Settings, read_settings
 from launch.stages import ROOT, Stage
 from megatron_opdlm.data.content_hash import content_hash
+from megatron_opdlm.errors import RunError
 from megatron_opdlm.model_files.fingerprint import fingerprint
 from tests.conftest import MASK, TinyModels
-from tests.end_to_end.test_pipeline import MOMENTS, SECONDS, kill_in
-from tests.forking import ForkServer
+from tests.end_to_end.test_pipeline import SECONDS
+from tests.forking import ForkServer, run_program
 from tests.training_run import write_prompts
 
 RECIPE = f"""
@@ -71,6 +71,12 @@ def settings(arguments: list[str], out: Path, *more: str) -> Settings:
     return read_settings(pipeline._parser().parse_intermixed_args(argv), {})
 
 
+def program(stage: Stage) -> list[str]:
+    """Module and arguments of a stage's command."""
+    words = stage.command()
+    return words[words.index("-m") + 1 :] if "-m" in words else words[3:]  # one_node.sh --ranks 1
+
+
 @pytest.fixture
 def run(
     fork_server: ForkServer, monkeypatch: pytest.MonkeyPatch
@@ -79,14 +85,12 @@ def run(
     done: list[tuple[str, list[str]]] = []
 
     def forked(stage: Stage, *_: object) -> None:
-        words = stage.command()
+        words = program(stage)
         if stage.name == "tables":  # evaluation.report draws pictures, which takes seconds
             Path(words[-1]).mkdir()
-            done.append((stage.name, words))
-            return
-        module = words.index("-m") + 1 if "-m" in words else 3  # one_node.sh --ranks 1 MODULE
-        result = fork_server.run(words[module], *words[module + 1 :])
-        assert result.returncode == 0, result.stderr
+        else:
+            result = fork_server.run(*words)
+            assert result.returncode == 0, result.stderr
         done.append((stage.name, words))
 
     monkeypatch.setattr(pipeline, "_run", forked)
@@ -136,34 +140,46 @@ def test_the_stages_go_through(arguments, run, tmp_path):
     assert "answer: " in table and "| warm_up | 4 | forward_kl | 2 |" in table
     assert "| larger | 8 | forward_kl | 3 |" in table
     compared = [f"recipe/{name}={stages / name / 'evaluation'}" for name in ("warm_up", "larger")]
-    assert run[-1][1][3:5] == compared
+    assert run[-1][1][1:3] == compared
     pipeline.run_pipeline(settings(arguments, out))
     assert len(run) == len(NAMES)
 
 
+MOMENTS = {  # a stage, and what exists when it is under way
+    "answer": "answer/answers.jsonl.part",
+    "warm_up": "warm_up/run/checkpoints/step_0000001/manifest.json",
+    "larger": "larger/run/checkpoints/step_0000001/manifest.json",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "moment"),
-    [
-        ("answer", "stages/answer/answers.jsonl.part"),
-        ("warm_up", "stages/warm_up/run/checkpoints/step_0000001/manifest.json"),
-        ("larger", "stages/larger/run/checkpoints/step_0000001/manifest.json"),
-    ],
-)
-def test_a_killed_stage_goes_on_bit_for_bit(stage, moment, arguments, run, tmp_path, monkeypatch):
-    """Claim: the same answers, losses and responses as of a path that nothing has disturbed."""
-    whole, out, log = tmp_path / "whole", tmp_path / "out", tmp_path / "log"
-    pipeline.run_pipeline(settings(arguments, whole))
-    script = str(ROOT / "launch" / "pipeline.sh")
-    argv = [script, *arguments, "--out", str(out)]
-    monkeypatch.setitem(MOMENTS, stage, moment)
-    kill_in(stage, argv, out, log)
-    with (tmp_path / "again").open("w") as again:
-        done = subprocess.run(argv, cwd=ROOT, stdout=again, stderr=again, timeout=SECONDS)
-    text = (tmp_path / "again").read_text()
-    assert done.returncode == 0, shlex.join(argv) + text
-    assert text.count("complete, skipped") >= NAMES.index(stage)
-    assert "recipe/warm_up" in (out / "report" / "report.md").read_text()
+def test_killed_stages_go_on_bit_for_bit(arguments, run, fork_server, tmp_path, monkeypatch):
+    """Claim: answers, losses and responses are those of a path that nothing has disturbed, when
+    every stage of the recipe is killed once and the pipeline started again."""
+    whole, out, longer = tmp_path / "whole", tmp_path / "out", "train.steps=8"
+    pipeline.run_pipeline(settings(arguments, whole, longer))
+    undisturbed, killed = pipeline._run, []
+
+    def disturbed(stage: Stage, *rest: Any) -> None:
+        if stage.name not in MOMENTS or stage.name in killed:
+            return undisturbed(stage, *rest)
+        killed.append(stage.name)
+        module, *words = program(stage)
+        log = tmp_path / f"{stage.name}.log"
+        process = fork_server.fork(run_program, output=log, module=module, arguments=words)
+        while not (out / "stages" / MOMENTS[stage.name]).exists():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.005)
+        process.signal(signal.SIGKILL)
+        assert process.wait(SECONDS) == -signal.SIGKILL
+        raise RunError("killed")
+
+    monkeypatch.setattr(pipeline, "_run", disturbed)
+    for stage in MOMENTS:
+        with pytest.raises(RunError, match="killed"):
+            pipeline.run_pipeline(settings(arguments, out, longer))
+        assert killed[-1] == stage
+    pipeline.run_pipeline(settings(arguments, out, longer))
     assert made(out) == made(whole)
 
 

@@ -97,7 +97,7 @@ def cut_back(run: Path, out: Path, step: int) -> Path:
 
 
 APPROXIMATE = ("loss", "kl", "grad_norm")
-OF_THE_LAYOUT = ("cumulative_flops", "kl_by_masked_fraction")
+OF_THE_LAYOUT = ("cumulative_flops", "kl_by_masked_fraction", "kl_by_block_position")
 
 
 def assert_same_steps(found: list[dict], expected: list[dict]) -> None:

@@ -72,6 +72,7 @@ def assert_is_brute_force(
         expected = expected_trajectory(reference, one, decoding, vocabulary)
         assert trajectory.response_ids == expected.response_ids
         assert trajectory.committed_at == expected.committed_at
+        assert trajectory.confidence == pytest.approx(expected.confidence, abs=1e-4)
         # a block costs its passes and nothing else: prefill and commits ride along
         assert (trajectory.passes, trajectory.forwards) == (expected.passes, expected.passes)
     return found

@@ -3,10 +3,13 @@
 import random
 from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from evaluation.in_training import live_generator
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.engine import cache_budget
@@ -14,6 +17,7 @@ from megatron_opdlm.engine.decoder import DecoderKeeper
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
 from megatron_opdlm.model.flops import forward_flops
+from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Prompt
 from megatron_opdlm.rollout import generate
@@ -119,6 +123,8 @@ def test_sequences_that_outgrow_the_pages(
         with jobs.fixed_size_forwards(graphs):
             made = generate(model, asked, rules, vocabulary, key=(1, 1), options=options)
         assert made.trajectories == expected
+        for trajectory, one in zip(made.trajectories, expected, strict=True):
+            assert trajectory.confidence == pytest.approx(one.confidence, abs=1e-5)
         # 96 positions hold two of them, of 36 to 40 positions, at full length
         assert made.slot_utilisation * made.slots > 2.2
         assert left
@@ -159,6 +165,42 @@ def test_what_was_captured_serves_the_next_rollout(models: TinyModels):
         assert captured(replace(rules, denoising_steps=2)) > 3
         unlimited = replace(options, kv_cache_tokens=None)
         assert captured(rules, options=unlimited) > 3 and captured(rules, options=unlimited) > 3
+
+
+def test_evaluations_take_over_what_is_kept(models: TinyModels):
+    """Claim: the generator that evaluates a run's student keeps its decoder where the run's
+    rollouts keep theirs, so there is one cache, and a second batch captures nothing."""
+    model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
+    session: Any = SimpleNamespace(
+        student=SimpleNamespace(model=model),
+        source=SimpleNamespace(files=models.hf("student", tied=True, layers=2), vocabulary=IDS),
+        checkpoints=SimpleNamespace(
+            block_contract=BlockContract(mask_token_id=IDS.mask_id, block_size=4)
+        ),
+        plan=SimpleNamespace(max_positions=64),
+        config=SimpleNamespace(
+            rollout=EngineOptions(attention="rows", kv_cache_tokens=2048, slots=4)
+        ),
+        decoders=DecoderKeeper(),
+    )
+    generator = live_generator(session)
+    prompts = [request(i, 3 + i, limit=9).prompt for i in range(6)]
+    decoding = replace(RULES, max_new_tokens=9)
+    with jobs.fixed_size_forwards(True) as pieces:
+        first = generator.generate(prompts, decoding, range(6))
+        captured, cache = len(pieces), session.decoders._kept.cache
+        assert generator.generate(prompts, decoding, range(6)) == first
+        assert len(pieces) == captured > 3
+        generate(
+            model,
+            [request(0, 3, limit=9)],
+            RULES,
+            IDS,
+            key=(1, 1),
+            options=session.config.rollout,
+            keeper=session.decoders,
+        )
+        assert session.decoders._kept.cache is not cache
 
 
 def test_operations_of_padded_forwards_are_counted(models: TinyModels):

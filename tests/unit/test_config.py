@@ -175,7 +175,7 @@ BAD_OVERRIDES = [
     ("model.tensor_parallel=2.0", "model.tensor_parallel=2.0 must be an integer"),
     ("model.tensor_parallel=true", "model.tensor_parallel=true must be an integer"),
     ("model.mask_token_id=mask", "model.mask_token_id=mask must be an integer"),
-    ("model.recompute=1", "model.recompute=1 must be true or false"),
+    ("model.recompute=1", "model.recompute=1 must be one of false, true, attention, mlp"),
     ("optimizer.lr=fast", "optimizer.lr=fast must be a finite number"),
     ("optimizer.lr=.nan", "optimizer.lr=.nan must be a finite number"),
     ("optimizer.lr=.inf", "optimizer.lr=.inf must be a finite number"),

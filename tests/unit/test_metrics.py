@@ -6,18 +6,34 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opdlm.errors import RunError
+from megatron_opdlm.configuration.learning import LoggingConfig
+from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.metrics import MetricsWriter, forget_after, scalars
+from megatron_opdlm.reporting.trackers import TrackedRun, open_trackers
 
 
-def writer(run_dir: Path, *, start_step: int = 0, enabled: bool = True, tensorboard: bool = False):
+def writer(run_dir: Path, *, start_step: int = 0, enabled: bool = True, trackers=()):
     return MetricsWriter(
-        run_dir,
-        enabled=enabled,
-        tensorboard=tensorboard,
-        total_steps=10,
-        start_step=start_step,
+        run_dir, enabled=enabled, total_steps=10, start_step=start_step, trackers=trackers
     )
+
+
+def opened(run_dir: Path, start_step: int = 0, **keys):
+    """The trackers that these keys of ``logging`` ask for."""
+    logging = LoggingConfig(**{"tensorboard": False, **keys})
+    run = TrackedRun(directory=run_dir, start_step=start_step, logging=logging, settings={})
+    return open_trackers(run)
+
+
+SAMPLE = {
+    "prompt": "2 + 2",
+    "response_ids": [1, 2, 3, 4],
+    "response_texts": ["<b>", " **4**", "\n", " after the end"],
+    "committed_at": [1, 2, 12, 3],
+    "response_tokens": 3,
+    "finish_reason": "stop",
+    "forwards": 4,
+}
 
 
 def read(file: Path) -> list[dict]:
@@ -110,7 +126,7 @@ def test_numbers_that_json_has_not_are_null(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):
-    metrics = writer(tmp_path / "run", enabled=False, tensorboard=True)
+    metrics = writer(tmp_path / "run", enabled=False)
     metrics.write(1, {"loss": 1.0})
     metrics.samples(1, [{"response": "a"}])
     metrics.close()
@@ -118,16 +134,19 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_progress_bar_shows_what_one_watches(tmp_path, capsys):
+def test_progress_shows_what_one_watches(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Claim: where nobody watches, by a line with an estimate now and then, and no bar."""
+    monkeypatch.setattr("megatron_opdlm.reporting.progress.LINE_SECONDS", 0.0)
     metrics = writer(tmp_path, start_step=4)
     metrics.write(
         5,
         {"loss": 0.51, "kl": 0.37, "trained_tokens_per_second": 1234.5, "max_new_tokens": 48},
     )
     metrics.close()
-    bar = capsys.readouterr().err
-    for shown in ("5/10", "loss=0.51", "KL=0.37", "tok/s=1234", "length=48"):
-        assert shown in bar
+    said = capsys.readouterr().err
+    assert said == (
+        "train: 5 of 10 steps, loss=0.51, KL=0.37, tok/s=1234, length=48, 0.0 minutes left\n"
+    )
 
 
 def test_scalars_names_nested_numbers_and_leaves_out_the_rest():
@@ -139,12 +158,13 @@ def test_tensorboard_has_every_scalar_of_every_step_once(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = writer(tmp_path, tensorboard=True)
+    first = writer(tmp_path, trackers=opened(tmp_path, tensorboard=True))
     for step in (1, 2, 3):
         first.write(step, {"loss": 10.0 * step, "by": {"a": 1.0}})
     first.close()
-    second = writer(tmp_path, start_step=2, tensorboard=True)
+    second = writer(tmp_path, start_step=2, trackers=opened(tmp_path, 2, tensorboard=True))
     second.write(3, {"loss": 99.0, "by": {"a": 1.0}})
+    second.samples(3, [SAMPLE])
     second.evaluation(3, {}, {"evaluation": {"addition": {"accuracy": 0.25}}})
     second.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -153,6 +173,39 @@ def test_tensorboard_has_every_scalar_of_every_step_once(tmp_path):
     [score] = events.Scalars("evaluation/addition/accuracy")
     assert (score.step, score.value) == (3, 0.25)
     assert events.Tags()["scalars"] == ["loss", "by/a", "evaluation/addition/accuracy"]
+    [text] = events.Tensors("samples/0/text_summary")
+    assert text.step == 3 and text.tensor_proto.string_val[0].decode() == (
+        "    prompt: 2 + 2\n    response (3 tokens, stop, 4 forwards):\n    <b>₁ **4**₂\n    ₁₂\n"
+    )
+
+
+THEIRS = """
+class Theirs:
+    run_id = None
+    def __init__(self, run): self.file = (run.directory / "theirs.txt").open("a")
+    def log(self, step, numbers): print(step, sorted(numbers.items()), file=self.file)
+    def texts(self, step, texts): print(step, sorted(texts), file=self.file)
+    def close(self): self.file.close()
+def open_tracker(run):
+    return Theirs(run)
+"""
+
+
+def test_a_tracker_is_one_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Claim: a module of the user's that ``logging.trackers`` names gets numbers and texts; one
+    that is missing, or is no tracker, is named."""
+    (tmp_path / "their_tracker.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    metrics = writer(tmp_path, trackers=opened(tmp_path, trackers=["their_tracker"]))
+    metrics.write(1, {"loss": 0.5, "by": {"a": 2}})
+    metrics.samples(1, [SAMPLE])
+    metrics.close()
+    kept = (tmp_path / "theirs.txt").read_text()
+    assert kept == "1 [('by/a', 2.0), ('loss', 0.5)]\n1 ['samples/0']\n"
+    with pytest.raises(InputError, match=r"logging.trackers=no_such_module cannot be imported"):
+        opened(tmp_path, trackers=["no_such_module"])
+    with pytest.raises(InputError, match=r"logging.trackers=json has no open_tracker\(run\)"):
+        opened(tmp_path, trackers=["json"])
 
 
 def test_a_note_is_said_once(tmp_path, capsys):

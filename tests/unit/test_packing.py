@@ -49,6 +49,9 @@ def test_one_row_by_hand():
     assert batch.labels.tolist() == [2, 7, 2]
     assert batch.masked_share.tolist() == [0.5, 0.5, 0.5]
     assert batch.row_weight.tolist() == pytest.approx([1 / 3] * 3)
+    assert (batch.position.tolist(), batch.place.tolist()) == ([1, 6, 8], [3, 0, 2])
+    whole = only(pack_step([[ONE]], replace(PACKING, block_size=64)))  # 32 places of two tokens
+    assert whole.place.tolist() == [7 // 2, 12 // 2, 14 // 2]
 
 
 def test_shifted_logits_are_read_one_before():

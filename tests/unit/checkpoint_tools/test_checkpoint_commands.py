@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from checkpoint_tools import export_hf, import_hf, inspect, serve_check
-from checkpoint_tools.export.formats import check_format
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.checksums import sha256_of
 from megatron_opdlm.model_files.families import QWEN3_MOE
+from megatron_opdlm.model_files.formats import check_format
 from megatron_opdlm.model_files.manifest import (
     BlockContract,
     Manifest,

@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from evaluation import verdicts
+from evaluation.generation import verdicts
 from evaluation.generation.predictions import Predictions
 from evaluation.run import evaluate, load_tasks
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -60,7 +60,7 @@ def test_verdicts_are_kept_when_the_grading_is_killed(data, monkeypatch, capsys)
     [whole], expected = evaluate(AnsweringGenerator(offset=1), tasks, *settings)
     monkeypatch.setattr(verdicts, "FIRST_PART", 1)
     monkeypatch.setattr(verdicts, "PART_SECONDS", 0.0)
-    monkeypatch.setattr("evaluation.generation.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_opdlm.reporting.progress.LINE_SECONDS", 0.0)
     real, asked = verdicts.grade_predictions, []
 
     def grade(task, rows, predictions, lives=1):
@@ -72,7 +72,7 @@ def test_verdicts_are_kept_when_the_grading_is_killed(data, monkeypatch, capsys)
     monkeypatch.setattr(verdicts, "grade_predictions", grade)
     with pytest.raises(Killed):
         evaluate(AnsweringGenerator(offset=1), tasks, *settings, out=out, show=True)
-    assert "addition, graded: 2 of 4 responses" in capsys.readouterr().out
+    assert "addition, graded: 2 of 4 responses" in capsys.readouterr().err
     assert len((out / "graded.partial.jsonl").read_text().splitlines()) == 1
     copies = [shutil.copytree(out, data / name) for name in ("same", "changed")]
     lines = (copies[1] / "predictions.jsonl").read_text().splitlines()
@@ -95,10 +95,10 @@ def test_a_graded_task_is_kept_when_a_later_one_is_killed(data):
     tasks, out = load_tasks(["addition", "exact_match"], data, None), data / "killed"
 
     class DiesLater(AnsweringGenerator):
-        def generate(self, *arguments):
+        def generate(self, prompts, decoding, samples, finished=lambda _: None):
             if self.seen:
                 raise Killed
-            return super().generate(*arguments)
+            return super().generate(prompts, decoding, samples, finished)
 
     with pytest.raises(Killed):
         evaluate(DiesLater(), tasks, Decoding(), 1, {}, out=out)

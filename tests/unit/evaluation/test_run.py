@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
-from evaluation.generation.progress import Progress
 from evaluation.prompting import prompt_from
 from evaluation.run import evaluate, load_tasks, prompts_of
 from evaluation.sample import read_prompts, sample
@@ -23,6 +22,7 @@ from megatron_opdlm import mailbox
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.records import Prompt, Trajectory
+from megatron_opdlm.reporting.progress import Progress
 from tests.tiny_models import make_tokenizer
 
 END, PAD = 1, 0
@@ -170,14 +170,14 @@ def test_a_line_now_and_then(monkeypatch, capsys):
     """Claim: without a terminal there is a line after half a minute, with rate and time left of
     this process."""
     now = 0.0
-    monkeypatch.setattr("evaluation.generation.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("megatron_opdlm.reporting.progress.time.monotonic", lambda: now)
     with Progress("GSM8K", 10, 4, show=True) as progress:
         now = 10.0
         progress.advance(40)
         now = 40.0
         progress.advance(80)
         progress.advance(100)
-    assert capsys.readouterr().out == ("GSM8K: 6 of 10 responses, 3 tokens/s, 1.3 minutes left\n")
+    assert capsys.readouterr().err == ("GSM8K: 6 of 10 responses, 3 tokens/s, 1.3 minutes left\n")
 
 
 def test_the_models_recorded_logit_shift_is_used(data):

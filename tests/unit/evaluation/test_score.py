@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from evaluation import verdicts
+from evaluation.generation import verdicts
 from evaluation.graded import tell_scorer_errors
 from evaluation.grading import mathematics
 from evaluation.report import decoding_label, read_summary, table
@@ -210,14 +210,14 @@ def test_a_killed_scoring_goes_on_where_it_was(tmp_path, data, monkeypatch, capf
     others.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(InputError, match="differs in predictions;"):
         score(task, data, others, out)
-    monkeypatch.setattr("evaluation.generation.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_opdlm.reporting.progress.LINE_SECONDS", 0.0)
     capfd.readouterr()
     assert {**score(task, data, predictions, out, show=True).as_dict(), "seconds": 0} == {
         **whole,
         "seconds": 0,
     }
     assert asked == ["2+1=", "2+1=", "3+1=", "3+1=", "4+1=", "4+1="]
-    said = capfd.readouterr().out.splitlines()
+    said = capfd.readouterr().err.splitlines()
     assert [line.split(", ")[1] for line in said] == [
         "graded: 8 of 10 responses",
         "graded: 10 of 10 responses",

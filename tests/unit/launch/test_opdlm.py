@@ -11,6 +11,7 @@ import pytest
 from launch import opdlm
 from megatron_opdlm import __version__
 from megatron_opdlm.errors import InputError
+from tests.unit.launch.run_page.test_page import write_run
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 120  # generous: the machine may be loaded
@@ -95,6 +96,22 @@ def test_a_command_ends_with_its_own_code(argv: list[str], code: int, said: str)
         timeout=SECONDS,
     )
     assert done.returncode == code and done.stderr.startswith(said), done.stderr
+
+
+def test_the_report_of_a_run_is_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """Claim: ``opdlm report RUN`` is ``opdlm page RUN``, whose page lies in the run's directory
+    unless another place is named; of anything else it is the report of results."""
+    run = write_run(tmp_path / "run", steps=2)
+    for arguments, place in (
+        ([str(run)], run / "page.html"),
+        ([f"a={run}", "--out", str(tmp_path / "a.html")], tmp_path / "a.html"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["opdlm", "report", *arguments])
+        opdlm._run()
+        assert capsys.readouterr().out == f"page: {place}\n" and place.is_file()
+    monkeypatch.setattr(sys, "argv", ["opdlm", "report", str(tmp_path)])
+    with pytest.raises(InputError, match=r"summary\.json"):
+        opdlm._run()
 
 
 def test_the_version_stands_once():

@@ -138,7 +138,7 @@ def _next_tokens(
 def operations(step: StepBatches) -> tuple[float, float]:
     """Of the student's microbatches and of the teacher's rows."""
     student = [
-        accounting.student_flops(SHAPE, batch, recompute=True, sequence_parallel=False)
+        accounting.student_flops(SHAPE, batch, recompute="true", sequence_parallel=False)
         for batch in rows(step)
     ]
     teacher = [

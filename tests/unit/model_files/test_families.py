@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from checkpoint_tools.export.formats import check_format
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.model.rotary import frequencies, score_scale
 from megatron_opdlm.model_files.families import BY_TYPE, FAMILIES, FORMATS, LAYOUTS
+from megatron_opdlm.model_files.formats import check_format
 from megatron_opdlm.model_files.manifest import BlockContract
 from megatron_opdlm.model_files.rotary import read_scaling
 from megatron_opdlm.model_files.shape import hf_names, read_shape

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opdlm.configuration.learning import LoggingConfig
 from megatron_opdlm.errors import InputError
 from megatron_opdlm.metrics import MetricsWriter
-from megatron_opdlm.reporting.tracking import open_tracker
+from megatron_opdlm.reporting.trackers import TrackedRun, open_trackers
 from megatron_opdlm.run import provenance
 
 # One start of a run: W&B serves one run a process well, and takes its service down with it.
@@ -17,18 +18,28 @@ START = """
 import sys
 from pathlib import Path
 from megatron_opdlm.metrics import MetricsWriter
-from megatron_opdlm.reporting.tracking import open_tracker
+from megatron_opdlm.configuration.learning import LoggingConfig
+from megatron_opdlm.reporting.trackers import TrackedRun, open_trackers
 run_dir, first, last, known = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-tracker = open_tracker(
-    run_dir, mode="offline", project="p", settings={"train.seed": 3}, run_id=(known or [None])[0]
+logging = LoggingConfig(
+    tensorboard=False, wandb="offline", wandb_project="p", wandb_entity="some-team",
+    wandb_group="some-group", wandb_tags=["some-tag"], **({"wandb_name": "a-name"} if known else {})
 )
+run = TrackedRun(
+    directory=run_dir, start_step=first - 1, logging=logging, settings={"train.seed": 3},
+    run_id=(known or [None])[0],
+)
+trackers = open_trackers(run)
 metrics = MetricsWriter(
-    run_dir, enabled=True, tensorboard=False, total_steps=4, start_step=first - 1, tracker=tracker
+    run_dir, enabled=True, total_steps=4, start_step=first - 1, trackers=trackers
 )
+sample = {"prompt": "p", "response_ids": [5], "response_texts": ["some-text"], "committed_at": [1],
+          "response_tokens": 1, "finish_reason": "stop", "forwards": 2}
 for step in range(first, last + 1):
     metrics.write(step, {"loss": step / 2, "kl_by_masked_fraction": {"0.25": 7.5 + step}})
+    metrics.samples(step, [sample])
 metrics.close()
-print("id", tracker.run_id)
+print("id", trackers[0].run_id)
 """
 
 
@@ -39,6 +50,11 @@ def start(run_dir: Path, first: int, last: int, *known: str) -> str:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()[-1]
+
+
+def run(directory: Path, **keys) -> TrackedRun:
+    logging = LoggingConfig(**{"tensorboard": False, **keys})
+    return TrackedRun(directory=directory, start_step=0, logging=logging, settings={})
 
 
 def recorded(run_dir: Path) -> list[bytes]:
@@ -55,14 +71,19 @@ def test_a_resumed_run_goes_on_in_the_same_page(tmp_path: Path):
     assert start(run_dir, 5, 5, first) == first
     one, two, three = recorded(run_dir)
     for file in (one, two, three):
-        assert first.encode() in file and b"some-run" in file and b"train.seed" in file
+        assert first.encode() in file and b"train.seed" in file
+        assert all(word in file for word in (b"some-team", b"some-group", b"some-tag"))
+    assert (b"some-run" in two, b"a-name" in two) == (True, False), "the directory's name"
+    assert b"a-name" in three
+    tables = [file.read_text() for file in run_dir.glob("wandb/offline-run-*/**/*.table.json")]
+    assert len(tables) == 5 and all("some-text₁" in json.loads(t)["data"][0][2] for t in tables)
     assert b"kl_by_masked_fraction/0.25" in one
     assert (b"9.5" in one, b"9.5" in two) == (True, False), "step 2 was logged at the first start"
     assert (b"11.5" in one, b"11.5" in two) == (False, True)
 
 
 def test_no_tracker(tmp_path: Path):
-    assert open_tracker(tmp_path, mode="none", project="p", settings={}) is None
+    assert list(open_trackers(run(tmp_path, wandb="none"))) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,13 +94,11 @@ def test_online_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         InputError, match=r"wandb=online: .*; log in with 'wandb login' .*=offline$"
     ):
-        open_tracker(tmp_path, mode="online", project="p", settings={})
+        open_trackers(run(tmp_path, wandb="online"))
 
 
 def test_the_other_ranks_need_no_tracker(tmp_path: Path):
-    metrics = MetricsWriter(
-        tmp_path / "run", enabled=False, tensorboard=False, total_steps=1, start_step=0
-    )
+    metrics = MetricsWriter(tmp_path / "run", enabled=False, total_steps=1, start_step=0)
     metrics.write(1, {"loss": 1.0})
     metrics.close()
     assert not (tmp_path / "run").exists()

@@ -45,6 +45,9 @@ def test_curves_are_drawn_and_nothing_is_wider_than_the_window(browser, tmp_path
         browser.open(file, width=width, dark=dark)
         assert browser.evaluate(DRAWN.format("loss")) == 2
         assert browser.evaluate(DRAWN.format("KL by masked share")) == 4
+        assert browser.evaluate(DRAWN.format("KL by position in the block")) == 4
+        assert browser.evaluate(DRAWN.format("peak memory by phase")) == 4
+        assert browser.evaluate(DRAWN.format("the slowest rank of each phase")) == 2
         assert browser.evaluate(inside) is True
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
         ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -65,7 +68,12 @@ def test_keys_step_through_the_passes(browser, tmp_path):
     """Claim: the page opens with the whole response; a key left takes one pass back, so that the
     tokens of later passes are open and blocks without a pass are told apart."""
     texts = ["a", "b", "c", "d", "e", "f"]  # committed in passes 2 1 | 5 3 4 3
-    file = page_of(tmp_path, "run", samples=[sample(response_texts=texts)])
+    seen = {
+        "confidence": [0.5, 1, 0.125, 0.3, 0.4, 0.5],
+        "kl": [None, 0.1, 0.01234, None, 2, None],
+        "teacher": [None, [["b", 0.9]], [["<b>", 0.75], ['"', 0.2]], None, [[7, 1]], None],
+    }
+    file = page_of(tmp_path, "run", samples=[sample(response_texts=texts, **seen)])
     browser.open(file, width=390)
     assert browser.evaluate(MADE) == texts
     expected = [["a", "b", "d", "e", "f"], ["a", "b", "d", "f"], ["a", "b"], ["b"], [], []]
@@ -83,9 +91,13 @@ def test_keys_step_through_the_passes(browser, tmp_path):
     )
     browser.point(x, y)
     told = browser.evaluate("document.getElementById('tip').textContent")
-    assert told.splitlines()[0] == '"c"' and told.endswith(
-        "pass 3 of the block's 3, 5 of the response"
-    )
+    first, _, passes, *rest = told.splitlines()
+    assert (first, passes) == ('"c"', "pass 3 of the block's 3, 5 of the response")
+    assert rest == [
+        "confidence 12.5 %",
+        "KL 0.0123 nats in the trained state",
+        'teacher: "<b>" 75 %, "\\"" 20 %',
+    ]
     assert browser.said == []
 
 

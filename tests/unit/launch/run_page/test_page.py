@@ -39,6 +39,10 @@ def write_run(directory, *, steps=3, samples=(), block_size=4):
             "step": step,
             "loss": 1 / step,
             "kl_by_masked_fraction": {"0.50": 0.5, "1.00": 2 / step},
+            "kl_by_block_position": {"1": 0.5, "2": 1 / step},
+            "slowest_seconds": {"rollout": 2.0 + step},
+            "slowest_rank": {"rollout": 1},
+            "peak_memory_bytes_by_phase": {"rollout": 2**30, "update": 2**31 + step},
             "cumulative_trained_tokens": 100 * step,
         }
         for step in range(1, steps + 1)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from evaluation.generation.identity import hash_rows
 from evaluation.generation.predictions import SETTINGS, VERDICTS, whole_lines
-from evaluation.generation.progress import Progress
 from evaluation.graded import grade_predictions
 from evaluation.tasks import Grade, Row, Task
 from megatron_opdlm.model_files.writing import append_jsonl, write_json
+from megatron_opdlm.reporting.progress import Progress
 
 FIRST_PART, PART_SECONDS = 32, 20.0  # problems graded, then seconds' worth, before they are kept
 
@@ -95,7 +95,7 @@ def grade_in_parts(
             grades = grade_predictions(task, [row for row, _ in part], given)
             seconds = time.monotonic() - start
             verdicts.add(given, grades, seconds)
-            progress.advance(responses=sum(map(len, grades)))
+            progress.advance(count=sum(map(len, grades)))
             wanted = int(size * PART_SECONDS / max(seconds, 1e-6))
             size = min(max(wanted, FIRST_PART), 4 * size)
     return [verdicts[prediction] for prediction in predictions]

@@ -1,0 +1,1 @@
+"""Plans a run on GPUs that are not here: memory, hours, layouts."""

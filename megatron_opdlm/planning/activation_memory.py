@@ -1,0 +1,192 @@
+"""What a rank keeps and works with beside weights, gradients and optimizer, in bytes.
+
+Derived from what autograd saves in Megatron's layers with our attention, and held against measured
+peaks on a CPU (``tests/distributed/test_memory_peaks.py``).
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron_opdlm.model_files.manifest import LowRank
+from megatron_opdlm.model_files.shape import ModelShape, padded_vocab
+from megatron_opdlm.planning.rank_memory import Split
+
+FLOAT = 4  # bytes
+DENSE_CHUNK = 256  # queries of a long sequence that the dense attention takes together
+LOGIT_COPIES = 3  # float32 arrays of a chunk's logits that the divergence has at a time
+DRAW_BYTES = 20  # of a drawn token and column: logits, weights, their running sums in float64
+# Of an MLP's width: both halves of fc1 and their product; without the fused function silu and the
+# other half as well; of experts the product once more, before it is weighed.
+FUSED_COPIES, GATE_COPIES = 3, 5
+ROUTER_COPIES = 3  # of the number of experts: probabilities, weights, places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """How a model is computed, as far as its memory goes."""
+
+    item: int  # bytes of a number of weights and activations
+    spec: str = "local"  # "local" | "te": whose layers
+    attention: str = "dense"  # "dense" | "flex" | "te"
+    fused: bool = False  # norms and gate are one kernel each, as on GPUs
+    recompute: str = "false"  # "attention" | "mlp" | "true"
+    sequence_parallel: bool = False
+    low_rank: LowRank | None = None  # what is trained, beside frozen weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """The longest packed row, as one rank of its context group sees it."""
+
+    tokens: float
+    positions: float  # that are projected to the vocabulary
+    pairs: float = 0.0  # (query, key) pairs that the dense attention computes; 0 with others
+
+
+class LayerMemory:
+    """Bytes of one layer on one of T tensor ranks.
+
+    q = heads d / T and k = groups d / T are the numbers of a token's queries and keys, f = ffn / T
+    (of all of its experts together) the MLP's.
+    """
+
+    def __init__(self, shape: ModelShape, split: Split, build: Build) -> None:
+        self.shape, self.split, self.build = shape, split, build
+        self.query = shape.heads * shape.head_dim / split.tensor
+        self.key = shape.groups * shape.head_dim / split.tensor
+        experts = shape.experts
+        self.sent = experts.per_token if experts else 0  # copies of a token that go to experts
+        self.ffn = (experts.per_token * experts.ffn if experts else shape.ffn) / split.tensor
+        # Between the matrices each tensor rank has its share of the tokens.
+        self.share = 1 / split.tensor if build.sequence_parallel else 1.0
+
+    @property
+    def input(self) -> float:
+        """A token on its way between two layers."""
+        return self.shape.hidden * self.build.item * self.share
+
+    def _norm(self, *, from_view: bool, to_linear: bool) -> int:
+        """Bytes that a norm keeps of one number. ``from_view``: its input is kept anyway, if it is
+        not copied to float32; ``to_linear``: somebody keeps its output.
+        """
+        item, is_wide = self.build.item, self.build.item == FLOAT
+        if self.build.fused:
+            return item * (1 + to_linear)
+        entering = 0 if is_wide and from_view else FLOAT
+        normed = 0 if self.build.low_rank else FLOAT  # of use for the weight's gradient alone
+        return entering + normed + item * to_linear
+
+    def attention(self, row: Row) -> float:
+        """What is kept from the layer's input to that of the attention's projection."""
+        item, tokens, shape = self.build.item, row.tokens, self.shape
+        is_dense = self.build.attention == "dense"
+        each = self._norm(from_view=False, to_linear=True) * shape.hidden * self.share
+        if shape.family.qk_norm:
+            each += self._norm(from_view=False, to_linear=False) * self.query
+            each += self._norm(from_view=True, to_linear=False) * self.key
+        if item == FLOAT or not is_dense:  # some view of the joined product lives on
+            each += (self.query + 2 * self.key) * item
+        if self.build.spec != "te":
+            each += 4 * shape.head_dim * item  # rotary factors of queries and of keys
+        each += FLOAT * (2 * shape.heads + shape.groups) / self.split.tensor
+        each += 3 * self.query * item  # queries as the kernel takes them, its output, the input
+        if not is_dense:
+            return tokens * (each + self.key * item)
+        if self.build.recompute == "attention":
+            return tokens * each
+        gathered = 2 * self.key * item * max(tokens, row.pairs / DENSE_CHUNK)
+        return tokens * each + gathered + item * row.pairs
+
+    def mlp(self, tokens: float) -> float:
+        """What is kept from the second norm to the layer's output."""
+        each = self._norm(from_view=False, to_linear=True) * self.shape.hidden * self.share
+        if self.build.recompute == "mlp":
+            return tokens * each
+        return tokens * (each + self._gated())
+
+    def _gated(self) -> float:
+        """What a token keeps between the MLP's two matrices, or in its experts."""
+        item, experts = self.build.item, self.shape.experts
+        copies = FUSED_COPIES if self.build.fused else GATE_COPIES
+        if experts is None:
+            return copies * self.ffn * item
+        sent = self.sent * self.shape.hidden * item
+        return sent + (copies + 1) * self.ffn * item + ROUTER_COPIES * experts.count * FLOAT
+
+    def saved(self, row: Row) -> float:
+        """All that a layer keeps of a row for its backward pass."""
+        low_rank = self.build.low_rank
+        terms = len(low_rank.targets) * low_rank.rank * self.build.item if low_rank else 0
+        return self.attention(row) + self.mlp(row.tokens) + row.tokens * terms
+
+    def saved_last(self, row: Row) -> float:
+        """The same of the model's last layer, which carries on the positions that are read."""
+        if self.build.sequence_parallel:
+            return self.saved(row)
+        return self.attention(row) + self.mlp(row.positions)
+
+    def again(self, row: Row) -> float:
+        """What is computed once more, and then kept, in the backward pass of a layer."""
+        if self.build.recompute == "false":
+            return 0.0
+        whole = LayerMemory(self.shape, self.split, replace(self.build, recompute="false"))
+        if self.build.recompute == "true":
+            return whole.saved(row)
+        return whole.saved(row) - self.saved(row)
+
+    def forward_work(self, row: Row) -> float:
+        """What a layer has at a time where nothing is kept: in its MLP, or in its attention."""
+        item, tokens = self.build.item, row.tokens
+        stream = 4 * self.input + self.shape.hidden * item
+        mlp = GATE_COPIES * self.ffn + self.sent * self.shape.hidden
+        attention = 3 * self.query + 4 * self.key + 2 * self.shape.head_dim
+        if self.build.attention == "dense":
+            attention += (2 * self.key * row.pairs / DENSE_CHUNK + row.pairs) / max(tokens, 1)
+        return tokens * (stream + max(mlp, attention) * item)
+
+    def backward_work(self, row: Row) -> float:
+        """Gradients of activations that a layer has at a time beside what it keeps, and that of
+        its largest weight, before it is added to the sums.
+        """
+        item = self.build.item
+        activations = row.tokens * (2 * self.ffn * item + 2 * self.input)
+        if self.build.low_rank or self.build.spec == "te":
+            return activations
+        return activations + self.largest_weight * item
+
+    @property
+    def largest_weight(self) -> float:
+        """Numbers of the largest matrix on this rank."""
+        experts = self.shape.experts
+        ffn = (experts.ffn if experts else self.shape.ffn) / self.split.tensor
+        return self.shape.hidden * max(2 * ffn, self.query + 2 * self.key)
+
+
+def saved_activations(layer: LayerMemory, row: Row, *, is_last_stage: bool) -> float:
+    """Bytes that a stage's layers keep of a row between its forward and its backward pass."""
+    layers = layer.shape.layers // layer.split.pipeline
+    if layer.build.recompute == "true":
+        return layers * row.tokens * layer.input
+    if not is_last_stage:
+        return layers * layer.saved(row)
+    norm = 3 * layer.shape.hidden * layer.build.item * row.positions  # the final one
+    return (layers - 1) * layer.saved(row) + layer.saved_last(row) + norm
+
+
+def vocabulary_columns(shape: ModelShape, split: Split) -> float:
+    return padded_vocab(shape.vocab_size, split.tensor) / split.tensor
+
+
+def divergence_work(layer: LayerMemory, row: Row, chunk_rows: int) -> float:
+    """Logits of a chunk of positions, and the gradients that the divergence writes as it goes."""
+    shape, item = layer.shape, layer.build.item
+    columns, rows = vocabulary_columns(shape, layer.split), min(chunk_rows, row.positions)
+    copies = LOGIT_COPIES * FLOAT + (item if item < FLOAT else 0)
+    head = 0 if layer.build.low_rank else columns * shape.hidden * FLOAT
+    return rows * columns * copies + head + 2 * row.positions * shape.hidden * item
+
+
+def embedding_gradient(layer: LayerMemory) -> float:
+    """One gradient of the embedding or the output layer, in the weights' type."""
+    if layer.build.low_rank:
+        return 0.0
+    return vocabulary_columns(layer.shape, layer.split) * layer.shape.hidden * layer.build.item
