@@ -44,7 +44,8 @@ def blocks(page: Path) -> Iterator[list[str]]:
 def plain(line: str) -> str:
     """A line without its comment; of a synopsis what is optional is given, of ``a|b`` the first."""
     line = re.split(r"(?:^|\s{2,}|\s)#\s", line)[0]
-    line = re.sub(r"(?<!=)\[(?!--)[a-z][^\]=,]*\]|(?<!\S)\.\.\.(?!\S)", "", line)  # [decoding flags]
+    # [decoding flags]
+    line = re.sub(r"(?<!=)\[(?!--)[a-z][^\]=,]*\]|(?<!\S)\.\.\.(?!\S)", "", line)
     line = re.sub(r"\[(--[^\]]*|[A-Z=]+ \.\.\.|[A-Z]+=[A-Z]+[^\]]*)\]", r"\1", line)
     line = re.sub(r"(?<!\S)\.\.\.(?!\S)", "", line)
     return re.sub(r"(?<=[\w-])\|[\w|-]+", "", line)
