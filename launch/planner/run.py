@@ -50,9 +50,11 @@ def _plan(config: Config, options: argparse.Namespace) -> None:
     question, notes = _question(config, options)
     own = as_it_is(question)
     fitting, refused = search(question)
-    mine = own
-    if not isinstance(own, Refused):
-        mine = own, totals(question, own.config, own.split, own.memory)
+    mine = (
+        own
+        if isinstance(own, Refused)
+        else (own, totals(question, own.config, own.split, own.memory))
+    )
     shown = fitting[: options.top]
     pairs = [(one, totals(question, one.config, one.split, one.memory)) for one in shown]
     if options.json:

@@ -87,8 +87,8 @@ def test_out_of_memory(job: Jobs, tmp_path: Path, function: str, phase: str, key
     """Claim: where the operating system gives no more memory to one rank, both end; the error names
     rank, phase and step, the bytes that were asked for, and keys of that phase to turn down."""
     prompts = tmp_path / "long.jsonl"
-    row = json.dumps({"prompt_ids": [7 + i % (LAST_TOKEN - 9) for i in range(LONG_PROMPT)]})
-    prompts.write_text((row + "\n") * 16)
+    ids = [[7 + (i + row) % (LAST_TOKEN - 9) for i in range(LONG_PROMPT)] for row in range(16)]
+    prompts.write_text("".join(json.dumps({"prompt_ids": row}) + "\n" for row in ids))
     hungry = job(2, f"data.path={prompts}", "rollout.prompts_per_step=16", "data.shuffle=false")
     disturbance = Disturbance(
         function=f"megatron_opdlm.{function}", call=1, action="exhaust memory", rank=1

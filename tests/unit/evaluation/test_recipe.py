@@ -44,7 +44,12 @@ def test_every_training_recipe_has_its_evaluation():
 
 
 # Which decode block by block, in blocks of how many tokens; the others are autoregressive.
-BLOCKS = {"opdlm_4b_block8": 8, "opdlm_4b_block16": 16}
+BLOCKS = {
+    "opdlm_4b_block8": 8,
+    "opdlm_4b_block16": 16,
+    "proposal_4b_grown": 16,
+    "stage_block8": 8,
+}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
@@ -55,7 +60,7 @@ def test_recipes_name_benchmarks_and_budgets(file):
     tasks = {task for run in runs for task in run.tasks}
     if file.stem.startswith(("opdlm_", "proposal_")) and "math" not in file.stem:
         assert tasks == BENCHMARKS
-    assert tasks <= BENCHMARKS | {"exact_match:held_out"}
+    assert tasks <= BENCHMARKS | {"exact_match:held_out", "addition"}
     for run in runs:
         size = BLOCKS.get(file.stem, 4)
         assert run.decoding.block_size == run.decoding.denoising_steps == size
