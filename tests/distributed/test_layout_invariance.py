@@ -137,9 +137,10 @@ def test_bf16_is_float32_rounded(recorded: Recorded, case: Case):
     number, 0.4 %; over four layers 3 % of the loss and 10 % of the gradients are left to it."""
     found = jobs.replay_with_gradients([*recorded.overrides(case), *BF16], recorded.file(case))
     expected = recorded.expected(case)
-    assert 1e-4 < relative(found["loss"], expected["loss"]) < 0.03
+    assert relative(found["loss"], expected["loss"]) < 0.03
     assert relative(found["grad_norm"], expected["grad_norm"]) < 0.03
-    assert distance(found["gradients"], expected["gradients"]) < 0.1 * length(expected["gradients"])
+    off = distance(found["gradients"], expected["gradients"]) / length(expected["gradients"])
+    assert 1e-3 < off < 0.1  # and it does change it
 
 
 @pytest.mark.distributed
