@@ -135,11 +135,16 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.json")
     parser.add_argument("--place", required=True, type=Path, metavar="DIR")
     args = parser.parse_args()
+    import torch.distributed
+
     from megatron_opdlm.hardware import select_hardware
 
     meeting = meet(select_hardware(), args.place)
     if launcher.rank() == 0:
         write_json(args.out, asdict(meeting))
+    # Together: a rank that leaves while threads of another listen to it could end that one.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
