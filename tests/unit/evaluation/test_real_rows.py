@@ -72,16 +72,19 @@ def test_canonical_programs_pass_their_own_tests(most: int):
 )
 @pytest.mark.parametrize("name", ["HumanEval", "MBPP"])
 def test_canonical_programs_pass_evalplus_tests(name: str, most: int):
-    """Claim: EvalPlus' solutions pass EvalPlus' base tests, in the published files' order."""
+    """Claim: EvalPlus' solutions pass EvalPlus' base tests, in the published files' order, but for
+    one whose generator EvalPlus' own extraction drops: it keeps no function without ``return``.
+    """
     task = get_task(name)
     assert isinstance(task, EvalPlusTask)
     rows = every(task.load(WHOLE), most)
-    texts = [
-        [str(problem["prompt"]) + str(problem["canonical_solution"]) + "\n```"]
-        for problem in map(task.problem, rows)
-        if problem is not None
-    ]
-    assert all(grade.correct for [grade] in task.grade_all(rows, texts))
+    problems = [problem for problem in map(task.problem, rows) if problem is not None]
+    texts = [[f"{one['prompt']}{one['canonical_solution']}\n```"] for one in problems]
+    grades = [grade for [grade] in task.grade_all(rows, texts)]
+    wrong = {
+        one["task_id"] for one, grade in zip(problems, grades, strict=True) if not grade.correct
+    }
+    assert wrong <= {"Mbpp/630"}
 
 
 @pytest.mark.parametrize(
