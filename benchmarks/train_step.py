@@ -35,7 +35,7 @@ from megatron_opdlm.config import Config, load_config
 from megatron_opdlm.model.gpt import build_model
 from megatron_opdlm.model.weights import fill
 from megatron_opdlm.model_files.shape import ModelShape, hf_names
-from megatron_opdlm.packing import pack_step
+from megatron_opdlm.packing.step import pack_step
 from megatron_opdlm.records import Prompt, State, Trajectory, Vocabulary
 from megatron_opdlm.run import build
 from megatron_opdlm.run.session import packing_of
@@ -81,6 +81,11 @@ def make_states(
         response = [draw.randrange(2, vocabulary.size - 1) for _ in range(tokens)]
         trajectories.append(_recorded(sample, prompt, response, draw))
     draw.shuffle(trajectories)
+    return _states(trajectories, vocabulary)
+
+
+def _states(trajectories: Sequence[Trajectory], vocabulary: Vocabulary) -> list[State]:
+    """One partially denoised state of each."""
     return choose_states(
         trajectories,
         mode="one_per_block",
@@ -193,14 +198,7 @@ def compare_sharing(
         for sample in range(number * each, (number + 1) * each):
             response = [draw.randrange(2, vocabulary.size - 1) for _ in range(48)]
             trajectories.append(_recorded(sample, prompt, response, draw))
-    states = choose_states(
-        trajectories,
-        mode="one_per_block",
-        block_size=BLOCK,
-        vocabulary=vocabulary,
-        exclude_eos=False,
-        key=KEY,
-    )
+    states = _states(trajectories, vocabulary)
     seconds: dict[str, list[float]] = {"shared": [], "apart": []}
     for number in range(rounds + 1):
         _, busy, shared = timed(run, states)

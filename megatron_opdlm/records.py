@@ -4,7 +4,7 @@
 
 Packing and teacher stand between states and update. What they hand on is tensors on a device with
 the attention that belongs to them, so their records stand beside them, where the model's imports
-do: ``StepBatches`` of ``PackedBatch`` and ``FinishedBatch`` in packing.py, ``Targets`` in
+do: ``StepBatches`` of ``PackedBatch`` and ``FinishedBatch`` in packing/, ``Targets`` in
 teacher.py. A ``Request`` to the engine and its slots' ``Windows`` are engine/slots.py's.
 
 Shape legend, used in names and comments everywhere:

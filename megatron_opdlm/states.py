@@ -1,7 +1,7 @@
 """Trajectories -> partially denoised states.
 
 A state is one point of a sequence's own denoising trajectory: which response tokens are still
-masked. ``packing.py`` makes rows of them.
+masked. ``packing/`` makes rows of them.
 """
 
 from collections.abc import Callable, Sequence

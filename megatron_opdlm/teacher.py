@@ -15,7 +15,7 @@ from megatron_opdlm import parallel
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.lora import base_only
 from megatron_opdlm.model.vocab_parallel import select_positions
-from megatron_opdlm.packing import FinishedBatch
+from megatron_opdlm.packing.finished import FinishedBatch
 from megatron_opdlm.parallel import Sending
 from megatron_opdlm.supervision import activity
 from megatron_opdlm.top_k_targets import TopK

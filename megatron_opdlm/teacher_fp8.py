@@ -8,7 +8,9 @@ import torch
 
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.quantization import calibrate_fp8, compress_fp8
-from megatron_opdlm.packing import FinishedBatch, Packing, pack_step
+from megatron_opdlm.packing.finished import FinishedBatch
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import pack_step
 from megatron_opdlm.records import Prompt, State
 from megatron_opdlm.teacher import score
 

@@ -32,7 +32,7 @@ from megatron_opdlm.divergence import (
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import select_positions
-from megatron_opdlm.packing import PLACES, PackedBatch
+from megatron_opdlm.packing.student import PLACES, PackedBatch
 from megatron_opdlm.teacher import Targets, rows_of
 from megatron_opdlm.top_k_targets import TopK, keep_top_k, top_k_loss
 

@@ -24,7 +24,7 @@ from megatron_opdlm.records import Trajectory, Vocabulary
 if TYPE_CHECKING:
     from checkpoint_tools.quantization.fp8_weights import Scales
     from checkpoint_tools.quantization.loss import QuantizationLoss
-    from megatron_opdlm.packing import PackedBatch
+    from megatron_opdlm.packing.student import PackedBatch
 
 KINDS = ("fp8", "int8", "nvfp4")
 RECORD, ENGINE_RECORD = "quantization.json", "hf_quant_config.json"
@@ -155,7 +155,8 @@ def _batches(
 ) -> "list[PackedBatch]":
     """Every recorded state, packed as for training."""
     from megatron_opdlm.hardware import select_hardware
-    from megatron_opdlm.packing import Packing, pack_step
+    from megatron_opdlm.packing.rows import Packing
+    from megatron_opdlm.packing.step import pack_step
     from megatron_opdlm.states import choose_states
 
     size = contract.block_size or DEFAULT_BLOCK_SIZE

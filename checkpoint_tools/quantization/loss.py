@@ -17,7 +17,7 @@ from checkpoint_tools.streaming.streamed_models import streamed_megatron
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import project, select_positions
 from megatron_opdlm.model.weights import named_global_parameters
-from megatron_opdlm.packing import PackedBatch
+from megatron_opdlm.packing.student import PackedBatch
 
 _ROWS = 128  # positions whose distributions are in memory at once
 

@@ -21,7 +21,7 @@ from megatron_opdlm.errors import Arguments, command
 from megatron_opdlm.model.vocab_parallel import project, select_positions
 from megatron_opdlm.model_files.vocabulary import load_tokenizer
 from megatron_opdlm.model_files.writing import write_json
-from megatron_opdlm.packing import pack_step
+from megatron_opdlm.packing.step import pack_step
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.prompts import render
 from megatron_opdlm.records import State, Vocabulary

@@ -15,7 +15,13 @@ from megatron_opdlm.planning.rank_memory import Split, kv_bytes_per_token, rank_
 from megatron_opdlm.planning.step_time import PHASES, Decoding, Kept, Machine, ModelWork, Update
 from megatron_opdlm.reporting.accounting import paper_flops
 from megatron_opdlm.run.build import resolve_dtype
-from megatron_opdlm.run.expected_memory import OPTIMIZER, TEACHER_LAYERS, RankMemory
+from megatron_opdlm.run.expected_memory import (
+    OPTIMIZER,
+    TEACHER_LAYERS,
+    RankMemory,
+    expected_memory,
+    most_of_a_step,
+)
 from megatron_opdlm.storage.model_source import ModelSource
 
 
@@ -38,6 +44,12 @@ class Question:
     @cached_property
     def counter(self) -> Counter:
         return Counter(self.config, self.student, self.teacher)
+
+    def memory(self, config: Config, split: Split, room: float) -> RankMemory:
+        """Of a rank; ``config`` is the question's with a layout's keys, ``room`` its bytes."""
+        load = most_of_a_step(config, self.student.shape)
+        models = self.student, self.teacher
+        return expected_memory(config, *models, split, self.hardware, load, room=room)
 
     def lengths(self, step: int) -> Lengths:
         budget = generation_budget(step, self.config.curriculum, self.config.rollout)

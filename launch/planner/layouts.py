@@ -15,11 +15,7 @@ from megatron_opdlm.planning.phase_memory import CACHE, PHASES, RankMemory
 from megatron_opdlm.planning.rank_memory import Split, kv_bytes_per_token
 from megatron_opdlm.planning.step_time import total
 from megatron_opdlm.run import build
-from megatron_opdlm.run.expected_memory import (
-    expected_memory,
-    most_of_a_step,
-    split_of,
-)
+from megatron_opdlm.run.expected_memory import most_of_a_step, split_of
 
 GIB = 2**30
 ROWS = (32768, 16384, 8192, 4096)  # tokens of a microbatch that are tried
@@ -220,16 +216,7 @@ def _with_slots(question: Question, keys: dict[str, object]) -> Planned | Refuse
 def _planned(question: Question, config: Config, keys: dict[str, object]) -> Planned:
     config = with_keys(config, keys)
     split = split_of(config, question.gpus)
-    load = most_of_a_step(config, question.student.shape)
-    memory = expected_memory(
-        config,
-        question.student,
-        question.teacher,
-        split,
-        question.hardware,
-        load,
-        room=usable(question),
-    )
+    memory = question.memory(config, split, usable(question))
     lengths = question.lengths(question.steps)
     return Planned(
         config=config,

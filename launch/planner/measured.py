@@ -14,7 +14,7 @@ from megatron_opdlm.metrics import METRICS
 from megatron_opdlm.model_files.manifest import CONFIG
 from megatron_opdlm.planning.step_time import Machine
 from megatron_opdlm.run.dry_run import open_or_public
-from megatron_opdlm.run.expected_memory import expected_memory, most_of_a_step, split_of
+from megatron_opdlm.run.expected_memory import split_of
 from megatron_opdlm.run.provenance import read_starts
 
 MEASURED = ("rollout", "teacher", "update")  # phases whose seconds a run writes
@@ -56,16 +56,7 @@ def corrections(run: Path, machine: Machine, hardware: Hardware, prompt: int) ->
 def _ratios(question: Question, row: dict[str, Any]) -> dict[str, float]:
     config = question.config
     split = split_of(config, question.gpus)
-    load = most_of_a_step(config, question.student.shape)
-    memory = expected_memory(
-        config,
-        question.student,
-        question.teacher,
-        split,
-        question.hardware,
-        load,
-        room=question.machine.gpu.memory,
-    )
+    memory = question.memory(config, split, question.machine.gpu.memory)
     lengths = Lengths(
         prompt=question.prompt,
         response=max(1, round(row["mean_response_tokens"])),

@@ -9,7 +9,8 @@ import torch
 from megatron_opdlm.config import Config
 from megatron_opdlm.configuration.models import Recompute
 from megatron_opdlm.model.flops import forward_flops
-from megatron_opdlm.packing import Packing, pack_step
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import pack_step
 from megatron_opdlm.records import Prompt, Trajectory
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.run import build

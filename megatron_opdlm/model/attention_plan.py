@@ -49,8 +49,8 @@ def two_stream_plan(
     """Block-diffusion training attention within each packed [prompt | clean | noisy] sequence.
 
     ``block_N``: absolute position // B; ``clean_N``: False in the noisy copy; ``branch_N``: of
-    trees (``prefix_trees.py``; None: there are none); all on the host. Clean blocks of one token
-    are the causal mask.
+    trees (``packing/prefix_trees.py``; None: there are none); all on the host. Clean blocks of one
+    token are the causal mask.
     ``read``: packed tokens whose final hidden states are wanted (None: all); with ``split``, places
     among a rank's own.
     """

@@ -24,7 +24,7 @@ class PackedRow:
     # Two-stream rows: absolute position // B [N], and False in the noisy copy [N]. None: causal.
     block: Tensor | None = None
     clean: Tensor | None = None
-    branch: Tensor | None = None  # [N] of a tree's tokens (prefix_trees.py); None: there is no tree
+    branch: Tensor | None = None  # [N] of trees (packing/prefix_trees.py); None: there are none
 
     @property
     def causal(self) -> bool:

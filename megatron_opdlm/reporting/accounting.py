@@ -22,15 +22,11 @@ from megatron_opdlm.model.flops import (
 )
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape
-from megatron_opdlm.packing import (
-    FinishedBatch,
-    PackedBatch,
-    Packing,
-    StepBatches,
-    place_width,
-    student_tokens,
-)
-from megatron_opdlm.prefix_trees import is_worth_sharing
+from megatron_opdlm.packing.finished import FinishedBatch
+from megatron_opdlm.packing.prefix_trees import is_worth_sharing
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import StepBatches
+from megatron_opdlm.packing.student import PackedBatch, place_width, student_tokens
 from megatron_opdlm.records import State, Trajectory, UpdateReport
 
 # A phase of the metrics -> those of the loop.

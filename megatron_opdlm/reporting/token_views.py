@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.wide_product import wide_product
 from megatron_opdlm.divergence import target
-from megatron_opdlm.packing import PackedBatch
+from megatron_opdlm.packing.student import PackedBatch
 from megatron_opdlm.records import TokenView, UpdateReport
 from megatron_opdlm.teacher import Targets, rows_of
 from megatron_opdlm.top_k_targets import TopK

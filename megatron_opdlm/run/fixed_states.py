@@ -6,8 +6,9 @@ from typing import Any
 from megatron_opdlm import parallel
 from megatron_opdlm.config import Config
 from megatron_opdlm.errors import InputError
-from megatron_opdlm.packing import pack_step
+from megatron_opdlm.packing.step import pack_step
 from megatron_opdlm.planning.layout import model_layout
+from megatron_opdlm.records import State
 from megatron_opdlm.run import build
 from megatron_opdlm.run.session import my_share, packing_of
 from megatron_opdlm.states import make_state
@@ -52,6 +53,23 @@ def _require_ids(where: str, key: str, value: Any, limit: int) -> None:
             raise InputError(f"{where}: {key} holds {item!r}; use integers from 0 to {limit - 1}")
 
 
+def states_of(
+    rows: Sequence[Mapping[str, Any]], config: Config, source: ModelSource
+) -> list[State]:
+    """Checked rows as states, numbered in their order."""
+    return [
+        make_state(
+            number,
+            row["prompt_ids"],
+            row["response_ids"],
+            [bool(m) for m in row["masked"]],
+            source.vocabulary,
+            exclude_eos=config.loss.exclude_eos,
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
 def measure_states(
     config: Config,
     student_source: ModelSource,
@@ -66,17 +84,7 @@ def measure_states(
     )
     student = build.build_student(student_source, config, hardware)
     teacher = build.choose_teacher(student, student_source, teacher_source, config, hardware)
-    states = [
-        make_state(
-            number,
-            row["prompt_ids"],
-            row["response_ids"],
-            [bool(m) for m in row["masked"]],
-            student_source.vocabulary,
-            exclude_eos=config.loss.exclude_eos,
-        )
-        for number, row in enumerate(rows)
-    ]
+    states = states_of(rows, config, student_source)
     packing = packing_of(config, student_source, hardware)
     if config.teacher.quantization == "fp8":  # the rows are all the data that there is
         some = rows[: config.teacher.calibration_prompts]

@@ -17,14 +17,9 @@ from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.metrics import MetricsWriter
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.offload import layers_here, optimizer_away
-from megatron_opdlm.packing import (
-    PackedBatch,
-    Packing,
-    StepBatches,
-    beginnings,
-    pack_step,
-    student_tokens,
-)
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import StepBatches, pack_step
+from megatron_opdlm.packing.student import PackedBatch, beginnings, student_tokens
 from megatron_opdlm.planning import balance
 from megatron_opdlm.records import Rollout, State, Trajectory, UpdateReport
 from megatron_opdlm.reporting import accounting

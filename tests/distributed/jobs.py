@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -22,8 +23,9 @@ from megatron_opdlm.diffusion import denoising, randomness, truncation
 from megatron_opdlm.diffusion.blocks import block_lengths
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.divergence import Divergence, distillation_loss, likelihood_loss
-from megatron_opdlm.engine import passes, slot_state
+from megatron_opdlm.engine import cache_budget, passes, slot_state
 from megatron_opdlm.engine.slot_state import Draws
+from megatron_opdlm.engine.slots import SlotBooks
 from megatron_opdlm.errors import RunError
 from megatron_opdlm.hardware import Hardware, select_hardware
 from megatron_opdlm.model.attention import AttentionPlan
@@ -32,14 +34,17 @@ from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.vocab_parallel import VocabularyShard, project, select_positions
 from megatron_opdlm.model.weights import named_global_parameters
 from megatron_opdlm.model_files.manifest import huggingface_dir
-from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import StepBatches, pack_step
+from megatron_opdlm.packing.student import PackedBatch
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.planning.layout import model_layout
 from megatron_opdlm.records import State, Trajectory, UpdateReport, Vocabulary
 from megatron_opdlm.rollout import Request, generate, generate_over_copies
 from megatron_opdlm.run import build
+from megatron_opdlm.run.fixed_states import states_of
 from megatron_opdlm.run.session import my_share, packing_of
-from megatron_opdlm.states import choose_states, make_state
+from megatron_opdlm.states import choose_states
 from megatron_opdlm.teacher import rows_of, score
 from megatron_opdlm.teacher_fp8 import quantize_fp8
 from megatron_opdlm.update import Student, update
@@ -139,6 +144,17 @@ def roll_out(
             model, requests, decoding, vocabulary, key=key, options=engine
         ).trajectories
     return sorted(made, key=lambda t: t.sample)
+
+
+def small_pages(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Pages of 8 tokens from now on; the list gets each slot whose sequence has to leave."""
+    monkeypatch.setattr(cache_budget, "PAGE_TOKENS", 8)
+    left: list[int] = []
+    leave = SlotBooks._leave
+    monkeypatch.setattr(
+        SlotBooks, "_leave", lambda books, slot: (left.append(slot), leave(books, slot))
+    )
+    return left
 
 
 @contextmanager
@@ -435,22 +451,8 @@ def _step(
 ) -> StepBatches:
     """Recorded rows of the updates of a step -> this replica's batches."""
     packing = packing_of(config, sources[0], hardware)
-    mine = [my_share(_states(rows, config, sources[0]), *sources, packing) for rows in updates]
+    mine = [my_share(states_of(rows, config, sources[0]), *sources, packing) for rows in updates]
     return pack_step(mine, packing)
-
-
-def _states(rows: Rows, config: Config, source: build.ModelSource) -> list[State]:
-    return [
-        make_state(
-            number,
-            row["prompt_ids"],
-            row["response_ids"],
-            [bool(m) for m in row["masked"]],
-            source.vocabulary,
-            exclude_eos=config.loss.exclude_eos,
-        )
-        for number, row in enumerate(rows)
-    ]
 
 
 def _mean_loss(report: UpdateReport) -> float:

@@ -15,8 +15,6 @@ import pytest
 from evaluation.chat import Screen
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine import cache_budget
-from megatron_opdlm.engine.slots import SlotBooks
 from megatron_opdlm.parallel import Layout
 from megatron_opdlm.records import Block
 from megatron_opdlm.rollout import generate
@@ -36,12 +34,7 @@ def test_blocks_are_the_response_and_change_nothing(
     """Claim: with a listener every token and pass is what it is without; the blocks of a sample,
     joined, are what its user gets: nothing of the prompt, nothing after the end. Also where pages
     are few, so that a sequence has to leave and goes on later, and autoregressive."""
-    monkeypatch.setattr(cache_budget, "PAGE_TOKENS", 8)
-    left: list[int] = []
-    leave = SlotBooks._leave
-    monkeypatch.setattr(
-        SlotBooks, "_leave", lambda books, slot: (left.append(slot), leave(books, slot))
-    )
+    left = jobs.small_pages(monkeypatch)
     model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
     requests = [request(i, 3 + i, limit=30) for i in range(6)]
     tight = EngineOptions(attention="rows", kv_cache_tokens=96, slots=5)

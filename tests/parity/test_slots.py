@@ -12,7 +12,6 @@ import torch
 from evaluation.in_training import live_generator
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
-from megatron_opdlm.engine import cache_budget
 from megatron_opdlm.engine.decoder import DecoderKeeper
 from megatron_opdlm.engine.pages import Pages
 from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_replicas
@@ -107,12 +106,7 @@ def test_sequences_that_outgrow_the_pages(
     """Claim: pages hold what sequences use: more sequences are at work than the budget has room for
     at their full lengths; where pages run out the youngest leave and go on later from their last
     finished block. Tokens and passes are those of a cache with room for everybody."""
-    monkeypatch.setattr(cache_budget, "PAGE_TOKENS", 8)
-    left: list[int] = []
-    leave = SlotBooks._leave
-    monkeypatch.setattr(
-        SlotBooks, "_leave", lambda books, slot: (left.append(slot), leave(books, slot))
-    )
+    left = jobs.small_pages(monkeypatch)
     model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
     asked = [request(i, 3 + i, limit=30) for i in range(6)]
     for shift in (False, True):

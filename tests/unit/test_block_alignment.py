@@ -11,10 +11,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_opdlm.diffusion.masks import two_stream_visible
-from megatron_opdlm.packing import PackedBatch, pack_step, student_tokens
+from megatron_opdlm.packing.step import pack_step
+from megatron_opdlm.packing.student import PackedBatch, student_tokens
 from megatron_opdlm.records import Prompt, State, Trajectory
 from megatron_opdlm.states import choose_states
-from tests.unit.test_packing import PACKING
+from tests.unit.packing.test_step import PACKING
 from tests.unit.test_states import IDS
 
 RESPONSE = replace(PACKING, alignment="response")

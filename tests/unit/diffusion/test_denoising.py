@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.draw import Counted
 from megatron_opdlm.diffusion import denoising, randomness
 from tests import oracle
 
@@ -145,22 +146,6 @@ def test_draw_inverts_the_shaped_distribution(shaping: dict[str, Any]):
         assert float(found.entropy[row]) == pytest.approx(expected.entropy, rel=1e-5, abs=1e-6)
 
 
-class CountedReductions(denoising.WholeVocabulary):
-    """Counts what tensor ranks would have to agree on."""
-
-    count = 0
-
-    def _counted(self, x: Tensor) -> Tensor:
-        self.count += 1
-        return x
-
-    max = min = sum = gather_rows = _counted
-
-    def before(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.count += 1
-        return super().before(x)
-
-
 @pytest.mark.parametrize(
     ("shaping", "most"), [({"top_k": 20}, 2), ({"top_k": 20, "top_p": 0.9}, 2), ({"top_p": 0.9}, 6)]
 )
@@ -170,7 +155,7 @@ def test_truncation_takes_few_reductions(shaping: dict[str, Any], most: int):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(4, 20_000, generator=generator).mul_(3).round_(decimals=1)  # with ties
     uniform = torch.rand(4, generator=generator, dtype=torch.float64)
-    plain, counted = CountedReductions(), CountedReductions()
+    plain, counted = Counted(), Counted()
     denoising.draw(logits, uniform, temperature=1.0, shard=plain)
     found = denoising.draw(logits, uniform, temperature=1.0, shard=counted, **shaping)
     assert counted.count - plain.count <= most

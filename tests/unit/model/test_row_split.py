@@ -11,12 +11,14 @@ import torch
 from megatron_opdlm.diffusion.masks import two_stream_visible
 from megatron_opdlm.model.flops import packed_row_pairs
 from megatron_opdlm.model.row_split import split_row
-from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import StepBatches, pack_step
+from megatron_opdlm.packing.student import PackedBatch
 from megatron_opdlm.records import State
 from megatron_opdlm.reporting import accounting
 from megatron_opdlm.states import make_state
 from tests.unit.model_files.test_names import SHAPE
-from tests.unit.test_packing import PACKING
+from tests.unit.packing.test_step import PACKING
 from tests.unit.test_states import IDS
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 8])

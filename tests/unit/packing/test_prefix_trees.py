@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_opdlm.diffusion.masks import TRUNK
-from megatron_opdlm.packing import Packing, pack_step, student_tokens
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import pack_step
+from megatron_opdlm.packing.student import student_tokens
 from megatron_opdlm.records import State
 from megatron_opdlm.states import make_state
-from tests.unit.test_packing import PACKING
+from tests.unit.packing.test_step import PACKING
 from tests.unit.test_states import IDS
 
 PROMPT = [*range(1, 15)]  # three whole blocks and two tokens

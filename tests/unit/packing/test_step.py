@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from megatron_opdlm.diffusion.masks import branch_visible, two_stream_visible
-from megatron_opdlm.packing import PackedBatch, Packing, StepBatches, pack_step, student_tokens
+from megatron_opdlm.packing.rows import Packing
+from megatron_opdlm.packing.step import StepBatches, pack_step
+from megatron_opdlm.packing.student import PackedBatch, student_tokens
 from megatron_opdlm.records import State
 from megatron_opdlm.states import choose_states, make_state
 from tests.unit.test_states import END, IDS, trajectory
