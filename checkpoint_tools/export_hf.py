@@ -38,7 +38,7 @@ from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_con
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.model_files.writing import check_free, check_outside
-from megatron_opdlm.reporting.progress import BYTES, Progress
+from megatron_opdlm.reporting.progress import BYTES, Progress, say
 
 ITEM_BYTES = {"fp32": 4, "bf16": 2}
 EXTENTS = {"sample": SAMPLE, "full": FULL}
@@ -138,7 +138,9 @@ def convert(
         if quantization is not None:
             team.together(lambda: check_contents(checkpoint, manifest, large))
             models = directory, checkpoint, manifest.block_contract, shape, exported
-            loss = quantize(*models, quantization, dtype=dtype, shard_bytes=shard_bytes)
+            loss = quantize(
+                *models, quantization, dtype=dtype, shard_bytes=shard_bytes, quiet=quiet
+            )
             print(f"quantised {loss}", flush=True)
         else:
             writer = ShardWriter(directory, exported, dtype, shard_bytes)
@@ -162,8 +164,10 @@ def convert(
             if quantization is None:
                 count = len(hf_names(exported))
                 print(f"verified weights: {count} tensors read back equal bit for bit in {dtype}")
-            for result in compare(directory, checkpoint, manifest, extent):
-                print(f"verified {result}", flush=True)
+            for result in compare(
+                directory, checkpoint, manifest, extent, name=out.name, quiet=quiet
+            ):
+                say(f"verified {result}")
 
 
 def _check_small_files(checkpoint: Path, manifest: Manifest, team: Team) -> list[str]:

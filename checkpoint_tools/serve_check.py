@@ -73,7 +73,7 @@ def _parity(directory: Directory, checkpoint: Path) -> Finding:
     from megatron_opdlm.model_files.manifest import read_manifest
 
     try:
-        lines = list(compare(directory.path, checkpoint, read_manifest(checkpoint)))
+        lines = list(compare(directory.path, checkpoint, read_manifest(checkpoint), quiet=False))
         problem = ""
     except RunError as error:
         lines, problem = [], str(error)

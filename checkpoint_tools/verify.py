@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint_tools.arguments import start_alone
+from checkpoint_tools.arguments import add_quiet, start_alone
 from checkpoint_tools.export.formats import code_of, with_explicit_head
 from checkpoint_tools.export.own_code import foreign_code
 from checkpoint_tools.quantization.export import is_quantized, read_record
@@ -36,10 +36,12 @@ from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import ModelShape, read_json, read_shape
 from megatron_opdlm.model_files.vocabulary import read_vocabulary
 from megatron_opdlm.records import Prompt, Vocabulary
+from megatron_opdlm.reporting.progress import BYTES, Progress, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from checkpoint_tools.streaming.streamed_models import Listener
     from megatron_opdlm.model.gpt import LanguageModel
 
 
@@ -73,18 +75,26 @@ def main() -> None:
     parser = Arguments(description=__doc__)
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--checkpoint", type=Path, required=True, help="Megatron checkpoint")
+    add_quiet(parser)
     arguments = parser.parse_args()
     start_alone("verify")
     manifest = read_manifest(arguments.checkpoint)
     # What tensors are compared with needs no checksum; a wrong configuration would be trusted.
     small = [name for name in manifest.sha256 if not name.endswith(".distcp")]
     check_contents(arguments.checkpoint, manifest, small)
-    for result in compare(arguments.hf, arguments.checkpoint, manifest):
-        print(result, flush=True)
+    pair = arguments.hf, arguments.checkpoint
+    for result in compare(*pair, manifest, quiet=arguments.quiet):
+        say(result)
 
 
 def compare(
-    hf_dir: Path, checkpoint: Path, manifest: Manifest, extent: Extent = FULL
+    hf_dir: Path,
+    checkpoint: Path,
+    manifest: Manifest,
+    extent: Extent = FULL,
+    *,
+    name: str = "",
+    quiet: bool = True,
 ) -> Iterator[str]:
     """Yield one line for each comparison that held. A quantised export's weights always are.
 
@@ -104,15 +114,52 @@ def compare(
     if quantized:
         yield "weights: " + _compare_quantized(hf_dir, checkpoint, shape, stored)
         return
-    with open_weights(hf_dir, shape) as weights:
+    with (
+        open_weights(hf_dir, shape) as weights,
+        Progress(
+            f"verify {name or hf_dir.name}",
+            _bytes_to_read(weights, stored, manifest, extent),
+            show=not quiet,
+            unit=BYTES,
+        ) as bar,
+    ):
+        listener = partial(_read, bar)
         narrow = "bf16" if "bf16" in (weights.stored_dtype(), manifest.dtype) else "fp32"
         get = read_weights(checkpoint, stored)
         if extent.weights:
             found = with_explicit_head(get, stored)
-            yield "weights: " + compare_weights(weights, checkpoint, found, narrow)
-        model = streamed_megatron(stored, get, narrow, str(checkpoint))
-        yield "logits: " + compare_logits(weights, model, narrow)
-        yield "tokens: " + compare_tokens(weights, model, narrow, extent)
+            yield "weights: " + compare_weights(weights, checkpoint, found, narrow, listener)
+        model = streamed_megatron(stored, get, narrow, str(checkpoint), listener)
+        yield "logits: " + compare_logits(weights, model, narrow, listener)
+        yield "tokens: " + compare_tokens(weights, model, narrow, extent, listener)
+
+
+def _read(progress: Progress, size: int) -> None:
+    progress.advance(count=size)
+
+
+def _bytes_to_read(
+    weights: HFWeights, stored: ModelShape, manifest: Manifest, extent: Extent
+) -> int:
+    """Of both models in all comparisons. A forward of ours reads its layers, one of transformers'
+    everything; a prompt that is a whole number of blocks takes the most passes.
+    """
+    from checkpoint_tools.streaming.megatron_weights import DTYPES
+
+    passes = 0
+    config = read_json(weights.directory / "config.json")
+    if _why_without_tokens(weights.directory, config) is None:
+        block = int(config["block_size"])
+        passes = extent.blocks * min(block, extent.most_passes)
+    theirs, ours = (DTYPES[name].itemsize for name in (weights.stored_dtype(), manifest.dtype))
+    shape = weights.model_shape
+    ends = shape.vocab_size * shape.hidden  # the embedding, and the output layer
+    whole = shape.parameters + ends * shape.tied
+    layers = stored.parameters - ends * (2 - stored.tied) - stored.hidden
+    forwards = 1 + passes
+    return (
+        theirs * (shape.parameters * extent.weights + whole * forwards) + ours * layers * forwards
+    )
 
 
 def _compare_quantized(
@@ -129,13 +176,18 @@ def _compare_quantized(
 
 
 def compare_weights(
-    weights: HFWeights, checkpoint: Path, get: "Callable[[str], Tensor]", narrow: str
+    weights: HFWeights,
+    checkpoint: Path,
+    get: "Callable[[str], Tensor]",
+    narrow: str,
+    listener: "Listener",
 ) -> str:
     """Bit equality in the narrower type. Raises RunError with the first tensor that differs."""
     from megatron_opdlm.model_files.names import hf_from_megatron
 
     for name, tensor in hf_from_megatron(weights.model_shape, get):
         compare_tensor(weights, name, tensor, narrow, checkpoint)
+        listener(weights.nbytes(name))
     return f"{len(weights.names())} tensors equal bit for bit in {narrow}"
 
 
@@ -165,7 +217,9 @@ def _bits(x: "Tensor") -> "Tensor":
     return x.contiguous().view(torch.int32 if x.dtype is torch.float32 else torch.int16)
 
 
-def compare_logits(weights: HFWeights, model: "LanguageModel", narrow: str) -> str:
+def compare_logits(
+    weights: HFWeights, model: "LanguageModel", narrow: str, listener: "Listener"
+) -> str:
     """Causal logits of both implementations on a random sequence; RunError when they differ."""
     import torch
 
@@ -179,7 +233,7 @@ def compare_logits(weights: HFWeights, model: "LanguageModel", narrow: str) -> s
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(shape.vocab_size, (length,), generator=generator).to(device)
     model_class, config = _transformers_own(weights)
-    reference, _ = streamed_transformers(model_class, config, weights, narrow)
+    reference, _ = streamed_transformers(model_class, config, weights, narrow, listener)
     with torch.inference_mode():
         expected = reference(ids[None], use_cache=False).logits[0]
         plan = causal_plan([length], length, device)
@@ -212,7 +266,13 @@ def _transformers_own(weights: HFWeights) -> tuple[Any, Any]:
     return getattr(transformers, shape.family.plain.architecture), config
 
 
-def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str, extent: Extent) -> str:
+def compare_tokens(
+    weights: HFWeights,
+    model: "LanguageModel",
+    narrow: str,
+    extent: Extent,
+    listener: "Listener",
+) -> str:
     """Greedy tokens of ``generate`` and of the rollout engine; RunError when they differ."""
     import torch
 
@@ -221,12 +281,9 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str, exte
 
     hf_dir = weights.directory
     config = read_json(hf_dir / "config.json")
-    layout = LAYOUTS.get(str(config["model_type"]))
-    if layout is None or not layout.has_code:
-        return "not compared (the directory has no block-diffusion generate)"
-    foreign = foreign_code(hf_dir)
-    if foreign:
-        return f"not compared ({foreign}; the directory's code was not run)"
+    reason = _why_without_tokens(hf_dir, config)
+    if reason is not None:
+        return f"not compared ({reason})"
     block = int(config["block_size"])
     steps = min(block, extent.most_passes)
     vocabulary = read_vocabulary(hf_dir)
@@ -235,7 +292,7 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str, exte
     prompts = [[drawable[(7 * i + n) % len(drawable)] for i in range(n)] for n in lengths]
     limits = [extent.blocks * block - length % block for length in lengths]  # up to a block's end
     found = _decode(model, vocabulary, prompts, limits, block, steps)
-    reference, loading = streamed_transformers(*_exported_own(weights), weights, narrow)
+    reference, loading = streamed_transformers(*_exported_own(weights), weights, narrow, listener)
     _set_end_tokens(reference, hf_dir)
     device = select_hardware().device
     expected = loading.run(
@@ -251,6 +308,15 @@ def compare_tokens(weights: HFWeights, model: "LanguageModel", narrow: str, exte
                 f"checkpoint {ours}; export again with this version"
             )
     return f"greedy, {len(prompts)} prompts of {lengths[0]} to {lengths[-1]} tokens, equal"
+
+
+def _why_without_tokens(hf_dir: Path, config: dict[str, Any]) -> str | None:
+    """Why a directory's tokens are not compared; None: they are."""
+    layout = LAYOUTS.get(str(config["model_type"]))
+    if layout is None or not layout.has_code:
+        return "the directory has no block-diffusion generate"
+    foreign = foreign_code(hf_dir)
+    return f"{foreign}; the directory's code was not run" if foreign else None
 
 
 def _generate(reference: Any, ids: "Tensor", limit: int, steps: int) -> list[int]:

@@ -20,6 +20,7 @@ from megatron_opdlm.model_files.shape import ModelShape, read_json
 from megatron_opdlm.model_files.vocabulary import read_vocabulary
 from megatron_opdlm.model_files.writing import write_json
 from megatron_opdlm.records import Trajectory, Vocabulary
+from megatron_opdlm.reporting.progress import Progress
 
 if TYPE_CHECKING:
     from checkpoint_tools.quantization.fp8_weights import Scales
@@ -121,6 +122,7 @@ def quantize(
     *,
     dtype: str,
     shard_bytes: int,
+    quiet: bool,
 ) -> str:
     """Write the quantised weights into ``directory``, whose other files are there, and what was
     measured; returns it as a line. ``exported`` is the export's shape, ``shape`` the checkpoint's.
@@ -134,13 +136,16 @@ def quantize(
 
     calibration, held_out = request.rollouts.calibration, request.rollouts.held_out
     batches = _batches(calibration, contract, request.vocabulary)
-    scales = _calibrate(checkpoint, shape, dtype, batches)
+    with Progress("calibrate", len(batches), show=not quiet, unit="row") as bar:
+        scales = _calibrate(checkpoint, shape, dtype, batches, bar)
     get = read_weights(checkpoint, shape)
     write_fp8(directory, exported, with_explicit_head(get, shape), scales, dtype, shard_bytes)
     with Fp8Weights(directory, exported) as weights:
         plain = streamed_megatron(shape, get, dtype, str(checkpoint))
         batches = _batches(held_out, contract, request.vocabulary)
-        loss = measure(plain, fp8_model(weights), batches, request.vocabulary.forbidden_ids)
+        with Progress("measure the loss", len(batches), show=not quiet, unit="row") as bar:
+            forbidden = request.vocabulary.forbidden_ids
+            loss = measure(plain, fp8_model(weights), batches, forbidden, bar)
     if request.max_kl is not None and not loss.kl_mean <= request.max_kl:
         raise RunError(
             f"{loss}; --max-kl {request.max_kl:g} allows less, so nothing was exported: calibrate "
@@ -183,7 +188,11 @@ def _batches(
 
 
 def _calibrate(
-    checkpoint: Path, shape: ModelShape, dtype: str, batches: "Sequence[PackedBatch]"
+    checkpoint: Path,
+    shape: ModelShape,
+    dtype: str,
+    batches: "Sequence[PackedBatch]",
+    progress: Progress,
 ) -> "Scales":
     """Scales of the weights, rounded to the export's type, and of what the linears see. The whole
     model is in memory here.
@@ -206,6 +215,7 @@ def _calibrate(
     def run_all(_: torch.nn.Module) -> None:
         for batch in batches:
             model.run(batch.student_tokens, batch.student_positions, batch.student_plan)
+            progress.advance()
 
     calibrate_fp8(
         model, run_all, whose="the student's", remedy=f"check the weights and the {OPTION} file"

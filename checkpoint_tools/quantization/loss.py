@@ -18,6 +18,7 @@ from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import project, select_positions
 from megatron_opdlm.model.weights import named_global_parameters
 from megatron_opdlm.packing.student import PackedBatch
+from megatron_opdlm.reporting.progress import Progress
 
 _ROWS = 128  # positions whose distributions are in memory at once
 
@@ -65,11 +66,13 @@ def measure(
     quantized: LanguageModel,
     batches: Sequence[PackedBatch],
     forbidden_ids: Sequence[int],
+    progress: Progress,
 ) -> QuantizationLoss:
     """Compare two models at what ``batches`` read; distributions are over the whole vocabulary."""
     kl, changed = [], []
     forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long)
     for batch in batches:
+        progress.advance()
         if not len(batch.student_read):
             continue
         hidden = [_hidden(model, batch) for model in (plain, quantized)]

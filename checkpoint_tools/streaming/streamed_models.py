@@ -27,6 +27,7 @@ from megatron_opdlm.model_files.safetensors_dir import HFWeights
 from megatron_opdlm.model_files.shape import ModelShape
 
 Loader = Callable[[], Tensor]  # the tensor as it is stored
+Listener = Callable[[int], object]  # told the bytes of each tensor that was read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +51,16 @@ class WeightStream:
     """Fills each part of a model when it is about to run, and empties the one before."""
 
     def __init__(
-        self, parts: Sequence[tuple[nn.Module, Mapping[str, Loader]]], precision: Precision
+        self,
+        parts: Sequence[tuple[nn.Module, Mapping[str, Loader]]],
+        precision: Precision,
+        listener: Listener,
     ) -> None:
         """``parts``: modules in the order in which they run, each with the loaders of its
         parameters by their names inside the module.
         """
         self.loading = SharedLoading()
-        self._precision = precision
+        self._precision, self._listener = precision, listener
         self._memory: dict[tuple[str, torch.Size], Tensor] = {}  # by name in a part, and shape
         self._filled: tuple[nn.Module, dict[str, Any]] | None = None
         for module, loaders in parts:
@@ -77,6 +81,7 @@ class WeightStream:
 
     @torch.inference_mode(False)  # whatever mode the next pass runs in, it may write there, too
     def _in_memory(self, name: str, stored: Tensor) -> Tensor:
+        self._listener(stored.nbytes)
         key = name, stored.shape
         value = self._precision(stored, self._memory.get(key))
         if value is not stored:
@@ -97,7 +102,11 @@ def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def streamed_megatron(
-    shape: ModelShape, get: Callable[[str], Tensor], narrow: str, name: str
+    shape: ModelShape,
+    get: Callable[[str], Tensor],
+    narrow: str,
+    name: str,
+    listener: Listener = lambda _: None,
 ) -> LanguageModel:
     """The checkpoint's GPTModel in float32; ``get`` reads a tensor by its global Megatron name."""
     hardware = parallel.init(parallel.Layout())
@@ -122,12 +131,12 @@ def streamed_megatron(
             layers[int(number)][inside] = load
         else:
             _set(model, {path: precision(load())})
-    WeightStream(list(zip(model.decoder.layers, layers, strict=True)), precision)
+    WeightStream(list(zip(model.decoder.layers, layers, strict=True)), precision, listener)
     return model.requires_grad_(False).eval()
 
 
 def streamed_transformers(
-    model_class: Any, config: Any, weights: HFWeights, narrow: str
+    model_class: Any, config: Any, weights: HFWeights, narrow: str, listener: Listener
 ) -> tuple[Any, SharedLoading]:
     """A causal language model of transformers in float32, and where its runs meet."""
     precision = Precision(narrow=narrow, device=select_hardware().device)
@@ -147,7 +156,7 @@ def streamed_transformers(
             for name, parameter in module.named_parameters()
         }
         parts.append((module, loaders))
-    stream = WeightStream(parts, precision)
+    stream = WeightStream(parts, precision, listener)
     return model.requires_grad_(False).eval(), stream.loading
 
 

@@ -10,10 +10,17 @@ from pathlib import Path
 from launch.doctor.finding import Finding
 from launch.stages import ask, torchrun
 from megatron_opdlm.config import path_override
+from megatron_opdlm.reporting.progress import Progress
 
 SECONDS = 600  # generous: compiling kernels takes minutes on a cold GPU
+STEPS = 2
 KEYS = (
-    *("train.steps=2", "rollout.prompts_per_step=16", "optimizer.batch_size=8", "data.epochs=9"),
+    *(
+        f"train.steps={STEPS}",
+        "rollout.prompts_per_step=16",
+        "optimizer.batch_size=8",
+        "data.epochs=9",
+    ),
     *("model.dtype=auto", "teacher.dtype=auto", "logging.tensorboard=false"),
 )
 
@@ -40,13 +47,15 @@ def self_test(ranks: int) -> Iterator[Finding]:
             path_override("data.path", place / "data" / task.FILES["train"]),
             path_override("train.out", place / "run"),
         )
-        ask(argv, SECONDS)
+        with Progress("self-test", STEPS, show=True, unit="step") as bar:
+            ask(argv, SECONDS)
+            bar.advance(count=STEPS)
         seconds = time.monotonic() - start
         lines = (place / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         losses = [json.loads(line)["loss"] for line in lines]
-    text = f"2 training steps on {ranks} ranks in {seconds:.0f} s, losses " + ", ".join(
+    text = f"{STEPS} training steps on {ranks} ranks in {seconds:.0f} s, losses " + ", ".join(
         f"{loss:.3f}" for loss in losses
     )
-    is_sound = len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
-    remedy = "" if is_sound else "two finite losses are expected: run tests/run.sh"
+    is_sound = len(losses) == STEPS and all(math.isfinite(loss) for loss in losses)
+    remedy = "" if is_sound else f"{STEPS} finite losses are expected: run tests/run.sh"
     yield Finding(name="self-test", text=text, remedy=remedy, breaks=not is_sound)

@@ -97,13 +97,12 @@ def _indivisible(question: Question, config: Config) -> str | None:
 def why_not(question: Question, planned: Planned) -> str | None:
     """What does not fit on the GPU; None: all does."""
     room, memory = usable(question), planned.memory
-    phase = max(PHASES, key=lambda phase: memory.peak(phase, MARGIN))
-    if memory.peak(phase, MARGIN) > room:
+    need, phase = _need(planned)
+    if need > room:
         largest = sorted(memory.sizes(phase).items(), key=lambda one: -one[1])[:2]
         shown = ", ".join(f"{part} {size / GIB:.0f}" for part, size in largest)
         return (
-            f"needs {memory.peak(phase, MARGIN) / GIB:.1f} GiB in the {phase} (of it {shown}), "
-            f"{room / GIB:.1f} are there"
+            f"needs {need / GIB:.1f} GiB in the {phase} (of it {shown}), {room / GIB:.1f} are there"
         )
     cache, longest = memory.sizes("rollout").get(CACHE, 0.0), longest_cache(question, planned)
     if cache < longest:
@@ -112,6 +111,11 @@ def why_not(question: Question, planned: Planned) -> str | None:
             f"{cache / GIB:.1f} are free for it in the rollout"
         )
     return None
+
+
+def _need(planned: Planned) -> tuple[float, str]:
+    """Bytes of the phase that takes most, and which one that is."""
+    return max((planned.memory.peak(phase, MARGIN), phase) for phase in PHASES)
 
 
 def longest_cache(question: Question, planned: Planned) -> float:
@@ -176,24 +180,24 @@ def _layouts(question: Question) -> Iterator[dict[str, object]]:
 def _filled(question: Question, layout: dict[str, object]) -> Planned | Refused:
     """The fastest way to fill a layout: what waits in host memory, recomputed or not, how long the
     rows. All of a replica's sequences have a slot: the cache is in pages, so that a slot takes what
-    it uses.
+    it uses. Where none fits, why that does not which takes least.
     """
     best: Planned | None = None
-    refusal: Refused | None = None
+    least: Planned | None = None
     for offloads in _offloads(question):
         for recompute in get_args(Recompute):
             for rows in ROWS:
                 keys = layout | offloads
                 keys |= {"model.recompute": recompute, "update.tokens_per_microbatch": rows}
                 found = _with_slots(question, keys)
-                if isinstance(found, Refused):
-                    refusal = found
+                if why_not(question, found) is not None:
+                    least = found if least is None else min(least, found, key=_need)
                 elif best is None or total(found.seconds) < total(best.seconds):
                     best = found
     if best is not None:
         return best
-    assert refusal is not None
-    return refusal
+    assert least is not None
+    return Refused(name=name_of(least.split), reason=str(why_not(question, least)))
 
 
 def _offloads(question: Question) -> Sequence[dict[str, object]]:
@@ -203,14 +207,12 @@ def _offloads(question: Question) -> Sequence[dict[str, object]]:
     return OFFLOADS if item == 2 else OFFLOADS[:2]
 
 
-def _with_slots(question: Question, keys: dict[str, object]) -> Planned | Refused:
-    """A slot for every sequence, if the cache holds the longest one."""
+def _with_slots(question: Question, keys: dict[str, object]) -> Planned:
+    """A layout with a slot for every sequence."""
     split = split_of(with_keys(question.config, keys), question.gpus)
     load = most_of_a_step(question.config, question.student.shape)
     slots = -(-load.sequences // (split.data * split.context))
-    planned = _planned(question, question.config, {**keys, "rollout.slots": slots})
-    reason = why_not(question, planned)
-    return planned if reason is None else Refused(name=name_of(split), reason=reason)
+    return _planned(question, question.config, {**keys, "rollout.slots": slots})
 
 
 def _planned(question: Question, config: Config, keys: dict[str, object]) -> Planned:

@@ -57,6 +57,17 @@ function ticks(low, high, count) {
   return Array.from({ length: Math.max(last - first + 1, 0) }, (_, i) => (first + i) * step);
 }
 
+/** Round numbers between two positive ones, about as many a power of ten. */
+function logTicks(low, high) {
+  const powers = Math.log10(high / low);
+  const parts = powers < 1 ? [1, 1.5, 2, 3, 5, 7] : powers < 3 ? [1, 2, 5] : [1];
+  const every = Math.ceil(powers / 8) || 1;
+  const found = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += every)
+    found.push(...parts.map((m) => m * 10 ** power));
+  return found.filter((y) => y >= low && y <= high);
+}
+
 /** Positions of a column's rows on the horizontal axis; what is counted begins at 0. */
 function positions(run, from, axis) {
   const steps = run[from].step || [];
@@ -103,17 +114,23 @@ function curves(panel, runs, axis) {
   return found;
 }
 
-function ranges(panel, drawn) {
+/** What a panel's figures span. `log`: their vertical axis is logarithmic, which takes positive values only. */
+function ranges(panel, drawn, wantsLog) {
   const points = drawn.flatMap((curve) => curve.points).filter(([x, y]) => x !== null && y !== null);
   const x = points.map((point) => point[0]);
   const y = points.map((point) => point[1]);
   const [left, right] = [Math.min(...x), Math.max(...x)];
   let [low, high] = [Math.min(...y), Math.max(...y)];
+  const across = { left, right: right > left ? right : left + 1 };
+  if (wantsLog && low > 0 && !panel.all) {
+    const room = high > low ? (high / low) ** 0.04 : 2;
+    return { ...across, low: low / room, high: high * room, log: true };
+  }
   if (panel.all) [low, high] = [0, panel.all];
   else if (low > 0 && low < 0.7 * high) low = 0;
   if (high === low) [low, high] = [low - Math.abs(low || 1) / 2, high + Math.abs(high || 1) / 2];
   const room = panel.all ? 0 : 0.04 * (high - low);
-  return { left, right: right > left ? right : left + 1, low: low === 0 ? 0 : low - room, high: high + room };
+  return { ...across, low: low === 0 ? 0 : low - room, high: high + room, log: false };
 }
 
 function keyMark(curve) {
@@ -138,10 +155,11 @@ function figure(panel, title, drawn, shared, axis) {
   document.getElementById("curves").append(box);
   const width = plot.clientWidth || 340;
   plot.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
-  const { left, right, low, high } = shared;
+  const { left, right, low, high, log } = shared;
+  const height = (y) => (log ? Math.log(y / low) / Math.log(high / low) : (y - low) / (high - low));
   const toX = (x) => MARGIN.left + ((x - left) / (right - left)) * (width - MARGIN.left - MARGIN.right);
-  const toY = (y) => HEIGHT - MARGIN.bottom - ((y - low) / (high - low)) * (HEIGHT - MARGIN.top - MARGIN.bottom);
-  for (const y of ticks(low, high, 5)) {
+  const toY = (y) => HEIGHT - MARGIN.bottom - height(y) * (HEIGHT - MARGIN.top - MARGIN.bottom);
+  for (const y of log ? logTicks(low, high) : ticks(low, high, 5)) {
     plot.append(make("svg:line", { class: "grid", x1: MARGIN.left, x2: width - MARGIN.right, y1: toY(y), y2: toY(y) }));
     plot.append(make("svg:text", { x: MARGIN.left - 6, y: toY(y) + 4, "text-anchor": "end" }, short(y)));
   }
@@ -208,12 +226,13 @@ function tell(event, text) {
 
 function drawAll() {
   const axis = document.getElementById("axis").value;
+  const isLog = document.getElementById("vertical").value === "logarithmic";
   document.getElementById("curves").replaceChildren();
   for (const panel of PANELS) {
     const groups = panel.split ? RUNS.map((run) => [run]) : [RUNS];
     const figures = groups.map((runs) => [runs, curves(panel, runs, axis)]).filter(([, drawn]) => drawn.length);
     if (!figures.length) continue;
-    const shared = ranges(panel, figures.flatMap(([, drawn]) => drawn));
+    const shared = ranges(panel, figures.flatMap(([, drawn]) => drawn), isLog);
     for (const [runs, drawn] of figures)
       figure(panel, panel.split && RUNS.length > 1 ? `${panel.title} · ${runs[0].name}` : panel.title, drawn, shared, axis);
   }
@@ -223,6 +242,7 @@ function begin() {
   const axis = document.getElementById("axis");
   for (const [key, name] of Object.entries(AXES)) axis.append(make("option", { value: key }, name));
   axis.addEventListener("change", drawAll);
+  document.getElementById("vertical").addEventListener("change", drawAll);
   const facts = document.getElementById("facts");
   for (const run of RUNS) {
     const last = (key) => run.columns[key]?.at(-1) ?? 0;

@@ -21,6 +21,7 @@ from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.writing import check_place, to_json, write_text
 
 PAGE = "page.html"
+RUN = "run"  # a training's directory within what the pipeline or the quickstart makes
 _HERE = Path(__file__).parent
 
 
@@ -56,11 +57,16 @@ def name_runs(arguments: list[str]) -> dict[str, Path]:
         except ValueError as error:
             raise InputError(f"{argument} {error}") from error
         directory = Path(path)
-        named.append((name or directory.resolve().name, directory))
+        named.append((name or _name_of(directory.resolve()), directory))
     for name, count in Counter(name for name, _ in named).items():
         if count > 1:
             raise InputError(f"{count} runs are called {name!r}; name them apart: NAME=RUN")
     return dict(named)
+
+
+def _name_of(directory: Path) -> str:
+    """The last part that tells runs apart."""
+    return directory.parent.name if directory.name == RUN else directory.name
 
 
 def main() -> None:

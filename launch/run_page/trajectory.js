@@ -71,6 +71,7 @@ function step(done) {
   });
   tokens.forEach((token, i) => {
     const names = ["token"];
+    if (/^\S{1,24}$/.test(sample.texts[i])) names.push("whole"); // a line breaks beside it
     if (!isMade(i)) names.push(sample.blocks[i] > begun ? "later" : "open");
     else if (sample.passes[i] === view.done && view.done > 0) names.push("fresh");
     if (i >= sample.response_tokens) names.push("after");

@@ -115,6 +115,9 @@ class HFWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
 
+    def nbytes(self, name: str) -> int:
+        return self.entries[name].stop - self.entries[name].start
+
     def dtype(self, name: str) -> str:
         """Safetensors' name of the stored type: "F32", "BF16" or "F16"."""
         return self.entries[name].dtype

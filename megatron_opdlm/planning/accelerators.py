@@ -1,7 +1,7 @@
 """Accelerators as their vendor describes them, and what share of that is taken to be reached.
 
-Nothing in here was measured by us. Rates are those of NVIDIA's datasheets, without sparsity; the
-efficiencies are assumptions, stated in every plan.
+Nothing in here was measured by us. Rates are those of NVIDIA's datasheets, without sparsity
+(docs/planning.md says where each stands); the efficiencies are assumptions, stated in every plan.
 """
 
 from dataclasses import dataclass

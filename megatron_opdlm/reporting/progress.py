@@ -77,6 +77,12 @@ class Progress:
         return max(time.monotonic() - self._start, 1e-6)
 
 
+def say(line: str) -> None:
+    """Print a result: above the bar, where there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 def last_line(text: str) -> str:
     """The last line in a program's output that says how far it is; empty: there is none."""
     return next((line for line in reversed(text.splitlines()) if line.endswith(_LEFT)), "")

@@ -27,6 +27,7 @@ from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.manifest import BlockContract, read_manifest
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import read_shape
+from megatron_opdlm.reporting.progress import Progress
 from tests.tiny_models import edit_json, make_qwen3
 
 MASK_ID = 64  # the tokenizer ends at 48: an id that leaves a gap
@@ -244,9 +245,23 @@ def test_weights_without_an_end_token_convert(
         assert all(torch.equal(found.get(n), expected.get(n)) for n in expected.names())
 
 
-def test_verify_finds_one_changed_value(exported: Exported, tmp_path: Path) -> None:
+def test_verify_finds_one_changed_value(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claim: equal directories are told as equal, with a bar that is never more than full (an end
+    token may save passes); the first tensor in which one bit differs is named."""
     manifest = read_manifest(exported.checkpoint)
+    told: list[tuple[int, int]] = []  # bytes read so far, and in all
+
+    class Watched(Progress):
+        def advance(self, tokens: int = 0, count: int = 1, note: str = "") -> None:
+            super().advance(tokens, count, note)
+            told.append((self._done, self._total))
+
+    monkeypatch.setattr(verify, "Progress", Watched)
     lines = list(verify.compare(exported.a2d, exported.checkpoint, manifest))
+    done, total = told[-1]
+    assert len({total for _, total in told}) == 1 and total / 2 < done <= total
     assert [line.split(":")[0] for line in lines] == ["weights", "logits", "tokens"]
     assert lines[2] == "tokens: greedy, 4 prompts of 5 to 8 tokens, equal"
     changed = Path(shutil.copytree(exported.a2d, tmp_path / "changed"))

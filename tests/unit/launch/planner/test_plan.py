@@ -1,5 +1,6 @@
 """``opdlm plan``: what fits, how long it takes, agreement with the dry run and with runs."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,16 @@ import pytest
 
 from launch.planner import run
 from launch.planner.estimate import Question, seconds_of_step
-from launch.planner.layouts import WHOLE, Planned, Refused, as_it_is, search, why_not, with_keys
+from launch.planner.layouts import (
+    OFFLOADS,
+    WHOLE,
+    Planned,
+    Refused,
+    as_it_is,
+    search,
+    why_not,
+    with_keys,
+)
 from launch.planner.measured import corrections
 from launch.planner.sequence_work import Lengths
 from megatron_opdlm.config import load_config, to_yaml
@@ -70,13 +80,18 @@ def test_models_below_4b_fit_two_cards_of_48_gb():
 
 
 def test_what_does_not_fit_is_refused_with_a_reason():
-    """Claim: a 32B model is on no two cards of 48 GB; every layout says why in one line."""
+    """Claim: a 32B model is on no two cards of 48 GB; every layout says why in one line, filled in
+    the way that takes least: all offloaded, recomputed, in short rows."""
     asked = question("proposal_32b", gpus=2, gpu="a6000")
     mine = as_it_is(asked)
     assert isinstance(mine, Refused) and "2 ranks cannot be split into tensor_pa" in mine.reason
     fitting, refused = search(asked)
     assert not fitting and len(refused) == 4
     assert all("\n" not in one.reason and "GiB" in one.reason for one in refused)
+    keys = {**WHOLE, **OFFLOADS[-1], "model.tensor_parallel": 2, "model.sequence_parallel": True}
+    keys |= {"model.recompute": "true", "update.tokens_per_microbatch": 4096}
+    smallest = own(dataclasses.replace(asked, config=with_keys(asked.config, keys)))
+    assert refused[-1].reason == why_not(asked, smallest)
 
 
 def test_the_plan_says_what_the_dry_run_says():

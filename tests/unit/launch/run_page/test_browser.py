@@ -1,5 +1,8 @@
 """The run page in a real browser: curves are drawn, keys step, nothing is said to the console."""
 
+import itertools
+import math
+
 import pytest
 
 from launch.run_page.page import render
@@ -32,7 +35,7 @@ def page_of(tmp_path, *names, **run):
 
 def test_curves_are_drawn_and_nothing_is_wider_than_the_window(browser, tmp_path):
     """Claim: every curve of two runs has a line inside its figure, light and dark, at both widths;
-    another horizontal axis draws them again."""
+    other axes draw them again, a logarithmic one with equal steps for equal ratios."""
     file = page_of(tmp_path, "a", "b", steps=5)
     # The masked share of one half has the same value in all steps.
     inside = (
@@ -61,6 +64,18 @@ def test_curves_are_drawn_and_nothing_is_wider_than_the_window(browser, tmp_path
     assert browser.evaluate("document.querySelector('.plot').ariaLabel") == (
         "loss over trained tokens"
     )
+    heights = (
+        "[...document.querySelectorAll('figure[data-panel=\"loss\"] svg text')].map(t =>"
+        "  [+t.getAttribute('y') - 4, +t.textContent]).filter(([y]) => y < 168)"
+    )
+    browser.evaluate(
+        "(select => { select.value = 'logarithmic';"
+        "select.dispatchEvent(new Event('change')); })(document.getElementById('vertical'))"
+    )
+    marks = browser.evaluate(heights)
+    slopes = [(a[0] - b[0]) / math.log(b[1] / a[1]) for a, b in itertools.pairwise(marks)]
+    assert len(marks) > 2 and slopes == pytest.approx([slopes[0]] * len(slopes), rel=1e-3)
+    assert browser.evaluate(inside) is True
     assert browser.said == []
 
 

@@ -97,9 +97,9 @@ def test_bad_input_is_named(tmp_path):
         read_run(tmp_path, "a")
     with pytest.raises(InputError, match="no training step is recorded yet"):
         read_run(write_run(tmp_path / "new", steps=0), "a")
-    with pytest.raises(InputError, match=r"2 runs are called 'run'; name them apart"):
-        name_runs(["a/run", "b/run"])
-    assert list(name_runs(["x=a/run", "b/run"])) == ["x", "run"]
+    with pytest.raises(InputError, match=r"2 runs are called 'small'; name them apart"):
+        name_runs(["a/small", "b/small"])
+    assert list(name_runs(["x=a/run", "b/run", "c"])) == ["x", "b", "c"]
 
 
 class Scripts(HTMLParser):
