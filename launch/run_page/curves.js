@@ -57,7 +57,7 @@ function ticks(low, high, count) {
   return Array.from({ length: Math.max(last - first + 1, 0) }, (_, i) => (first + i) * step);
 }
 
-/** Round numbers between two positive ones, about as many a power of ten. */
+/** Round numbers between two positive ones, about as many a power of ten; of near ones the usual. */
 function logTicks(low, high) {
   const powers = Math.log10(high / low);
   const parts = powers < 1 ? [1, 1.5, 2, 3, 5, 7] : powers < 3 ? [1, 2, 5] : [1];
@@ -65,7 +65,8 @@ function logTicks(low, high) {
   const found = [];
   for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += every)
     found.push(...parts.map((m) => m * 10 ** power));
-  return found.filter((y) => y >= low && y <= high);
+  const marks = found.filter((y) => y >= low && y <= high);
+  return marks.length > 2 ? marks : ticks(low, high, 5);
 }
 
 /** Positions of a column's rows on the horizontal axis; what is counted begins at 0. */
