@@ -4,11 +4,12 @@
     echo "What is 3 + 4?" | opdlm chat MODEL
 
 MODEL is a Megatron checkpoint, an export or any Hugging Face directory with a chat template. On a
-terminal Ctrl-C ends the answer and Ctrl-D the talk; from a pipe all of it is one question. Colours
-are for terminals only. One process; for serving see docs/serving.md.
+terminal Ctrl-C ends the answer and Ctrl-D the talk; from a pipe all of it is one question. Passes
+are shown on terminals only. One process; for serving see docs/serving.md.
 """
 
 import argparse
+import os
 import signal
 import sys
 import unicodedata
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from evaluation.decoding_flags import add_decoding_flags, decoding_from, loading_from
 from evaluation.prompting import prompt_from
@@ -25,23 +26,25 @@ from megatron_opdlm import launcher
 from megatron_opdlm.diffusion.decoding import Decoding
 from megatron_opdlm.errors import Arguments, InputError, Stopped, command, report_failure
 from megatron_opdlm.records import Block
+from megatron_opdlm.reporting.sample_texts import as_subscript
 
 _PASS_COLOURS = (32, 36, 33, 35, 31, 34)  # ANSI: green, cyan, yellow, ...; later passes repeat
+Passes = Literal["hidden", "coloured", "numbered"]  # how a token's pass is shown
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what bytes of a character that goes on decode to
 
 
 class Screen:
     """Writes an answer's tokens as text while they come.
 
-    ``coloured``: each token in the colour of its pass. ``terminal``: control characters, which a
-    terminal would obey, are replaced.
+    ``passes``: each token in the colour of its pass, or with the number behind it. ``terminal``:
+    control characters, which a terminal would obey, are replaced.
     """
 
     def __init__(
-        self, tokenizer: Any, write: Callable[[str], object], *, terminal: bool, coloured: bool
+        self, tokenizer: Any, write: Callable[[str], object], *, terminal: bool, passes: Passes
     ) -> None:
         self._tokenizer, self._write = tokenizer, write
-        self._terminal, self._coloured = terminal, coloured
+        self._terminal, self._shown_passes = terminal, passes
         self.ids: list[int] = []
         self.passes: list[int] = []
         # Tokens from which the text is decoded, and up to which it is written: a token's text can
@@ -72,13 +75,18 @@ class Screen:
         self._anchor, self._written = self._written, len(self.ids)
         if self._terminal:
             text = "".join(_harmless(character) for character in text)
-        if self._coloured:
-            colour = _PASS_COLOURS[(self.passes[-1] - 1) % len(_PASS_COLOURS)]
-            text = f"\x1b[{colour}m{text}\x1b[0m"
+        if self._shown_passes == "coloured":
+            text = _in_colour_of(self.passes[-1], text)
+        elif self._shown_passes == "numbered":
+            text += as_subscript(self.passes[-1])
         self._write(text)
 
     def _decode(self, start: int, stop: int) -> str:
         return self._tokenizer.decode(self.ids[start:stop], skip_special_tokens=True)
+
+
+def _in_colour_of(number: int, text: str) -> str:
+    return f"\x1b[{_PASS_COLOURS[(number - 1) % len(_PASS_COLOURS)]}m{text}\x1b[0m"
 
 
 def _harmless(character: str) -> str:
@@ -148,12 +156,20 @@ def _questions(terminal: bool) -> Iterator[str]:
     while True:
         try:
             text = input("> " if terminal else "").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt) as end:
             if terminal:
                 print()
+            if isinstance(end, KeyboardInterrupt):
+                raise
             return
         if text:
             yield text
+
+
+def _quieten_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
 
 
 def _require_template(tokenizer: Any, model: Path) -> None:
@@ -169,22 +185,35 @@ def _require_template(tokenizer: Any, model: Path) -> None:
         )
 
 
-def _greeting(args: argparse.Namespace, decoding: Decoding, coloured: bool) -> str:
+def _passes(asked: bool, terminal: bool) -> Passes:
+    """How passes are shown; a terminal without colours, or whose user wants none, has numbers."""
+    if not asked or not terminal:
+        return "hidden"
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    return "numbered" if plain else "coloured"
+
+
+def _greeting(args: argparse.Namespace, decoding: Decoding, passes: Passes) -> str:
     how = "autoregressive"
     if decoding.mode == "diffusion":
         how = f"blocks of {decoding.block_size} in at most {decoding.denoising_steps} passes"
     lines = [f"{args.model}: {how}. Ctrl-C ends an answer, Ctrl-D the talk."]
-    if coloured:
+    if passes == "coloured":
         last = min(decoding.denoising_steps, len(_PASS_COLOURS)) if how[0] == "b" else 1
-        shown = [f"\x1b[{_PASS_COLOURS[n]}mpass {n + 1}\x1b[0m" for n in range(last)]
-        lines.append(", ".join(shown))
+        lines.append(", ".join(_in_colour_of(n, f"pass {n}") for n in range(1, last + 1)))
+    if passes == "numbered":
+        lines.append("Behind each token: the pass of its block that committed it.")
     return "\n".join(lines)
 
 
 def _parser() -> Arguments:
     parser = Arguments(description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL")
-    parser.add_argument("--show-passes", action="store_true", help="colour tokens by their pass")
+    parser.add_argument(
+        "--show-passes",
+        action="store_true",
+        help="colour tokens by their pass; numbers where NO_COLOR is set or TERM=dumb",
+    )
     parser.add_argument("--thinking", action="store_true", help="of the chat template")
     add_decoding_flags(parser)
     return parser
@@ -202,16 +231,17 @@ def main() -> None:
             f"MODEL {args.model}: no such directory; "
             "give a Hugging Face directory or a Megatron checkpoint"
         )
+    _quieten_transformers()  # a question that is too long is refused in our words
     generator = open_generator(args.model, loading)
     _require_template(generator.tokenizer, args.model)
     terminal = sys.stdout.isatty()
-    coloured = terminal and args.show_passes
+    passes = _passes(args.show_passes, terminal)
     if terminal and sys.stdin.isatty():
-        print(_greeting(args, decoding, coloured), flush=True)
+        print(_greeting(args, decoding, passes), flush=True)
     messages: list[dict[str, str]] = []
     for question in _questions(terminal):
         messages.append({"role": "user", "content": question})
-        screen = Screen(generator.tokenizer, _write, terminal=terminal, coloured=coloured)
+        screen = Screen(generator.tokenizer, _write, terminal=terminal, passes=passes)
         try:
             text = answer(generator, messages, decoding, screen, thinking=args.thinking)
         except InputError as error:  # a question that the model cannot take

@@ -62,12 +62,17 @@ def _short(value: float) -> float:
 _SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
+def as_subscript(number: int) -> str:
+    """As people see the pass of a token."""
+    return str(number).translate(_SUBSCRIPT)
+
+
 def trajectory_text(row: Mapping[str, Any]) -> str:
     """A row of ``samples.jsonl`` for people: prompt, and the response with the pass of its block
     that committed each token, ``The₁ answer₃``. Ids where the model has no tokenizer.
     """
     texts = row.get("response_texts") or [f" {token}" for token in row["response_ids"]]
-    passes = (str(at).translate(_SUBSCRIPT) for at in row["committed_at"])
+    passes = map(as_subscript, row["committed_at"])
     tokens = [f"{text}{at}" for text, at in zip(texts, passes, strict=True)]
     end, prompt = row["response_tokens"], row["prompt"] if "prompt" in row else row["prompt_ids"]
     text = "\n".join(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import chat
 from evaluation.chat import Screen
 from megatron_opdlm.configuration.engine_options import EngineOptions
 from megatron_opdlm.diffusion.decoding import Decoding
@@ -75,16 +76,35 @@ def test_a_screen_waits_for_whole_characters_and_disarms_controls():
     """Claim: a character of several tokens appears once, whole; an escape sequence of the model
     does not reach the terminal; each piece has its pass's colour."""
     said: list[str] = []
-    screen = Screen(Bytes(), said.append, terminal=True, coloured=False)
+    screen = Screen(Bytes(), said.append, terminal=True, passes="hidden")
     for token in "né€\x1b[2J!".encode():
         screen.add(Block(sample=0, ids=[token], committed_at=[1]))
     screen.close()
     assert "".join(said) == "né€\N{REPLACEMENT CHARACTER}[2J!"
     assert screen.text == "né€\x1b[2J!"
     said.clear()
-    coloured = Screen(Bytes(), said.append, terminal=True, coloured=True)
+    coloured = Screen(Bytes(), said.append, terminal=True, passes="coloured")
     coloured.add(Block(sample=0, ids=[97, 98], committed_at=[2, 1]))
     assert [COLOUR.findall(piece)[0] for piece in said] == ["36", "32"]
+    said.clear()
+    numbered = Screen(Bytes(), said.append, terminal=True, passes="numbered")
+    numbered.add(Block(sample=0, ids=[97, *"é".encode()], committed_at=[2, 1, 12]))
+    assert said == ["a₂", "é₁₂"]
+
+
+def test_passes_are_numbers_where_colours_are_not_wanted(monkeypatch: pytest.MonkeyPatch):
+    """Claim: NO_COLOR (not empty) and TERM=dumb turn colours into numbers; a pipe shows neither."""
+    monkeypatch.setenv("TERM", "xterm")
+    for no_color, term, expected in (
+        ("", "xterm", "coloured"),
+        ("1", "xterm", "numbered"),
+        ("", "dumb", "numbered"),
+    ):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        monkeypatch.setenv("TERM", term)
+        assert chat._passes(asked=True, terminal=True) == expected
+        assert chat._passes(asked=True, terminal=False) == "hidden"
+        assert chat._passes(asked=False, terminal=True) == "hidden"
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +137,14 @@ def test_a_talk_on_a_terminal(model: Path):
     talk, nor does a question that is too long, Ctrl-D ends it with code 0."""
     ours, theirs = pty.openpty()
     flags = ["--show-passes", "--max-new-tokens=3900", "--temperature=1"]
+    environment = {**os.environ, "TERM": "xterm", "NO_COLOR": ""}
     with subprocess.Popen(
-        command(model, *flags), stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT
+        command(model, *flags),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        env=environment,
     ) as process:
         os.close(theirs)
         try:
