@@ -12,6 +12,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+ANCHOR = re.compile(r"\]\((?!https?:)([^)#\s]*)#([^)\s]+)\)")
 # A file, or in backquotes a folder, from a folder of the repository's root.
 FOLDERS = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != ".")
 PATH = re.compile(
@@ -29,6 +30,27 @@ def test_links_lead_somewhere():
         if not (page.parent / target).exists()
     ]
     assert not missing
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors as GitHub makes them: small letters, no punctuation, a dash for each space."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_to_headings():
+    found = [
+        (page, page.parent / target if target else page, anchor)
+        for page in PAGES
+        for target, anchor in ANCHOR.findall(page.read_text())
+    ]
+    missing = [
+        f"{page.name}: {target.name}#{anchor}"
+        for page, target, anchor in found
+        if target.suffix == ".md" and anchor not in headings(target)
+    ]
+    assert found and not missing
 
 
 def test_paths_exist():
