@@ -294,7 +294,7 @@ def test_verify_finds_another_arithmetic_and_runs_no_foreign_code(
 def test_an_export_that_differs_gets_no_name(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differs(*arguments: object) -> list[str]:
+    def differs(*arguments: object, **options: object) -> list[str]:
         raise RunError("logits differ")
 
     monkeypatch.setattr(export_hf, "compare", differs)
