@@ -158,6 +158,41 @@ def _use_host_splits() -> None:
     replace_in("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=on_host)
 
 
+def _pad_uneven_exchanges() -> None:
+    """Ranks that share tensors and experts exchange unequal numbers of tokens, which gloo refuses:
+    every rank's share is padded to the largest.
+    """
+    module = "megatron.core.tensor_parallel.mappings"
+    of_megatron = importlib.import_module(module)
+    gather_even = of_megatron._gather_along_first_dim
+    reduce_even = of_megatron._reduce_scatter_along_first_dim
+
+    def padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.cat((part, part.new_zeros(rows - len(part), *part.shape[1:])))
+
+    def gather(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None:
+            return gather_even(input_, group, None, *args, **kwargs)
+        sizes = [int(size) for size in output_split_sizes]
+        gathered = gather_even(padded(input_, max(sizes)), group).split(max(sizes))
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=False)])
+
+    def reduce_scatter(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None:
+            return reduce_even(input_, group, None, *args, **kwargs)
+        sizes = [int(size) for size in input_split_sizes]
+        parts = [padded(part, max(sizes)) for part in input_.split(sizes)]
+        return reduce_even(torch.cat(parts), group)[: sizes[group.rank()]]
+
+    replace_in(
+        module, _gather_along_first_dim=gather, _reduce_scatter_along_first_dim=reduce_scatter
+    )
+
+
 def _quiet_expected_warnings() -> None:
     """Megatron warns of what a CPU run is: no Transformer Engine, no Apex, gradients read from
     views.
@@ -214,4 +249,5 @@ def install() -> None:
         use_in_megatron()
         _use_cpu_generator()
         _use_host_splits()
+        _pad_uneven_exchanges()
         _installed = True

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.padded_update import PaddedUpdate
-from benchmarks.train_step import SPREAD, make_states
+from benchmarks.train_step import SIZES, make_states
 from megatron_opdlm.model_files.safetensors_dir import open_weights
 from megatron_opdlm.model_files.shape import hf_names, read_shape
 from megatron_opdlm.states import make_state
@@ -54,7 +54,10 @@ def test_baseline_is_the_expected_update(models: TinyModels, recorded: Recorded)
 
 def test_the_benchmarks_states():
     """Claim: whole blocks, one state a sequence, lengths spread as the benchmark says."""
-    states = make_states(8, 160, IDS)
+    case = SIZES["tiny"]
+    states = make_states(8, case)
     lengths = sorted(len(state.response_ids) for state in states)
-    assert len(states) == 8 and lengths[-1] == pytest.approx(SPREAD * lengths[0], rel=0.3)
+    assert len(states) == 8 and lengths[-1] == pytest.approx(
+        SIZES["tiny"].spread * lengths[0], rel=0.3
+    )
     assert all((len(s.prompt_ids) + len(s.response_ids)) % 4 == 0 for s in states)
