@@ -31,6 +31,8 @@ class Hardware:
     transformer_options: dict[str, Any]  # fields of Megatron's TransformerConfig
     peak_memory: PeakMemory  # of this rank
     free_memory_bytes: Callable[[], int]  # that this rank may still take
+    # Type of a row's dense attention, from the model's.
+    attention_dtype: Callable[[torch.dtype], torch.dtype]
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
@@ -74,6 +76,7 @@ def select_hardware() -> Hardware:
             transformer_options=gpu.transformer_options(engine),
             peak_memory=gpu.peak_memory(),
             free_memory_bytes=gpu.free_memory_bytes,
+            attention_dtype=lambda dtype: dtype,
             decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=engine,
             projection_rows=gpu.PROJECTION_ROWS,
@@ -96,6 +99,7 @@ def select_hardware() -> Hardware:
         transformer_options=cpu.TRANSFORMER_OPTIONS,
         peak_memory=peak_memory.resident(),
         free_memory_bytes=_available_bytes,
+        attention_dtype=cpu.attention_dtype,
         decode_attention=("buckets",),
         transformer_engine=None,
         projection_rows=cpu.PROJECTION_ROWS,

@@ -19,6 +19,7 @@ from megatron_opdlm.model import dense_attention
 from megatron_opdlm.model.decode_attention import BlockRows, attend_rows
 from megatron_opdlm.model.dense_attention import Bucket, Bucketed, attend_bucketed, bucketed
 from megatron_opdlm.model.flex_attention import attend_flex, flex_mask
+from megatron_opdlm.model.host_attention import attend_row, host_row
 from megatron_opdlm.model.kv_cache import KVCache
 from megatron_opdlm.model.packed_row import PackedRow
 from megatron_opdlm.model.row_split import RowSplit, by_heads, by_tokens, config_by_heads
@@ -142,6 +143,8 @@ class MaskedAttention(torch.nn.Module):
         if self.backend == "te":
             made = plan.once(biased)
             return attend_bucketed(query, key, value, made, self.te.biased, read=read)
+        if query.device.type == "cpu":
+            return _chosen(attend_row(query, key, value, plan.once(host_row), self.scale), read)
         return attend_bucketed(query, key, value, plan.once(bucketed), self._dense, read=read)
 
     def _cached(

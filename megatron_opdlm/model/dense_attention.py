@@ -2,13 +2,13 @@
 
 A packed row [N tokens] is attended in *buckets*: short sequences of similar length gathered to rows
 [n, L], each with its own small mask, so the cost is that of the sequences and not of the N x N
-square. A long sequence is attended in chunks of queries, each with the keys that some query of it
-sees: of a two-stream sequence little more than a quarter of the pairs is visible.
+square. A longer sequence is attended in *chunks* of queries, each with the keys that some query of
+it sees: of a two-stream sequence little more than a quarter of the pairs is visible.
 Decoding on a CPU uses buckets as well, with keys from the cache.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,10 +20,8 @@ from megatron_opdlm.diffusion.masks import block_causal_visible
 from megatron_opdlm.model.packed_row import PackedRow
 
 WASTE = 0.25  # share of a bucket's row that padding to its longest sequence may take
-CHUNK = 256  # queries of a long sequence that are attended together
-LONG = (
-    2 * CHUNK
-)  # tokens; from here on copying a chunk's keys costs less than pairs that are hidden
+CHUNK = 64  # queries of a long sequence that are attended together; a pair costs the same in 256
+LONG = 3 * CHUNK  # tokens; from here on more calls cost less than pairs that are hidden
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +34,6 @@ class Bucket:
     mask: Tensor
     # Cache slots of the n sequences: [n], or a run of neighbours, whose keys are read in place.
     slots: Tensor | slice | None = None
-    keys: Tensor | None = None  # [n, keys] into the packed row; None: those of ``gather``
 
     def to(self, device: torch.device) -> "Bucket":
         """The same on a device."""
@@ -45,11 +42,22 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Neighbouring queries of a long sequence, and every key that one of them sees."""
+
+    queries: slice  # L packed tokens
+    keys: tuple[slice, ...]  # K packed tokens in all, as runs of neighbours
+    mask: Tensor  # bool [1, 1, L, K]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bucketed:
-    """A packed row as buckets."""
+    """A packed row as buckets and chunks."""
 
     buckets: tuple[Bucket, ...]
-    scatter: Tensor  # [N] place of each packed token among the buckets' flattened rows
+    # [N] place of each packed token among the flattened rows of all buckets and then all chunks.
+    scatter: Tensor
+    chunks: tuple[Chunk, ...] = ()
 
 
 # Query [n, L, heads, d], key and value [n, keys, groups, d] and mask -> [n, L, heads, d].
@@ -88,11 +96,13 @@ def attend_bucketed(
     for bucket in bucketed.buckets:
         q = _gather(query, bucket.gather)
         if cached is None:
-            keys = bucket.gather if bucket.keys is None else bucket.keys
-            k, v = _gather(key, keys), _gather(value, keys)
+            k, v = _gather(key, bucket.gather), _gather(value, bucket.gather)
         else:
             k, v = cached(bucket)
         rows.append(kernel(q, k, v, bucket.mask).flatten(0, 1))
+    for chunk in bucketed.chunks:
+        k, v = (runs_of(x, chunk.keys)[None] for x in (key, value))
+        rows.append(kernel(query[chunk.queries][None], k, v, chunk.mask).flatten(0, 1))
     place = bucketed.scatter if read is None else bucketed.scatter[read]
     flat = rows[0] if len(rows) == 1 else torch.cat(rows)
     return flat.index_select(0, place)
@@ -101,6 +111,11 @@ def attend_bucketed(
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     """x [N, heads, d] at index [n, L] -> [n, L, heads, d]."""
     return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+def runs_of(x: Tensor, runs: Sequence[slice]) -> Tensor:
+    """Rows of x, of one run without a copy."""
+    return x[runs[0]] if len(runs) == 1 else torch.cat([x[run] for run in runs])
 
 
 def group_bounds(lengths: Tensor, waste: float = WASTE) -> list[tuple[int, int]]:
@@ -128,9 +143,7 @@ def packed_pairs(row: PackedRow, *, chunked: bool = True) -> int:
     )
     if not chunked:
         return pairs
-    return pairs + sum(
-        mask.numel() for sequence in _long(row) for _, _, mask in _chunks(row, sequence)
-    )
+    return pairs + sum(chunk.mask.numel() for chunk in _all_chunks(row))
 
 
 class _Rows(NamedTuple):
@@ -171,31 +184,33 @@ def bucketed(row: PackedRow, *, chunked: bool = True) -> Bucketed:
     make = _causal_bucket if row.causal else _two_stream_bucket
     buckets = [make(row, one) for one in rows]
     base = sum(bucket.gather.numel() for bucket in buckets)
-    for sequence in _long(row) if chunked else ():
-        for queries, keys, mask in _chunks(row, sequence):
-            scatter[queries] = base + torch.arange(len(queries))
-            base += len(queries)
-            parts = (queries[None], keys[None], mask[None, None])
-            gather, keys, mask = (part.to(row.device) for part in parts)
-            buckets.append(Bucket(gather=gather, keys=keys, mask=mask))
-    return Bucketed(buckets=tuple(buckets), scatter=scatter.to(row.device))
+    chunks = tuple(_all_chunks(row)) if chunked else ()
+    for chunk in chunks:
+        count = chunk.queries.stop - chunk.queries.start
+        scatter[chunk.queries] = base + torch.arange(count)
+        base += count
+    return Bucketed(buckets=tuple(buckets), scatter=scatter.to(row.device), chunks=chunks)
 
 
-def _long(row: PackedRow) -> list[range]:
-    """Packed places of each sequence that is attended in chunks."""
+def _all_chunks(row: PackedRow) -> Iterator[Chunk]:
+    """Chunks of all sequences from ``LONG`` tokens on."""
     starts = itertools.accumulate(row.lengths, initial=0)
-    return [range(s, s + n) for s, n in zip(starts, row.lengths, strict=False) if n >= LONG]
+    for start, length in zip(starts, row.lengths, strict=False):
+        if length >= LONG:
+            yield from _chunks(row, start, start + length)
 
 
-def _chunks(row: PackedRow, sequence: range) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(queries [L], keys [K], mask bool [L, K]) of a long sequence, on the host; places are those
-    of the packed row. Every key is seen by some query of its chunk.
-    """
-    place = torch.arange(sequence.start, sequence.stop)
-    for queries in place.split(CHUNK):
-        visible = row.visible(queries[:, None], place[None, :])
+def _chunks(row: PackedRow, start: int, stop: int) -> Iterator[Chunk]:
+    """The sequence of the packed tokens ``start`` to ``stop``."""
+    place = torch.arange(start, stop)
+    for first in range(start, stop, CHUNK):
+        queries = slice(first, min(first + CHUNK, stop))
+        visible = row.visible(torch.arange(queries.start, queries.stop)[:, None], place[None, :])
         seen = visible.any(dim=0)
-        yield queries, place[seen], visible[:, seen]
+        edges = torch.nonzero(F.pad(seen, (1, 1)).diff()).flatten() + start
+        mask = visible[:, seen].to(row.device)
+        runs = tuple(slice(a, b) for a, b in edges.view(-1, 2).tolist())
+        yield Chunk(queries=queries, keys=runs, mask=mask[None, None])
 
 
 def _causal_bucket(row: PackedRow, rows: _Rows) -> Bucket:

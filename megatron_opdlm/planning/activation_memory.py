@@ -11,7 +11,7 @@ from megatron_opdlm.model_files.shape import ModelShape, padded_vocab
 from megatron_opdlm.planning.rank_memory import Split
 
 FLOAT = 4  # bytes
-DENSE_CHUNK = 256  # queries of a long sequence that the dense attention takes together
+DENSE_CHUNK = 64  # queries of a long sequence that the dense attention takes together
 LOGIT_COPIES = 3  # float32 arrays of a chunk's logits that the divergence has at a time
 DRAW_BYTES = 20  # of a drawn token and column: logits, weights, their running sums in float64
 # Of an MLP's width: both halves of fc1 and their product; without the fused function silu and the
@@ -31,6 +31,11 @@ class Build:
     recompute: str = "false"  # "attention" | "mlp" | "true"
     sequence_parallel: bool = False
     low_rank: LowRank | None = None  # what is trained, beside frozen weights
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a row's attention is one node (model/host_attention.py)."""
+        return self.attention == "dense" and not self.fused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +83,23 @@ class LayerMemory:
     def attention(self, row: Row) -> float:
         """What is kept from the layer's input to that of the attention's projection."""
         item, tokens, shape = self.build.item, row.tokens, self.shape
-        is_dense = self.build.attention == "dense"
+        is_dense, one_node = self.build.attention == "dense", self.build.on_host
         each = self._norm(from_view=False, to_linear=True) * shape.hidden * self.share
         if shape.family.qk_norm:
             each += self._norm(from_view=False, to_linear=False) * self.query
             each += self._norm(from_view=True, to_linear=False) * self.key
-        if item == FLOAT or not is_dense:  # some view of the joined product lives on
-            each += (self.query + 2 * self.key) * item
+        again = self.build.recompute == "attention"
+        if again or not is_dense or (item == FLOAT and (shape.family.qk_norm or not one_node)):
+            each += (self.query + 2 * self.key) * item  # some view of the joined product lives on
         if self.build.spec != "te":
             each += 4 * shape.head_dim * item  # rotary factors of queries and of keys
         each += FLOAT * (2 * shape.heads + shape.groups) / self.split.tensor
+        if one_node:  # queries and keys turned, values, and what is the projection's input as well
+            return tokens * (each + (2 * self.query + (1 if again else 2) * self.key) * item)
         each += 3 * self.query * item  # queries as the kernel takes them, its output, the input
         if not is_dense:
             return tokens * (each + self.key * item)
-        if self.build.recompute == "attention":
+        if again:
             return tokens * each
         gathered = 2 * self.key * item * max(tokens, row.pairs / DENSE_CHUNK)
         return tokens * each + gathered + item * row.pairs
@@ -131,7 +139,7 @@ class LayerMemory:
         whole = LayerMemory(self.shape, self.split, replace(self.build, recompute="false"))
         if self.build.recompute == "true":
             return whole.saved(row)
-        return whole.saved(row) - self.saved(row)
+        return max(whole.saved(row) - self.saved(row), 0.0)
 
     def forward_work(self, row: Row) -> float:
         """What a layer has at a time where nothing is kept: in its MLP, or in its attention."""
@@ -139,7 +147,10 @@ class LayerMemory:
         stream = 4 * self.input + self.shape.hidden * item
         mlp = GATE_COPIES * self.ffn + self.sent * self.shape.hidden
         attention = 3 * self.query + 4 * self.key + 2 * self.shape.head_dim
-        if self.build.attention == "dense":
+        if self.build.on_host:  # in float32, and what is added to the scores
+            wide = (2 * self.query + 2 * self.key) if item < FLOAT else 0
+            attention += (wide + row.pairs / max(tokens, 1)) * FLOAT / item
+        elif self.build.attention == "dense":
             attention += (2 * self.key * row.pairs / DENSE_CHUNK + row.pairs) / max(tokens, 1)
         return tokens * (stream + max(mlp, attention) * item)
 

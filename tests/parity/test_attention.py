@@ -7,6 +7,8 @@ FlexAttention runs uncompiled here, but for the one test marked slow.
 import random
 import threading
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from megatron_opdlm.model.flex_attention import (
     flex_mask,
     padded_size,
 )
+from megatron_opdlm.model.host_attention import attend_row, host_row
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.mask_tiles import Tokens, Visible, occupied_tiles
 from megatron_opdlm.model.packed_row import PackedRow
@@ -153,6 +156,31 @@ def expected_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) 
     return torch.einsum("hqk,khd->qhd", weights, value).float()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@EVERY_ROW
+def test_one_node_for_all_buckets(packed: Packed, dtype: torch.dtype):
+    """Claim: what CPUs run gives the values and gradients that autograd gives bucket by bucket, in
+    16 bits to rounding."""
+    row = packed.row
+    weight = torch.randn(row.tokens, 6, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weight[sum(row.lengths) :] = 0  # nobody reads the tail
+    given: Any = [x.to(dtype).requires_grad_() for x in inputs(row.tokens)]
+    expected_given: Any = [x.detach().double().requires_grad_() for x in given]
+    q, k, v = given
+    out = attend_row(q, k, v, host_row(row), 0.25)
+    q, k, v = expected_given
+    expected_out = attend_bucketed(q, k, v, bucketed(row), partial(attend, scale=0.25))
+    found = [out, *torch.autograd.grad((out * weight).sum(), given)]
+    expected = [
+        expected_out,
+        *torch.autograd.grad((expected_out * weight.double()).sum(), expected_given),
+    ]
+    real = sum(row.lengths)
+    tolerance: dict[str, Any] = {} if dtype is torch.float64 else {"rtol": 2e-2, "atol": 2e-2}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[:real], other[:real].to(dtype), **tolerance)
+
+
 @EVERY_ROW
 def test_backends_compute_the_definition(packed: Packed):
     """Claim: dense buckets and FlexAttention give the masked sums of every token of every
@@ -195,7 +223,7 @@ def test_long_sequences_in_chunks(packed: Packed):
         made = bucketed(row, chunked=chunked)
         out = attend_bucketed(*given, made, attend)
         found.append([out[: sum(row.lengths)], *torch.autograd.grad((out * weight).sum(), given)])
-        computed = sum(bucket.mask.numel() for bucket in made.buckets)
+        computed = sum(part.mask.numel() for part in (*made.buckets, *made.chunks))
         assert packed_pairs(row, chunked=chunked) == computed
     torch.testing.assert_close(*found)
     assert packed_pairs(row) <= 0.7 * packed_pairs(row, chunked=False)
