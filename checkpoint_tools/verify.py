@@ -9,7 +9,8 @@
 Of a quantised export only the weights: they are the nearest numbers to the checkpoint's.
 
 An export compares each tensor as it is written, and then logits and a sample of the tokens: two
-passes of one block, at most eight prompts (``export_hf --verify full``: all of the above).
+passes of one block, eight prompts of a small model and two of a large one (``export_hf --verify
+full``: all of the above).
 
 The models are read layer by layer, so the memory is that of a layer and of the embedding. Every
 denoising pass reads the files once, for all prompts together.
@@ -51,23 +52,34 @@ PROMPT_TOKENS = 24  # of the causal comparison; decoding prompts are shorter
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """How much is compared. Every denoising pass reads the whole model."""
+    """How much is compared. Every denoising pass reads the files once, and the converted weights
+    once for each prompt.
+    """
 
     weights: bool  # False: they have been, while they were written
     longest_prompt: int  # blocks; every prompt has more than one
     most_prompts: int | None  # their lengths are spread evenly; None: one of every length
+    most_values: int  # weights times prompts, where that leaves two prompts or more
     blocks: int  # that are decoded of each
     most_passes: int  # per block
 
-    def lengths(self, block: int) -> list[int]:
-        """Of the prompts, in tokens: the longest is a multiple of the block."""
-        count = (self.longest_prompt - 1) * block
-        step = 1 if self.most_prompts is None else -(-count // self.most_prompts)
+    def lengths(self, block: int, parameters: int) -> list[int]:
+        """Of the prompts, in tokens, for a model of so many weights: the longest is a multiple of
+        the block.
+        """
+        count, step = (self.longest_prompt - 1) * block, 1
+        if self.most_prompts is not None:
+            prompts = min(self.most_prompts, max(2, self.most_values // parameters))
+            step = -(-count // prompts) | 1  # odd: they end at different places of their blocks
         return list(range(self.longest_prompt * block, block, -step))[::-1]
 
 
-FULL = Extent(weights=True, longest_prompt=2, most_prompts=None, blocks=2, most_passes=4)
-SAMPLE = Extent(weights=False, longest_prompt=3, most_prompts=8, blocks=1, most_passes=2)
+FULL = Extent(
+    weights=True, longest_prompt=2, most_prompts=None, most_values=0, blocks=2, most_passes=4
+)
+SAMPLE = Extent(
+    weights=False, longest_prompt=3, most_prompts=8, most_values=2**31, blocks=1, most_passes=2
+)
 
 
 def main() -> None:
@@ -142,7 +154,7 @@ def _bytes_to_read(
     weights: HFWeights, stored: ModelShape, manifest: Manifest, extent: Extent
 ) -> int:
     """Of both models in all comparisons. A forward of ours reads its layers, one of transformers'
-    everything; a prompt that is a whole number of blocks takes the most passes.
+    its output layer, too; a prompt that is a whole number of blocks takes the most passes.
     """
     from checkpoint_tools.streaming.megatron_weights import DTYPES
 
@@ -154,7 +166,7 @@ def _bytes_to_read(
     theirs, ours = (DTYPES[name].itemsize for name in (weights.stored_dtype(), manifest.dtype))
     shape = weights.model_shape
     ends = shape.vocab_size * shape.hidden  # the embedding, and the output layer
-    whole = shape.parameters + ends * shape.tied
+    whole = shape.parameters - ends * (not shape.tied)
     layers = stored.parameters - ends * (2 - stored.tied) - stored.hidden
     forwards = 1 + passes
     return (
@@ -288,7 +300,7 @@ def compare_tokens(
     steps = min(block, extent.most_passes)
     vocabulary = read_vocabulary(hf_dir)
     drawable = sorted(set(range(vocabulary.size)) - set(vocabulary.forbidden_ids))
-    lengths = extent.lengths(block)
+    lengths = extent.lengths(block, weights.model_shape.parameters)
     prompts = [[drawable[(7 * i + n) % len(drawable)] for i in range(n)] for n in lengths]
     limits = [extent.blocks * block - length % block for length in lengths]  # up to a block's end
     found = _decode(model, vocabulary, prompts, limits, block, steps)

@@ -3,8 +3,8 @@
 Both are built without memory for their weights (on the meta device). Before a layer runs, its
 weights are read from the files and converted to float32, in the memory that those of the layer
 before had: fresh memory costs more time than the conversion. So a forward costs one pass over the
-files and the memory of one layer; of our model the embedding and the output layer stay, and
-transformers' has memory for one of the two.
+files and the memory of one layer; of our model the embedding and the output layer stay, and of
+transformers' the output layer, while of the embedding only the rows that are looked up are read.
 """
 
 import dataclasses
@@ -23,11 +23,12 @@ from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.gpt import LanguageModel, build_model
 from megatron_opdlm.model.weights import named_global_parameters
 from megatron_opdlm.model_files.names import EMBEDDING, OUTPUT
+from megatron_opdlm.model_files.safetensors_dir import EMBEDDING as HF_EMBEDDING
 from megatron_opdlm.model_files.safetensors_dir import HFWeights
 from megatron_opdlm.model_files.shape import ModelShape
 
 Loader = Callable[[], Tensor]  # the tensor as it is stored
-Listener = Callable[[int], object]  # told the bytes of each tensor that was read
+Listener = Callable[[int], object]  # told the bytes of each tensor that a pass reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,8 @@ class WeightStream:
         self.loading = SharedLoading()
         self._precision, self._listener = precision, listener
         self._memory: dict[tuple[str, torch.Size], Tensor] = {}  # by name in a part, and shape
+        # What lies there, and its bytes in the file.
+        self._source: dict[tuple[str, torch.Size], tuple[Loader, int]] = {}
         self._filled: tuple[nn.Module, dict[str, Any]] | None = None
         for module, loaders in parts:
             module.register_forward_pre_hook(self._hook(module, loaders))
@@ -77,16 +80,35 @@ class WeightStream:
             _set(*self._filled)
         self._filled = module, {name: module.get_parameter(name) for name in loaders}
         for name, load in loaders.items():  # one by one: the stored tensor goes before the next
-            _set(module, {name: self._in_memory(name, load())})
+            _set(module, {name: self._loaded(name, module.get_parameter(name).shape, load)})
 
     @torch.inference_mode(False)  # whatever mode the next pass runs in, it may write there, too
-    def _in_memory(self, name: str, stored: Tensor) -> Tensor:
+    def _loaded(self, name: str, size: torch.Size, load: Loader) -> Tensor:
+        key = name, size
+        source, size_in_file = self._source.get(key, (None, 0))
+        if source is load:  # there since the pass before
+            self._listener(size_in_file)
+            return self._memory[key]
+        stored = load()
         self._listener(stored.nbytes)
-        key = name, stored.shape
+        if stored.shape != size:
+            raise RunError(f"{name} is not of shape {tuple(size)}, but {tuple(stored.shape)}")
         value = self._precision(stored, self._memory.get(key))
         if value is not stored:
-            self._memory[key] = value
+            self._memory[key], self._source[key] = value, (load, stored.nbytes)
         return value
+
+
+class _StoredRows(nn.Module):
+    """An embedding that stays in its file; the rows that are looked up are converted."""
+
+    def __init__(self, stored: Tensor, precision: Precision) -> None:
+        super().__init__()
+        self._stored, self._precision = stored, precision
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., H]"""
+        return self._precision(nn.functional.embedding(ids.cpu(), self._stored))
 
 
 def _set(module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -144,9 +166,9 @@ def streamed_transformers(
         model = model_class(config).to(torch.float32)
     inner = model.model
     inner.rotary_emb = type(inner.rotary_emb)(config=config).to(precision.device)
+    inner.embed_tokens = _StoredRows(weights.get(HF_EMBEDDING), precision)
     parts = []
     for prefix, module in (
-        ("model.embed_tokens.", inner.embed_tokens),
         *((f"model.layers.{number}.", layer) for number, layer in enumerate(inner.layers)),
         ("model.norm.", inner.norm),
         ("lm_head.", model.lm_head),
@@ -163,7 +185,7 @@ def streamed_transformers(
 def _loader(name: str, size: torch.Size, weights: HFWeights) -> Loader:
     """Reads a parameter of transformers from the files, where experts are stored one by one."""
     if name == "lm_head.weight" and weights.model_shape.tied:
-        name = "model.embed_tokens.weight"
+        name = HF_EMBEDDING
     if name in weights.names():
         return lambda: weights.get(name)
     prefix, _, joined = name.rpartition(".")

@@ -222,7 +222,9 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this process's files."""
-        with ThreadPoolExecutor(THREADS) as pool, _no_crc32():
+        # The option is each thread's own since torch 2.13, before it was the process's.
+        in_threads = {"initializer": torch.serialization.set_crc32_options, "initargs": (False,)}
+        with _no_crc32(), ThreadPoolExecutor(THREADS, **in_threads) as pool:
             written = pool.map(lambda own: self._write_file(*own), self._plan.own)
             results = [result for of_file in written for result in of_file]
         done: Future[list[WriteResult]] = Future()

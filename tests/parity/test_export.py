@@ -355,6 +355,18 @@ def test_an_export_finds_a_damaged_tensor_and_another_configuration(
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
 
 
+def test_the_sample_of_a_large_model_has_fewer_prompts() -> None:
+    """Claim: six to eight prompts of a small model, two or three of a large one; they end at
+    different places of their blocks."""
+    for block in (4, 8, 16, 32):
+        for parameters, least, most in ((10**6, 6, 8), (600_000_000, 3, 3), (8 * 10**9, 2, 2)):
+            lengths = verify.SAMPLE.lengths(block, parameters)
+            assert least <= len(lengths) <= most
+            assert lengths[-1] == 3 * block
+            assert block < lengths[0]
+            assert len({length % block for length in lengths}) == min(block, len(lengths))
+
+
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
