@@ -25,6 +25,7 @@ TRANSFORMER_OPTIONS: dict[str, Any] = {
 _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # Linux' names, the fastest first
 
 
+@functools.cache
 def bfloat16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What of this processor multiplies matrices in bfloat16; empty where nothing does, or where
     the system does not tell.
@@ -49,6 +50,20 @@ def attention_dtype(dtype: torch.dtype) -> torch.dtype:
 @functools.cache
 def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
+
+
+def laid_out(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """x -> x @ weight^T for many products with a weight [N, K] that does not change, equal to
+    torch's bit for bit: oneDNN brings a bfloat16 weight into its own order once, not at every
+    product. None where there is nothing to gain.
+    """
+    if weight.dtype is not torch.bfloat16 or not bfloat16_unit():
+        return None
+    kernels: Any = torch.ops.mkldnn
+    if not hasattr(kernels, "_linear_pointwise"):
+        return None
+    ordered = kernels._reorder_linear_weight(weight.detach())
+    return lambda x: kernels._linear_pointwise(x, ordered, None, "none", [], "")
 
 
 def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:

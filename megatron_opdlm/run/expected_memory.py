@@ -132,7 +132,10 @@ def expected_memory(
         parts=parts,
         away=away,
         work={
-            "rollout": rollout_work(layer, work, cache),
+            "rollout": {
+                **rollout_work(layer, work, cache),
+                "weights laid out": _laid_out(config, student.shape, split, hardware),
+            },
             # Those of the step before are still there.
             "teacher": {**teacher_work(teacher_layer, work), "targets being made": targets},
             "update": update_work(
@@ -228,6 +231,16 @@ def _kv_cache(
     if rollout.kv_cache_tokens is not None:
         tokens = min(tokens, rollout.kv_cache_tokens)
     return tokens * kv_bytes_per_token(shape, split, dtype.itemsize), keeps
+
+
+def _laid_out(config: Config, shape: ModelShape, split: Split, hardware: Hardware) -> float:
+    """The layers' weights once more, where a CPU multiplies in bfloat16 (``hardware.laid_out``)."""
+    dtype = build.resolve_dtype(config.model.dtype, hardware, shape)
+    on_cpu = hardware.device.type == "cpu"
+    if not on_cpu or dtype is not torch.bfloat16 or hardware.large_dtype is not dtype:
+        return 0.0
+    ends = (1 if split.pipeline > 1 or shape.tied else 2) * vocabulary_columns(shape, split)
+    return (rank_numbers(shape, split).total - ends * shape.hidden) * dtype.itemsize
 
 
 def _work(
