@@ -214,6 +214,16 @@ def _keep_own_buffers() -> None:
     replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
 
 
+def _use_sparse_embedding_gradients() -> None:
+    """The embedding's gradient is that of the tokens that were there, not a matrix of the whole
+    vocabulary with zeros for all others; the wrapper adds it to its sums just the same.
+    """
+    view = types.ModuleType("torch.nn.functional")
+    view.__dict__.update(torch.nn.functional.__dict__)
+    vars(view)["embedding"] = functools.partial(torch.nn.functional.embedding, sparse=True)
+    replace_in("megatron.core.tensor_parallel.layers", F=view)
+
+
 def _quiet_expected_warnings() -> None:
     """Megatron warns of what a CPU run is: no Transformer Engine, no Apex, gradients read from
     views.
@@ -272,4 +282,5 @@ def install() -> None:
         _use_host_splits()
         _pad_uneven_exchanges()
         _keep_own_buffers()
+        _use_sparse_embedding_gradients()
         _installed = True

@@ -36,6 +36,7 @@ class Hardware:
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
+    row_tokens: int  # of update.tokens_per_microbatch=0: length of packed rows
     differentiates_flex: bool  # FlexAttention has a backward pass
     overlaps_reduction: bool  # gradients are summed over replicas while others are computed
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
@@ -82,6 +83,7 @@ def select_hardware() -> Hardware:
             decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=engine,
             projection_rows=gpu.PROJECTION_ROWS,
+            row_tokens=gpu.ROW_TOKENS,
             differentiates_flex=True,
             overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
@@ -106,6 +108,7 @@ def select_hardware() -> Hardware:
         decode_attention=("buckets",),
         transformer_engine=None,
         projection_rows=cpu.PROJECTION_ROWS,
+        row_tokens=cpu.ROW_TOKENS,
         differentiates_flex=False,
         overlaps_reduction=False,
         captures=None,
