@@ -26,7 +26,7 @@ from megatron_opdlm.engine.slot_state import (
     Draws,
     SlotState,
 )
-from megatron_opdlm.hardware import Capture, Run
+from megatron_opdlm.hardware import Capture, Run, select_hardware
 from megatron_opdlm.model.flops import attended_pairs
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import project
@@ -90,6 +90,7 @@ class _Passes:
             top_p=rules.top_p,
             with_entropy=rules.remasking == "entropy_bounded",
             shard=model.shard,
+            numbers_at_once=select_hardware().draw_numbers,
         )
         return torch.stack([drawn.token.double(), drawn.confidence, drawn.entropy])
 

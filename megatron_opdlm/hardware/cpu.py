@@ -9,6 +9,7 @@ import torch
 
 # Positions projected to the vocabulary at once: three arrays of 128 x 151,936 numbers, 222 MiB.
 PROJECTION_ROWS = 128
+DRAW_NUMBERS = 1 << 18  # logits that a draw works on at once: 1 MiB
 
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,
