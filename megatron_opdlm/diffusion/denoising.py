@@ -117,6 +117,14 @@ def draw(
     return Draw(token, confidence, entropy)
 
 
+def margins(logits_MV: Tensor, shard: WholeVocabulary = WHOLE) -> Tensor:
+    """The best logit of each row less the second best (float64 [M]), forbidden ids at -inf; 0 where
+    two are equal, inf where there is no second.
+    """
+    best = best_candidates(logits_MV.float(), 2, 2, shard).double()
+    return best[:, 0] - best[:, 1]
+
+
 _NOWHERE = torch.iinfo(torch.int64).max
 _CHUNK = 128  # columns whose sum is kept, so that only one chunk of a row is summed one by one
 
