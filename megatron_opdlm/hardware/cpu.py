@@ -26,7 +26,6 @@ TRANSFORMER_OPTIONS: dict[str, Any] = {
 _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # Linux' names, the fastest first
 
 
-@functools.cache
 def bfloat16_unit(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """What of this processor multiplies matrices in bfloat16; empty where nothing does, or where
     the system does not tell.
@@ -53,12 +52,17 @@ def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+@functools.cache
+def _multiplies_in_bfloat16() -> bool:
+    return bool(bfloat16_unit())
+
+
 def laid_out(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """x -> x @ weight^T for many products with a weight [N, K] that does not change, equal to
     torch's bit for bit: oneDNN brings a bfloat16 weight into its own order once, not at every
     product. None where there is nothing to gain.
     """
-    if weight.dtype is not torch.bfloat16 or not bfloat16_unit():
+    if weight.dtype is not torch.bfloat16 or not _multiplies_in_bfloat16():
         return None
     kernels: Any = torch.ops.mkldnn
     if not hasattr(kernels, "_linear_pointwise"):
