@@ -35,6 +35,7 @@ class Hardware:
     attention_dtype: Callable[[torch.dtype], torch.dtype]
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
+    draw_numbers: int | None  # logits that a draw works on at once; None: all of a pass
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
     row_tokens: int  # of update.tokens_per_microbatch=0: length of packed rows
     differentiates_flex: bool  # FlexAttention has a backward pass
@@ -82,6 +83,7 @@ def select_hardware() -> Hardware:
             attention_dtype=lambda dtype: dtype,
             decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=engine,
+            draw_numbers=None,
             projection_rows=gpu.PROJECTION_ROWS,
             row_tokens=gpu.ROW_TOKENS,
             differentiates_flex=True,
@@ -107,6 +109,7 @@ def select_hardware() -> Hardware:
         attention_dtype=cpu.attention_dtype,
         decode_attention=("buckets",),
         transformer_engine=None,
+        draw_numbers=cpu.DRAW_NUMBERS,
         projection_rows=cpu.PROJECTION_ROWS,
         row_tokens=cpu.ROW_TOKENS,
         differentiates_flex=False,

@@ -545,8 +545,10 @@ def draw_over_shards(
     logits: np.ndarray,
     uniform: np.ndarray,
     **shaping: Any,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw from logits [M, V] whose columns are split over the tensor ranks."""
+) -> tuple[np.ndarray, ...]:
+    """Draw from logits [M, V] whose columns are split over the tensor ranks -> token, confidence,
+    entropy, margin.
+    """
     join(layout)
     size = logits.shape[1]
     shard = VocabularyShard(padded_vocab(size, layout.tensor) // layout.tensor, size)
@@ -554,7 +556,7 @@ def draw_over_shards(
     whole[:, :size] = torch.from_numpy(logits)
     local = whole[:, shard.start : shard.start + shard.columns]
     drawn = denoising.draw(local, torch.from_numpy(uniform), shard=shard, **shaping)
-    return drawn.token.numpy(), drawn.confidence.numpy(), drawn.entropy.numpy()
+    return *(of_row.numpy() for of_row in drawn), denoising.margins(local, shard).numpy()
 
 
 def truncations_over_shards(
