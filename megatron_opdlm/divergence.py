@@ -195,15 +195,16 @@ class _ChunkedLoss(torch.autograd.Function):
         columns: int,
         reduction: WholeVocabulary,
         chunk_rows: int,
+        gradient_sum: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         accumulate = torch.promote_types(student_MH.dtype, torch.float32)
         weight = student_weight[:columns]
         value_M = torch.zeros(len(student_MH), dtype=accumulate, device=student_MH.device)
         fault_M = torch.zeros_like(value_M, dtype=torch.uint8)
         grad_hidden = torch.zeros_like(student_MH)
-        grad_weight = (
-            torch.zeros_like(student_weight, dtype=accumulate) if ctx.needs_input_grad[1] else None
-        )
+        grad_weight = gradient_sum
+        if gradient_sum is None and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(student_weight, dtype=accumulate)
         for start in range(0, len(student_MH), chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden = student_MH[rows]
@@ -218,8 +219,8 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_weight is not None:
                 _add_product(grad_weight[:columns], grad_logits.t(), hidden)
             del grad_logits  # before the next chunk's logits come
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = student_weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight if gradient_sum is None else None)
+        ctx.weight_dtype, ctx.is_summed = student_weight.dtype, gradient_sum is not None
         ctx.mark_non_differentiable(value_M, fault_M)
         return (value_M * row_weight_M).sum(), value_M, fault_M
 
@@ -229,9 +230,11 @@ class _ChunkedLoss(torch.autograd.Function):
         it over the shards. In place: a second backward is refused by autograd.
         """
         (grad_hidden, grad_weight), grad_total = ctx.saved_tensors, grads[0]
+        if ctx.is_summed:
+            torch._assert_async(grad_total == 1)  # what was added to the sum cannot be scaled
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden.mul_(grad_total), grad_weight, None, None, None, None, None
+        return grad_hidden.mul_(grad_total), grad_weight, *(None,) * 6
 
 
 def _one_chunk(
@@ -267,11 +270,12 @@ def student_loss(
     columns: int,
     reduction: WholeVocabulary,
     chunk_rows: int,
+    gradient_sum: Tensor | None = None,
 ) -> Loss:
     """Weighted sum of what ``compare_rows`` finds, differentiable in the student's arguments, which
     are those of ``distillation_loss``.
     """
-    arguments = row_weight_M, compare_rows, columns, reduction, chunk_rows
+    arguments = row_weight_M, compare_rows, columns, reduction, chunk_rows, gradient_sum
     return Loss(*_ChunkedLoss.apply(student_MH, student_weight, *arguments))
 
 
@@ -286,6 +290,7 @@ def distillation_loss(
     columns: int,
     reduction: WholeVocabulary,
     chunk_rows: int,
+    gradient_sum: Tensor | None = None,
 ) -> Loss:
     """Weighted sum of the divergences at M positions, differentiable in the student's arguments.
 
@@ -295,6 +300,8 @@ def distillation_loss(
         row_weight_M: weight of each position, 1 / (counted positions of its sequence).
         columns: the weights' rows that are tokens; those after them pad a parallel layout.
         chunk_rows: positions whose logits exist at once.
+        gradient_sum: where the gradient of ``student_weight`` is added at once, as if the total's
+            own gradient were 1, which it then has to be; None: it is returned like any other.
     """
 
     def compare_rows(log_q: Tensor, rows: slice) -> tuple[Terms, Tensor]:
@@ -303,7 +310,14 @@ def distillation_loss(
         return compare(divergence, log_p, log_q, reduction), finite
 
     return student_loss(
-        student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
+        student_MH,
+        student_weight,
+        row_weight_M,
+        compare_rows,
+        columns,
+        reduction,
+        chunk_rows,
+        gradient_sum,
     )
 
 
@@ -316,6 +330,7 @@ def likelihood_loss(
     columns: int,
     reduction: WholeVocabulary,
     chunk_rows: int,
+    gradient_sum: Tensor | None = None,
 ) -> Loss:
     """Weighted sum of -log q(label) at M positions; arguments as in ``distillation_loss``."""
 
@@ -324,5 +339,12 @@ def likelihood_loss(
         return negative_log_likelihood(log_q, label_M[rows], reduction), no_teacher
 
     return student_loss(
-        student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
+        student_MH,
+        student_weight,
+        row_weight_M,
+        compare_rows,
+        columns,
+        reduction,
+        chunk_rows,
+        gradient_sum,
     )

@@ -38,6 +38,7 @@ from megatron_opdlm.engine.slots import Queue, Request, SlotBooks, split_over_re
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.hardware import select_hardware
 from megatron_opdlm.model.decode_choice import choose_decode_attention
+from megatron_opdlm.model.decode_products import laid_out_weights
 from megatron_opdlm.model.flops import forward_flops
 from megatron_opdlm.model.gpt import LanguageModel, without_sequence_parallel
 from megatron_opdlm.records import Block, Rollout, Trajectory, Vocabulary
@@ -140,7 +141,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with without_sequence_parallel(model):
+        with without_sequence_parallel(model), laid_out_weights(model):
             decoder = keeper.take(model, rules, vocabulary, room, way.kernel, captures)
             made = _Engine(decoder, queue, stop, finished, committed).run()
     finally:

@@ -71,6 +71,7 @@ def top_k_loss(
     columns: int,
     reduction: WholeVocabulary,
     chunk_rows: int,
+    gradient_sum: Tensor | None = None,
 ) -> Loss:
     """``distillation_loss`` from kept targets."""
 
@@ -82,5 +83,12 @@ def top_k_loss(
         return terms, kept.finite_M[rows]
 
     return student_loss(
-        student_MH, student_weight, row_weight_M, compare_rows, columns, reduction, chunk_rows
+        student_MH,
+        student_weight,
+        row_weight_M,
+        compare_rows,
+        columns,
+        reduction,
+        chunk_rows,
+        gradient_sum,
     )

@@ -192,7 +192,11 @@ def _loss(
         output, batch.student_read, sequence_parallel=model.config.sequence_parallel
     )
     hidden = hidden.to(model.head_weight.dtype)  # Megatron's 16-bit wrapper returns float32
-    common: dict[str, Any] = {**_own_columns(model), "chunk_rows": objective.chunk_rows}
+    common: dict[str, Any] = {
+        **_own_columns(model),
+        "chunk_rows": objective.chunk_rows,
+        "gradient_sum": _gradient_sum(student),
+    }
     if objective.divergence.kind == "nll":
         loss = likelihood_loss(hidden, model.head_weight, batch.labels, batch.row_weight, **common)
     else:
@@ -221,6 +225,16 @@ def _distance(
     return distillation_loss(
         hidden, model.head_weight, rows, weight, row_weight, divergence, **common
     )
+
+
+def _gradient_sum(student: Student) -> Tensor | None:
+    """Megatron's float32 sum of the output weight's gradients, to add to as they are made: the
+    schedule scales no loss. None where the weight is frozen, and where sums are exchanged during
+    the backward pass, for which Megatron waits until autograd brings every weight a gradient.
+    """
+    if student.ddp.ddp_config.overlap_grad_reduce:
+        return None
+    return vars(student.model.head_weight).get("main_grad")
 
 
 def _own_columns(model: LanguageModel) -> dict[str, Any]:

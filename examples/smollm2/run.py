@@ -129,7 +129,7 @@ def stages(settings: Settings) -> Iterator[Stage]:
         command=lambda: torchrun(settings.ranks, "evaluation.answer", *asked, *limit),
     )
     yield _training(settings, "warm_up", WARM_UP, lambda: imported, answers)
-    yield _training(settings, "distil", RECIPE, lambda: _trained(out, "warm_up"), questions)
+    yield _training(settings, "distil", RECIPE, lambda: _trained(out, "warm_up"), answers)
     shift = load_config(RECIPE, overrides).loss.logit_shift
 
     def export() -> list[str]:

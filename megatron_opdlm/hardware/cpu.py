@@ -51,6 +51,25 @@ def _has_amx() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
+@functools.cache
+def _multiplies_in_bfloat16() -> bool:
+    return bool(bfloat16_unit())
+
+
+def laid_out(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """x -> x @ weight^T for many products with a weight [N, K] that does not change, equal to
+    torch's bit for bit: oneDNN brings a bfloat16 weight into its own order once, not at every
+    product. None where there is nothing to gain.
+    """
+    if weight.dtype is not torch.bfloat16 or not _multiplies_in_bfloat16():
+        return None
+    kernels: Any = torch.ops.mkldnn
+    if not hasattr(kernels, "_linear_pointwise"):
+        return None
+    ordered = kernels._reorder_linear_weight(weight.detach())
+    return lambda x: kernels._linear_pointwise(x, ordered, None, "none", [], "")
+
+
 def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:
     """A copy, made at once, since what it was made of may be overwritten before it is read."""
     copy = x.clone()

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+PIECE = 2**20  # numbers updated at a time: what is in between stays small, and in a CPU's cache
+
 
 class GroupAdam(torch.optim.Optimizer):
     """Adam whose step count belongs to the parameter group, as in Transformer Engine's FusedAdam.
@@ -55,23 +57,35 @@ class GroupAdam(torch.optim.Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
         state = self.state[parameter]
         if "exp_avg" not in state:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
+        assert parameter.grad is not None
+        whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+        pieces = zip(*(x.view(-1).split(PIECE) for x in whole), strict=True)
+        for of_parameter, of_gradient, of_average, of_squares in pieces:
+            self._update_piece(of_parameter, of_gradient, of_average, of_squares, group)
+
+    def _update_piece(
+        self,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        average: torch.Tensor,
+        average_of_squares: torch.Tensor,
+        group: dict[str, Any],
+    ) -> None:
+        beta1, beta2 = group["betas"]
         if group["weight_decay"] and self.adam_w_mode:
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"]:
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        state["exp_avg"].lerp_(gradient, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        average.lerp_(gradient, 1 - beta1)
+        average_of_squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         correction1 = 1 - beta1 ** group["step"] if group["bias_correction"] else 1.0
         correction2 = 1 - beta2 ** group["step"] if group["bias_correction"] else 1.0
-        denominator = (state["exp_avg_sq"] / correction2).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / correction1)
+        denominator = (average_of_squares / correction2).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(average, denominator, value=-group["lr"] / correction1)
 
 
 def replace_in(module_name: str, **attributes: Any) -> None:

@@ -218,6 +218,27 @@ def _pad_uneven_exchanges() -> None:
     )
 
 
+def _keep_own_buffers() -> None:
+    """A rank alone in its group has all gradients and parameters already. Gloo would copy the whole
+    buffer three times an update, from itself to itself.
+    """
+    module = "megatron.core.distributed.param_and_grad_buffer"
+
+    def unless_alone(exchange: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(exchange)
+        def wrapped(output: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
+            alone = torch.distributed.get_world_size(options["group"]) == 1
+            if alone and output.data_ptr() == given.data_ptr():
+                return None
+            return exchange(output, given, **options)
+
+        return wrapped
+
+    names = ("dist_all_gather_func", "dist_reduce_scatter_func")
+    of_megatron = vars(importlib.import_module(module))
+    replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
+
+
 def _quiet_expected_warnings() -> None:
     """Megatron warns of what a CPU run is: no Transformer Engine, no Apex, gradients read from
     views.
@@ -276,4 +297,5 @@ def install() -> None:
         _use_host_splits()
         _use_single_nodes()
         _pad_uneven_exchanges()
+        _keep_own_buffers()
         _installed = True

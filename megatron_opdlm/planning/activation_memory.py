@@ -31,6 +31,8 @@ class Build:
     recompute: str = "false"  # "attention" | "mlp" | "true"
     sequence_parallel: bool = False
     low_rank: LowRank | None = None  # what is trained, beside frozen weights
+    # The output weight's gradient is added to the sums as it is made; else autograd brings it.
+    sums_head: bool = False
 
     @property
     def on_host(self) -> bool:
@@ -192,7 +194,9 @@ def divergence_work(layer: LayerMemory, row: Row, chunk_rows: int) -> float:
     shape, item = layer.shape, layer.build.item
     columns, rows = vocabulary_columns(shape, layer.split), min(chunk_rows, row.positions)
     copies = LOGIT_COPIES * FLOAT + (item if item < FLOAT else 0)
-    head = 0 if layer.build.low_rank else columns * shape.hidden * FLOAT
+    # In 16 bits a chunk's product is made in float32 before it is added.
+    in_sums = layer.build.sums_head and item == FLOAT
+    head = 0 if layer.build.low_rank or in_sums else columns * shape.hidden * FLOAT
     return rows * columns * copies + head + 2 * row.positions * shape.hidden * item
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_opdlm.planning import activation_memory as activations
-from megatron_opdlm.planning.activation_memory import DRAW_BYTES, FLOAT, LayerMemory, Row
+from megatron_opdlm.planning.activation_memory import DRAW_BYTES, LayerMemory, Row
 
 PHASES = ("rollout", "teacher", "update")
 CACHE = "KV cache"
@@ -50,18 +50,15 @@ class RankMemory:
         return max(PHASES, key=self.peak)
 
 
-def update_work(
-    layer: LayerMemory, work: Work, *, gradients_copied: float, largest_shard: float
-) -> dict[str, float]:
+def update_work(layer: LayerMemory, work: Work, *, gradients_copied: float) -> dict[str, float]:
     """What comes on top at the peak of an update, whichever of its moments that is.
 
-    ``gradients_copied``: bytes that the reduction of gradients copies; ``largest_shard``: numbers
-    of the largest parameter that this rank's optimizer updates out of place (0: in place).
+    ``gradients_copied``: bytes that the reduction of gradients copies.
     """
+    ends = (1 if layer.build.sums_head else 2) * activations.embedding_gradient(layer)
     moments = [
         {"a copy of the gradients": gradients_copied},
-        {"the optimizer at work": FLOAT * largest_shard},
-        {"gradients of embedding and output": 2 * activations.embedding_gradient(layer)},
+        {"gradients of embedding and output": ends},
         _last_stage(layer, work),
     ]
     if layer.split.pipeline > 1:
@@ -93,7 +90,8 @@ def _first_full_layer(layer: LayerMemory, work: Work) -> dict[str, float]:
     saved = activations.saved_activations(layer, row, is_last_stage=True)
     if layer.build.recompute != "true":
         saved -= layer.saved_last(row)
-    head = activations.embedding_gradient(layer) if layer.shape.tied else 0.0
+    waits = layer.shape.tied and not layer.build.sums_head
+    head = activations.embedding_gradient(layer) if waits else 0.0
     return {
         "saved activations": saved,
         "a layer at work": _backward(layer, row),

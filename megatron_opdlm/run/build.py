@@ -248,8 +248,7 @@ def build_student(
     wrapped = model if dtype is torch.float32 else Float16Module(model.config, model)
     # Weights are gathered at once, never during the next forward: the output layer's are read
     # outside of its module, and captured passes read all of them, where nobody would wait.
-    # Sums overlap the backward pass where that was tested: not between pipeline stages.
-    overlaps = hardware.overlaps_reduction and config.model.pipeline_parallel == 1
+    overlaps = overlaps_reduction(config, hardware)
     reduction = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -261,6 +260,13 @@ def build_student(
     fuse_gradients(model)
     adam = optimizer_config(config, dtype, hardware)
     return Student(model=model, ddp=ddp, optimizer=get_megatron_optimizer(adam, [ddp]))
+
+
+def overlaps_reduction(config: Config, hardware: Hardware) -> bool:
+    """Whether sums of gradients overlap the backward pass: where that was tested, which is not
+    between pipeline stages.
+    """
+    return hardware.overlaps_reduction and config.model.pipeline_parallel == 1
 
 
 def build_objective(config: Config, teacher: LanguageModel | None) -> Objective:

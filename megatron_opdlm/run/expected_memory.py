@@ -103,6 +103,7 @@ def expected_memory(
         recompute=config.model.recompute,
         sequence_parallel=config.model.sequence_parallel,
         low_rank=low_rank,
+        sums_head=not build.overlaps_reduction(config, hardware),
     )
     asked = Build(
         item=teacher_item,
@@ -125,20 +126,22 @@ def expected_memory(
     held = sum(size for part, size in parts.items() if part not in away["rollout"])
     if config.rollout.kv_cache_tokens is None:
         cache = min(cache, CACHE_SHARE * max(room - held, 0.0))
-    on_cpu = hardware.device.type == "cpu"
-    in_place = hardware.transformer_engine is not None
+    # Gloo copies what it exchanges; a rank alone exchanges nothing.
+    copies = hardware.device.type == "cpu" and split.data * split.context > 1
     return RankMemory(
         parts=parts,
         away=away,
         work={
-            "rollout": rollout_work(layer, work, cache),
+            "rollout": {
+                **rollout_work(layer, work, cache),
+                "weights laid out": _laid_out(config, student.shape, split, hardware),
+            },
             # Those of the step before are still there.
             "teacher": {**teacher_work(teacher_layer, work), "targets being made": targets},
             "update": update_work(
                 layer,
                 work,
-                gradients_copied=GRADIENT_BYTES * trained.total if on_cpu else 0.0,
-                largest_shard=0.0 if in_place else _largest_shard(layer, trained, split),
+                gradients_copied=GRADIENT_BYTES * trained.total if copies else 0.0,
             ),
         },
     )
@@ -230,6 +233,16 @@ def _kv_cache(
     return tokens * kv_bytes_per_token(shape, split, dtype.itemsize), keeps
 
 
+def _laid_out(config: Config, shape: ModelShape, split: Split, hardware: Hardware) -> float:
+    """The layers' weights once more, where a CPU multiplies in bfloat16 (``hardware.laid_out``)."""
+    dtype = build.resolve_dtype(config.model.dtype, hardware, shape)
+    on_cpu = hardware.device.type == "cpu"
+    if not on_cpu or dtype is not torch.bfloat16 or hardware.large_dtype is not dtype:
+        return 0.0
+    ends = (1 if split.pipeline > 1 or shape.tied else 2) * vocabulary_columns(shape, split)
+    return (rank_numbers(shape, split).total - ends * shape.hidden) * dtype.itemsize
+
+
 def _work(
     config: Config,
     student: LayerMemory,
@@ -287,12 +300,3 @@ def dense_pairs(prompt: int, response: int, block: int) -> int:
 def dense_causal_pairs(tokens: int) -> int:
     """The same for a finished sequence."""
     return packed_row_pairs("dense", [tokens])
-
-
-def _largest_shard(layer: LayerMemory, trained: RankNumbers, split: Split) -> float:
-    """Numbers of the largest parameter of which a rank updates a part."""
-    share = trained.optimizer_share(split)
-    if layer.build.low_rank:
-        return share / layer.shape.layers
-    ends = vocabulary_columns(layer.shape, split) * layer.shape.hidden
-    return min(max(layer.largest_weight, ends), share)

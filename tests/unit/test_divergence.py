@@ -84,9 +84,15 @@ def make_inputs(rows: int, scale: float, dtype: torch.dtype) -> Inputs:
     )
 
 
-def chunked(inputs: Inputs, divergence: Divergence | None, chunk_rows: int) -> Loss:
+def chunked(
+    inputs: Inputs,
+    divergence: Divergence | None,
+    chunk_rows: int,
+    gradient_sum: Tensor | None = None,
+) -> Loss:
     """The loss under test; no divergence means the likelihood of the labels."""
     common: Any = {"columns": REAL, "reduction": WHOLE, "chunk_rows": chunk_rows}
+    common["gradient_sum"] = gradient_sum
     student = inputs.student, inputs.student_weight
     if divergence is None:
         return likelihood_loss(*student, inputs.labels, inputs.row_weight, **common)
@@ -180,6 +186,25 @@ def assert_the_dense_formula(name: str, chunk_rows: int, scale: float, dtype: to
     for ours, dense in zip(found, expected_gradients, strict=True):
         assert_gradient(ours, dense)
     assert found[1] is not None and not found[1][REAL:].any()
+
+
+def test_gradients_are_added_to_a_given_sum():
+    """Claim: the weight's gradient goes on top of what is there and nowhere else; a loss whose own
+    gradient is not 1 is refused, since that is too late to be known."""
+    inputs = make_inputs(7, 1.0, torch.float64)
+    chunked(inputs, Divergence(), 3).total.backward()
+    expected, hidden = inputs.student_weight.grad, inputs.student.grad
+    assert expected is not None and hidden is not None
+    inputs.student.grad = inputs.student_weight.grad = None
+    given = torch.randn_like(expected)
+    summed = given.clone()
+    total = chunked(inputs, Divergence(), 3, summed).total
+    total.backward(retain_graph=True)
+    torch.testing.assert_close(summed, given + expected)
+    assert inputs.student_weight.grad is None and inputs.student.grad is not None
+    assert torch.equal(inputs.student.grad, hidden)
+    with pytest.raises(RuntimeError, match="got zero"):
+        (chunked(inputs, Divergence(), 3, summed).total * 2).backward()
 
 
 PROPER = [name for name in LOSSES if name.startswith(tuple(FULL)) and not name.endswith("-drop")]
