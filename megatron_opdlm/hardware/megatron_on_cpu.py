@@ -169,11 +169,13 @@ def _use_single_nodes() -> None:
     name = "linear_with_grad_accumulation_and_async_allreduce"
     of_megatron = vars(importlib.import_module(module))[name]
 
+    @functools.wraps(of_megatron)  # with what Megatron notes on it
     def product(input: torch.Tensor, weight: torch.Tensor, bias: Any, **options: Any) -> Any:
         shared = "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"
         if any(options[name] for name in shared) or options.get("grad_output_buffer") is not None:
             return of_megatron(input, weight, bias, **options)
-        return functional.linear(input, weight, bias)
+        made = functional.linear(input, weight)
+        return made if bias is None else made + bias
 
     replace_in(module, **{name: product})
 
