@@ -15,7 +15,7 @@ DRAW_NUMBERS = 1 << 18  # logits that a draw works on at once: 1 MiB
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,
     "persist_layer_norm": False,
-    "bias_activation_fusion": False,
+    "bias_activation_fusion": True,
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,
