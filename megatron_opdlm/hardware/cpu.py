@@ -13,7 +13,7 @@ PROJECTION_ROWS = 128
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,
     "persist_layer_norm": False,
-    "bias_activation_fusion": False,
+    "bias_activation_fusion": True,
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,

@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 
+from megatron_opdlm.hardware.elementwise import swiglu
 from megatron_opdlm.hardware.group_adam import replace_in, use_in_megatron
 
 # Modules that megatron-core imports lazily on our path; a module must be imported before it can get
@@ -158,6 +160,29 @@ def _use_host_splits() -> None:
     replace_in("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=on_host)
 
 
+def _use_single_nodes() -> None:
+    """A gated activation, and a product that no rank shares, are one node each of PyTorch's
+    autograd: Megatron's own fused activation is written out for a compiler, and its product goes
+    forward and back through Python.
+    """
+    module = "megatron.core.tensor_parallel.layers"
+    name = "linear_with_grad_accumulation_and_async_allreduce"
+    of_megatron = vars(importlib.import_module(module))[name]
+
+    def product(input: torch.Tensor, weight: torch.Tensor, bias: Any, **options: Any) -> Any:
+        shared = "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"
+        if any(options[name] for name in shared) or options.get("grad_output_buffer") is not None:
+            return of_megatron(input, weight, bias, **options)
+        return functional.linear(input, weight, bias)
+
+    replace_in(module, **{name: product})
+
+    def activation(x: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
+        return swiglu(x if bias is None else x + bias)
+
+    replace_in("megatron.core.transformer.mlp", bias_swiglu_impl=activation)
+
+
 def _pad_uneven_exchanges() -> None:
     """Ranks that share tensors and experts exchange unequal numbers of tokens, which gloo refuses:
     every rank's share is padded to the largest.
@@ -270,6 +295,7 @@ def install() -> None:
         use_in_megatron()
         _use_cpu_generator()
         _use_host_splits()
+        _use_single_nodes()
         _pad_uneven_exchanges()
         _keep_own_buffers()
         _installed = True
