@@ -10,8 +10,9 @@ import torch
 
 from megatron_opdlm import launcher
 
-# Positions projected to the vocabulary at once: three arrays of 128 x 151,936 numbers, 222 MiB.
-PROJECTION_ROWS = 128
+# Positions projected to the vocabulary at once: two arrays of 64 x 151,936 numbers, 74 MiB. And the
+# length of packed rows. Longer ones are faster by a few percent (docs/performance.md).
+PROJECTION_ROWS, ROW_TOKENS = 64, 1024
 DRAW_NUMBERS = 1 << 18  # logits that a draw works on at once: 1 MiB
 
 LAID_OUT = 1 / 8  # of the memory may be taken by weights that are laid out beside the model's own
@@ -22,7 +23,7 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,
     "persist_layer_norm": False,
-    "bias_activation_fusion": False,
+    "bias_activation_fusion": True,
     "bias_dropout_fusion": False,
     "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,

@@ -19,7 +19,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn import functional
 
+from megatron_opdlm.hardware.elementwise import swiglu
 from megatron_opdlm.hardware.group_adam import replace_in, use_in_megatron
 
 # Modules that megatron-core imports lazily on our path; a module must be imported before it can get
@@ -158,6 +160,53 @@ def _use_host_splits() -> None:
     replace_in("megatron.core.transformer.moe.token_dispatcher", maybe_move_tensor_to_cpu=on_host)
 
 
+def _use_single_nodes() -> None:
+    """A gated activation, and a product that no rank shares, are one node each of PyTorch's
+    autograd: Megatron's own fused activation is written out for a compiler, and its product goes
+    forward and back through Python.
+    """
+    module = "megatron.core.tensor_parallel.layers"
+    name = "linear_with_grad_accumulation_and_async_allreduce"
+    of_megatron = vars(importlib.import_module(module))[name]
+
+    @functools.wraps(of_megatron)  # with what Megatron notes on it
+    def product(input: torch.Tensor, weight: torch.Tensor, bias: Any, **options: Any) -> Any:
+        shared = "gradient_accumulation_fusion", "allreduce_dgrad", "sequence_parallel"
+        if any(options[name] for name in shared) or options.get("grad_output_buffer") is not None:
+            return of_megatron(input, weight, bias, **options)
+        made = functional.linear(input, weight)
+        return made if bias is None else made + bias
+
+    replace_in(module, **{name: product})
+
+    def activation(x: torch.Tensor, bias: torch.Tensor | None, *args: Any) -> torch.Tensor:
+        return swiglu(x if bias is None else x + bias)
+
+    replace_in("megatron.core.transformer.mlp", bias_swiglu_impl=activation)
+
+
+def _pass_when_alone() -> None:
+    """A rank alone in its tensor group exchanges nothing, forwards and backwards, and needs no node
+    for that. The view is what Megatron's node returns: its strides decide by which kernel PyTorch
+    multiplies.
+    """
+    module = "megatron.core.tensor_parallel.layers"
+
+    def unless_alone(exchange: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(exchange)
+        def wrapped(input_: torch.Tensor, group: Any = None) -> torch.Tensor:
+            if group is not None and group.size() == 1:
+                return input_.view_as(input_)
+            return exchange(input_, group)
+
+        return wrapped
+
+    region = "tensor_model_parallel_region"
+    names = (f"copy_to_{region}", f"reduce_from_{region}")
+    of_megatron = vars(importlib.import_module(module))
+    replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
+
+
 def _pad_uneven_exchanges() -> None:
     """Ranks that share tensors and experts exchange unequal numbers of tokens, which gloo refuses:
     every rank's share is padded to the largest.
@@ -212,6 +261,16 @@ def _keep_own_buffers() -> None:
     names = ("dist_all_gather_func", "dist_reduce_scatter_func")
     of_megatron = vars(importlib.import_module(module))
     replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
+
+
+def _use_sparse_embedding_gradients() -> None:
+    """The embedding's gradient is that of the tokens that were there, not a matrix of the whole
+    vocabulary with zeros for all others; the wrapper adds it to its sums just the same.
+    """
+    view = types.ModuleType("torch.nn.functional")
+    view.__dict__.update(torch.nn.functional.__dict__)
+    vars(view)["embedding"] = functools.partial(torch.nn.functional.embedding, sparse=True)
+    replace_in("megatron.core.tensor_parallel.layers", F=view)
 
 
 def _quiet_expected_warnings() -> None:
@@ -270,6 +329,9 @@ def install() -> None:
         use_in_megatron()
         _use_cpu_generator()
         _use_host_splits()
+        _use_single_nodes()
+        _pass_when_alone()
         _pad_uneven_exchanges()
         _keep_own_buffers()
+        _use_sparse_embedding_gradients()
         _installed = True

@@ -38,6 +38,7 @@ class Hardware:
     transformer_engine: str | None  # its version; None: not here
     draw_numbers: int | None  # logits that a draw works on at once; None: all of a pass
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
+    row_tokens: int  # of update.tokens_per_microbatch=0: length of packed rows
     differentiates_flex: bool  # FlexAttention has a backward pass
     overlaps_reduction: bool  # gradients are summed over replicas while others are computed
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
@@ -85,6 +86,7 @@ def select_hardware() -> Hardware:
             transformer_engine=engine,
             draw_numbers=None,
             projection_rows=gpu.PROJECTION_ROWS,
+            row_tokens=gpu.ROW_TOKENS,
             differentiates_flex=True,
             overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
@@ -110,6 +112,7 @@ def select_hardware() -> Hardware:
         transformer_engine=None,
         draw_numbers=cpu.DRAW_NUMBERS,
         projection_rows=cpu.PROJECTION_ROWS,
+        row_tokens=cpu.ROW_TOKENS,
         differentiates_flex=False,
         overlaps_reduction=False,
         captures=None,

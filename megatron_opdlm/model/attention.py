@@ -15,6 +15,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_opdlm.hardware.elementwise import rotate
 from megatron_opdlm.model import dense_attention
 from megatron_opdlm.model.decode_attention import BlockRows, attend_rows
 from megatron_opdlm.model.dense_attention import Bucket, Bucketed, attend_bucketed, bucketed
@@ -47,6 +48,9 @@ class AttentionPlan(PackedSeqParams):
     # [M] packed tokens whose final hidden states are wanted; None: all N of them. The last layer
     # needs no more of the others than their keys and values.
     read: Tensor | None = None
+    # Cosines and sines [N, 1, d / 2] by which the tokens' queries and keys are turned; None: they
+    # arrive turned.
+    rotation: tuple[Tensor, Tensor] | None = None
     _made: dict[Callable[[PackedRow], Any], Any] = field(default_factory=dict)
 
     def rows_after(self, layer_number: int, config: Any) -> Tensor | None:
@@ -112,14 +116,16 @@ class MaskedAttention(torch.nn.Module):
         packed_seq_params: AttentionPlan | None = None,
     ) -> Tensor:
         """query [N, 1, heads, d], key and value [N, 1, groups, d] -> [N, 1, heads * d], in the last
-        layer [M, 1, heads * d] where the plan reads M rows only; keys arrive with RoPE applied.
-        Under context parallelism N are this rank's tokens.
+        layer [M, 1, heads * d] where the plan reads M rows only. Under context parallelism N are
+        this rank's tokens.
         """
         plan = packed_seq_params
         assert isinstance(plan, AttentionPlan), (
             "our attention is driven by an AttentionPlan in packed_seq_params"
         )
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if plan.rotation is not None:
+            query, key = (rotate(x, *plan.rotation) for x in (query, key))
         wanted = plan.rows_after(self.layer_number, self.config)
         if plan.split is not None:
             own_heads = by_heads(query, key, value, plan.split)

@@ -20,7 +20,7 @@ from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.experts import expert_options
 from megatron_opdlm.model.kernels import Kernels
 from megatron_opdlm.model.layer_spec import block_spec
-from megatron_opdlm.model.rotary import ExplicitRope, score_scale
+from megatron_opdlm.model.rotary import ExplicitRope, MegatronRope, score_scale
 from megatron_opdlm.model.vocab_parallel import VocabularyShard
 from megatron_opdlm.model_files.shape import ModelShape, check_layout, padded_vocab
 from megatron_opdlm.parallel import Layout
@@ -33,6 +33,18 @@ class LanguageModel(GPTModel):
 
     shape: ModelShape
     head_product: Product | None = None  # hidden states -> logits, where the weight is laid out
+    rope: ExplicitRope
+
+    def forward(  # type: ignore[override]
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Tensor:
+        """Megatron's, which leaves it to our attention to turn queries and keys unless a fused
+        kernel does: cosines and sines are the same in every layer.
+        """
+        if not self.config.apply_rope_fusion:
+            plan: AttentionPlan = kwargs["packed_seq_params"]
+            plan.rotation = self.rope.rotation(position_ids[0])
+        return super().forward(input_ids, position_ids, attention_mask, **kwargs)
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         plan = kwargs["packed_seq_params"]
@@ -155,11 +167,12 @@ def build_model(
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="mrope",
+        position_embedding_type="mrope" if config.apply_rope_fusion else "none",
         parallel_output=True,
     )
-    rope = ExplicitRope(shape.head_dim, shape.rope_theta, shape.rope_scaling)
-    model.add_module("rotary_pos_emb", rope)
+    model.rope = ExplicitRope(dim=shape.head_dim, base=shape.rope_theta, scaling=shape.rope_scaling)
+    if config.apply_rope_fusion:
+        model.add_module("rotary_pos_emb", MegatronRope(model.rope))
     model.shape = shape
     _mark_tensor_parallel(model)
     return model.to(hardware.device)

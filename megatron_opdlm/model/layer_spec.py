@@ -6,7 +6,6 @@ their weights under the same names.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -16,6 +15,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
+from megatron_opdlm.hardware.elementwise import rms_norm
 from megatron_opdlm.model.attention import MaskedAttention
 from megatron_opdlm.model.experts import experts_spec
 from megatron_opdlm.model.kernels import Kernels
@@ -24,9 +24,7 @@ from megatron_opdlm.model_files.shape import Experts, ModelShape
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019), usable under sequence parallelism: one
-    kernel on GPUs, float32 inside and rounded once, as in Transformer Engine's.
-    """
+    """``rms_norm``, usable under sequence parallelism; rounded once, as in Transformer Engine."""
 
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **kwargs: Any
@@ -39,7 +37,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def block_spec(config: TransformerConfig, kernels: Kernels, shape: ModelShape) -> Any:

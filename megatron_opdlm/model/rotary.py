@@ -3,6 +3,7 @@ stretched contexts that model_files/rotary.py describes.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,23 +12,41 @@ from torch import Tensor
 from megatron_opdlm.model_files.rotary import RotaryScaling
 
 
-class ExplicitRope(torch.nn.Module):
-    """Rotary angles for explicit positions (the two streams share them): position_ids [b, s] -> [s,
-    b, 1, d].
+@dataclass(frozen=True, kw_only=True)
+class ExplicitRope:
+    """Rotary angles at explicit positions (the two streams share them)."""
 
-    Angles are products of elements in float32, never a matmul: TF32 would round the frequencies.
+    dim: int
+    base: float
+    scaling: RotaryScaling | None
+
+    def angles(self, position_N: Tensor) -> Tensor:
+        """[N, d / 2], products of elements in float32, never a matmul: TF32 would round the
+        frequencies.
+        """
+        frequency = frequencies(self.dim, self.base, self.scaling, position_N.device)
+        return position_N.float()[:, None] * frequency
+
+    def rotation(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, 1, d / 2] of N tokens, float32."""
+        angle = self.angles(position_N)[:, None]
+        return angle.cos(), angle.sin()
+
+
+class MegatronRope(torch.nn.Module):
+    """The angles as the fused kernel of Transformer Engine takes them: position_ids [1, N] ->
+    [N, 1, 1, d].
     """
 
-    def __init__(self, dim: int, base: float, scaling: RotaryScaling | None) -> None:
+    def __init__(self, rope: ExplicitRope) -> None:
         super().__init__()
-        self.dim, self.base, self.scaling = dim, base, scaling
+        self.rope = rope
 
     def forward(
         self, position_ids: Tensor, mrope_section: list[int] | None = None, cp_group: Any = None
     ) -> Tensor:
-        frequency = frequencies(self.dim, self.base, self.scaling, position_ids.device)
-        angle = position_ids.t().float().unsqueeze(-1) * frequency
-        return torch.cat((angle, angle), dim=-1).unsqueeze(2)
+        angle = self.rope.angles(position_ids[0])
+        return torch.cat((angle, angle), dim=-1)[:, None, None]
 
 
 def frequencies(

@@ -6,17 +6,20 @@ peaks on a CPU (``tests/distributed/test_memory_peaks.py``).
 
 from dataclasses import dataclass, replace
 
+from megatron_opdlm.divergence import PIECE
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape, padded_vocab
 from megatron_opdlm.planning.rank_memory import Split
 
 FLOAT = 4  # bytes
 DENSE_CHUNK = 64  # queries of a long sequence that the dense attention takes together
-LOGIT_COPIES = 3  # float32 arrays of a chunk's logits that the divergence has at a time
+# Float32 arrays of a chunk's logits that the divergence has at a time; a CPU, which compares them
+# piece by piece, has two, and three of a piece.
+LOGIT_COPIES, HOST_LOGIT_COPIES, PIECE_COPIES = 3, 2, 3
 DRAW_BYTES = 20  # of a drawn token and column: logits, weights, their running sums in float64
-# Of an MLP's width: both halves of fc1 and their product; without the fused function silu and the
-# other half as well; of experts the product once more, before it is weighed.
-FUSED_COPIES, GATE_COPIES = 3, 5
+# Of an MLP's width: both halves of fc1 and their product; of experts the product once more, before
+# it is weighed.
+GATE_COPIES = 3
 ROUTER_COPIES = 3  # of the number of experts: probabilities, weights, places
 
 
@@ -27,7 +30,7 @@ class Build:
     item: int  # bytes of a number of weights and activations
     spec: str = "local"  # "local" | "te": whose layers
     attention: str = "dense"  # "dense" | "flex" | "te"
-    fused: bool = False  # norms and gate are one kernel each, as on GPUs
+    on_host: bool = True  # a row's dense attention is one node (model/host_attention.py)
     recompute: str = "false"  # "attention" | "mlp" | "true"
     sequence_parallel: bool = False
     low_rank: LowRank | None = None  # what is trained, beside frozen weights
@@ -35,9 +38,8 @@ class Build:
     sums_head: bool = False
 
     @property
-    def on_host(self) -> bool:
-        """Whether a row's attention is one node (model/host_attention.py)."""
-        return self.attention == "dense" and not self.fused
+    def one_node(self) -> bool:
+        return self.attention == "dense" and self.on_host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,30 +73,16 @@ class LayerMemory:
         """A token on its way between two layers."""
         return self.shape.hidden * self.build.item * self.share
 
-    def _norm(self, *, from_view: bool, to_linear: bool) -> int:
-        """Bytes that a norm keeps of one number. ``from_view``: its input is kept anyway, if it is
-        not copied to float32; ``to_linear``: somebody keeps its output.
-        """
-        item, is_wide = self.build.item, self.build.item == FLOAT
-        if self.build.fused:
-            return item * (1 + to_linear)
-        entering = 0 if is_wide and from_view else FLOAT
-        normed = 0 if self.build.low_rank else FLOAT  # of use for the weight's gradient alone
-        return entering + normed + item * to_linear
-
     def attention(self, row: Row) -> float:
         """What is kept from the layer's input to that of the attention's projection."""
         item, tokens, shape = self.build.item, row.tokens, self.shape
-        is_dense, one_node = self.build.attention == "dense", self.build.on_host
-        each = self._norm(from_view=False, to_linear=True) * shape.hidden * self.share
+        is_dense, one_node = self.build.attention == "dense", self.build.one_node
+        each = self._normed
         if shape.family.qk_norm:
-            each += self._norm(from_view=False, to_linear=False) * self.query
-            each += self._norm(from_view=True, to_linear=False) * self.key
+            each += self.query * item  # as their norm takes them
         again = self.build.recompute == "attention"
-        if again or not is_dense or (item == FLOAT and (shape.family.qk_norm or not one_node)):
+        if again or shape.family.qk_norm or not one_node:
             each += (self.query + 2 * self.key) * item  # some view of the joined product lives on
-        if self.build.spec != "te":
-            each += 4 * shape.head_dim * item  # rotary factors of queries and of keys
         each += FLOAT * (2 * shape.heads + shape.groups) / self.split.tensor
         if one_node:  # queries and keys turned, values, and what is the projection's input as well
             return tokens * (each + (2 * self.query + (1 if again else 2) * self.key) * item)
@@ -108,19 +96,22 @@ class LayerMemory:
 
     def mlp(self, tokens: float) -> float:
         """What is kept from the second norm to the layer's output."""
-        each = self._norm(from_view=False, to_linear=True) * self.shape.hidden * self.share
         if self.build.recompute == "mlp":
-            return tokens * each
-        return tokens * (each + self._gated())
+            return tokens * self._normed
+        return tokens * (self._normed + self._gated())
+
+    @property
+    def _normed(self) -> float:
+        """Of a token what a norm of the residual stream takes and gives."""
+        return 2 * self.input
 
     def _gated(self) -> float:
         """What a token keeps between the MLP's two matrices, or in its experts."""
         item, experts = self.build.item, self.shape.experts
-        copies = FUSED_COPIES if self.build.fused else GATE_COPIES
         if experts is None:
-            return copies * self.ffn * item
+            return GATE_COPIES * self.ffn * item
         sent = self.sent * self.shape.hidden * item
-        return sent + (copies + 1) * self.ffn * item + ROUTER_COPIES * experts.count * FLOAT
+        return sent + (GATE_COPIES + 1) * self.ffn * item + ROUTER_COPIES * experts.count * FLOAT
 
     def saved(self, row: Row) -> float:
         """All that a layer keeps of a row for its backward pass."""
@@ -149,7 +140,7 @@ class LayerMemory:
         stream = 4 * self.input + self.shape.hidden * item
         mlp = GATE_COPIES * self.ffn + self.sent * self.shape.hidden
         attention = 3 * self.query + 4 * self.key + 2 * self.shape.head_dim
-        if self.build.on_host:  # in float32, and what is added to the scores
+        if self.build.one_node:  # in float32, and what is added to the scores
             wide = (2 * self.query + 2 * self.key) if item < FLOAT else 0
             attention += (wide + row.pairs / max(tokens, 1)) * FLOAT / item
         elif self.build.attention == "dense":
@@ -181,7 +172,7 @@ def saved_activations(layer: LayerMemory, row: Row, *, is_last_stage: bool) -> f
         return layers * row.tokens * layer.input
     if not is_last_stage:
         return layers * layer.saved(row)
-    norm = 3 * layer.shape.hidden * layer.build.item * row.positions  # the final one
+    norm = 2 * layer.shape.hidden * layer.build.item * row.positions  # the final one
     return (layers - 1) * layer.saved(row) + layer.saved_last(row) + norm
 
 
@@ -193,11 +184,13 @@ def divergence_work(layer: LayerMemory, row: Row, chunk_rows: int) -> float:
     """Logits of a chunk of positions, and the gradients that the divergence writes as it goes."""
     shape, item = layer.shape, layer.build.item
     columns, rows = vocabulary_columns(shape, layer.split), min(chunk_rows, row.positions)
-    copies = LOGIT_COPIES * FLOAT + (item if item < FLOAT else 0)
+    copies = (LOGIT_COPIES if layer.build.fused else HOST_LOGIT_COPIES) * FLOAT
+    copies += item if item < FLOAT else 0
+    piece = 0 if layer.build.fused else PIECE_COPIES * FLOAT * min(PIECE, rows * columns)
     # In 16 bits a chunk's product is made in float32 before it is added.
     in_sums = layer.build.sums_head and item == FLOAT
     head = 0 if layer.build.low_rank or in_sums else columns * shape.hidden * FLOAT
-    return rows * columns * copies + head + 2 * row.positions * shape.hidden * item
+    return rows * columns * copies + piece + head + 2 * row.positions * shape.hidden * item
 
 
 def embedding_gradient(layer: LayerMemory) -> float:

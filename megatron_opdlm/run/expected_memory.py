@@ -94,12 +94,12 @@ def expected_memory(
     low_rank = build.low_rank_of(config)
     item = build.resolve_dtype(config.model.dtype, hardware, student.shape).itemsize
     teacher_item = build.resolve_dtype(config.teacher.dtype, hardware, teacher.shape).itemsize
-    fused = hardware.device.type != "cpu"
+    on_host = hardware.device.type == "cpu"
     computed = Build(
         item=item,
         spec=kernels[0].spec,
         attention=kernels[0].attention,
-        fused=fused,
+        on_host=on_host,
         recompute=config.model.recompute,
         sequence_parallel=config.model.sequence_parallel,
         low_rank=low_rank,
@@ -109,7 +109,7 @@ def expected_memory(
         item=teacher_item,
         spec=kernels[1].spec,
         attention=kernels[1].attention,
-        fused=fused,
+        on_host=on_host,
         sequence_parallel=config.model.sequence_parallel,
     )
     layer = LayerMemory(student.shape, split, computed)
@@ -255,7 +255,8 @@ def _work(
     load: Load,
 ) -> Work:
     """Rows as full as they can get."""
-    block, budget = config.rollout.block_size, config.update.tokens_per_microbatch
+    block = config.rollout.block_size
+    budget = config.update.tokens_per_microbatch or hardware.row_tokens
     finished = load.prompt + load.response
     packed = finished - block + load.response
     of_update = -(-min(config.optimizer.batch_size, load.sequences) // split.data)

@@ -21,7 +21,9 @@ from tests.conftest import TinyModels
 from tests.distributed import jobs
 
 # isort: split
+from megatron.core.fusions import fused_bias_swiglu
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.transformer import mlp
 
 FUSED = ("bias_activation_fusion", "apply_rope_fusion")
 # Fields of a GPU's record that a CPU could not follow.
@@ -63,7 +65,8 @@ def plain(hardware: Hardware) -> Hardware:
 
 def test_the_record_of_a_gpu(models: TinyModels, monkeypatch: pytest.MonkeyPatch):
     """Claim: Megatron accepts a GPU's record with and without Transformer Engine, whose rotation is
-    asked for only where it is; a CPU fuses nothing, and nobody what leaves nothing to fuse."""
+    asked for only where it is; a CPU asks for the activation, and nobody for what leaves
+    nothing to fuse."""
     shape = read_shape(models.hf("student", tied=True, layers=2))
     hardware = jobs.join(Layout())
     for engine, kernel in ((None, None), ("2.9.0", rotate)):
@@ -74,7 +77,8 @@ def test_the_record_of_a_gpu(models: TinyModels, monkeypatch: pytest.MonkeyPatch
         assert config.apply_rope_fusion == (engine is not None)
         assert not (config.bias_dropout_fusion or config.masked_softmax_fusion)
         assert not config.gradient_accumulation_fusion
-    assert not any(cpu.TRANSFORMER_OPTIONS[name] for name in FUSED)
+    fused = {name for name in FUSED if cpu.TRANSFORMER_OPTIONS[name]}
+    assert fused == {"bias_activation_fusion"}
 
 
 def outcome(hardware: Hardware, model_dir: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,7 +107,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 
 def test_fused_layers_on_a_cpu(models: TinyModels, monkeypatch: pytest.MonkeyPatch):
     """Claim: with a stand-in for Transformer Engine's rotation and Megatron's functions as they
-    are, float32, to rounding; every layer rotates queries and keys by it."""
+    are, and with a CPU's own, float32, to rounding; every layer rotates queries and keys by it."""
     rotated: list[torch.Size] = []
 
     def counting(t: Tensor, freqs: Tensor, interleaved: bool = False) -> Tensor:
@@ -113,12 +117,17 @@ def test_fused_layers_on_a_cpu(models: TinyModels, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", counting)
     hardware = jobs.join(Layout())
     for model_dir in (models.hf("student", tied=False, layers=2), models.experts("student")):
-        found = outcome(of_a_gpu("2.9.0", hardware), model_dir, torch.float32)
+        own = outcome(hardware, model_dir, torch.float32)
+        assert not rotated
+        with monkeypatch.context() as context:
+            context.setattr(mlp, "bias_swiglu_impl", fused_bias_swiglu.bias_swiglu_impl)
+            found = outcome(of_a_gpu("2.9.0", hardware), model_dir, torch.float32)
         assert len(rotated) == 2 * 2
         with monkeypatch.context() as context:
             context.setattr(layer_spec.RMSNorm, "forward", plain_norm)
-            expected = outcome(hardware, model_dir, torch.float32)
+            expected = outcome(plain(hardware), model_dir, torch.float32)
         assert_same(found, expected, 1e-5)
+        assert_same(own, expected, 1e-5)
         rotated.clear()
 
 
