@@ -82,7 +82,9 @@ class _Passes:
         model, rules = self.model, self.state.rules
         if rules.logit_shift:
             hidden_MH = self._carried(hidden_MH, draws)
-        logits = project(hidden_MH, model.head_weight, model.shard, self.forbidden)
+        logits = project(
+            hidden_MH, model.head_weight, model.shard, self.forbidden, model.head_product
+        )
         drawn = denoising.draw(
             logits,
             self.state.uniform(draws),

@@ -1,7 +1,7 @@
 """Hardware as a value. Importing this package makes megatron-core usable without CUDA."""
 
-from megatron_opdlm.hardware.select import Capture, Hardware, Run, select_hardware
+from megatron_opdlm.hardware.select import Capture, Hardware, Product, Run, select_hardware
 
-__all__ = ["Capture", "Hardware", "Run", "select_hardware"]
+__all__ = ["Capture", "Hardware", "Product", "Run", "select_hardware"]
 
 select_hardware()

@@ -1,16 +1,24 @@
 """What running on CPU means for Megatron: gloo, float32 by default, no fused kernels."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+
+from megatron_opdlm import launcher
 
 # Positions projected to the vocabulary at once: two arrays of 64 x 151,936 numbers, 74 MiB. And the
 # length of packed rows. Longer ones are faster by a few percent (docs/performance.md).
 PROJECTION_ROWS, ROW_TOKENS = 64, 1024
 DRAW_NUMBERS = 1 << 18  # logits that a draw works on at once: 1 MiB
+
+LAID_OUT = 1 / 8  # of the memory may be taken by weights that are laid out beside the model's own
+LEAST_LAID_OUT = 1 << 17  # numbers of a weight; with fewer, calling oneDNN costs more than it gains
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,
@@ -58,18 +66,39 @@ def _multiplies_in_bfloat16() -> bool:
     return bool(bfloat16_unit())
 
 
-def laid_out(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """x -> x @ weight^T for many products with a weight [N, K] that does not change, equal to
-    torch's bit for bit: oneDNN brings a bfloat16 weight into its own order once, not at every
-    product. None where there is nothing to gain.
+def laid_out(weights: Sequence[torch.Tensor]) -> list[Product | None]:
+    """x -> x @ weight^T of each weight [N, K], for many products while they do not change: oneDNN
+    brings them into its own order once, not at every product. In bfloat16 the products are torch's
+    bit for bit; in float32, where oneDNN rounds otherwise than torch, weights stay as they are.
+
+    None for a weight that gains nothing; all None where together they are more than ``LAID_OUT`` of
+    the machine's memory.
     """
-    if weight.dtype is not torch.bfloat16 or not _multiplies_in_bfloat16():
-        return None
     kernels: Any = torch.ops.mkldnn
-    if not hasattr(kernels, "_linear_pointwise"):
-        return None
-    ordered = kernels._reorder_linear_weight(weight.detach())
-    return lambda x: kernels._linear_pointwise(x, ordered, None, "none", [], "")
+    gains = [_gains(weight) and hasattr(kernels, "_linear_pointwise") for weight in weights]
+    whole = sum(weight.nbytes for weight, gain in zip(weights, gains, strict=True) if gain)
+    if whole > laid_out_limit():
+        gains = [False] * len(weights)
+
+    def product(weight: torch.Tensor) -> Product:
+        ordered = kernels._reorder_linear_weight(weight.detach())
+        return lambda x: kernels._linear_pointwise(x, ordered, None, "none", [], "")
+
+    return [product(w) if gain else None for w, gain in zip(weights, gains, strict=True)]
+
+
+def laid_out_limit() -> float:
+    """Bytes that a rank's weights may take once more."""
+    return LAID_OUT * psutil.virtual_memory().total / launcher.local_world_size()
+
+
+def lays_out(dtype: torch.dtype) -> bool:
+    """Whether products of large weights of this type gain."""
+    return dtype is torch.bfloat16 and bool(bfloat16_unit())
+
+
+def _gains(weight: torch.Tensor) -> bool:
+    return lays_out(weight.dtype) and weight.numel() >= LEAST_LAID_OUT
 
 
 def fetch(x: torch.Tensor) -> Callable[[], torch.Tensor]:

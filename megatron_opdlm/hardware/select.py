@@ -1,7 +1,7 @@
 """Chooses the hardware once, into one record. Nobody else asks what machine this is."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from megatron_opdlm import launcher
 from megatron_opdlm.hardware import cpu, gpu, group_adam, megatron_on_cpu, peak_memory
+from megatron_opdlm.hardware.cpu import Product
 from megatron_opdlm.hardware.peak_memory import PeakMemory
 
 Run = Callable[[], torch.Tensor]
@@ -43,8 +44,8 @@ class Hardware:
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
     # what one of them captured shares memory. None: cannot.
     captures: Callable[[], Capture] | None
-    # A weight [N, K] -> x -> x @ weight^T, faster where many such products follow; None: no faster.
-    laid_out: Callable[[torch.Tensor], Callable[[torch.Tensor], torch.Tensor] | None]
+    # Of each weight [N, K]: x -> x @ weight^T, faster where many follow; None: it would not be.
+    laid_out: Callable[[Sequence[torch.Tensor]], list[Product | None]]
     upload: Callable[[torch.Tensor], torch.Tensor]  # host to device, without waiting
     # Starts a copy to the host; the function that comes back waits for it.
     fetch: Callable[[torch.Tensor], Callable[[], torch.Tensor]]
@@ -89,7 +90,7 @@ def select_hardware() -> Hardware:
             differentiates_flex=True,
             overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
-            laid_out=lambda weight: None,
+            laid_out=lambda weights: [None for _ in weights],
             upload=gpu.upload,
             fetch=gpu.fetch,
             reason="CUDA is available: NCCL, bfloat16",

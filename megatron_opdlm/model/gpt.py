@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megatron_opdlm.configuration.models import Recompute
-from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.hardware import Hardware, Product
 from megatron_opdlm.model.attention import AttentionPlan
 from megatron_opdlm.model.experts import expert_options
 from megatron_opdlm.model.kernels import Kernels
@@ -32,6 +32,7 @@ class LanguageModel(GPTModel):
     """
 
     shape: ModelShape
+    head_product: Product | None = None  # hidden states -> logits, where the weight is laid out
     rope: ExplicitRope
 
     def forward(  # type: ignore[override]

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_opdlm import parallel
 from megatron_opdlm.diffusion.denoising import WholeVocabulary
 from megatron_opdlm.diffusion.wide_product import wide_product
+from megatron_opdlm.hardware import Product
 
 
 class VocabularyShard(WholeVocabulary):
@@ -102,11 +103,16 @@ def project(
     weight_VH: Tensor,
     shard: VocabularyShard,
     forbidden_columns: Tensor | None = None,
+    product: Product | None = None,
 ) -> Tensor:
     """This rank's logits [M, columns] in float32 at least, -inf in the rows that pad the layout and
-    in the local ``forbidden_columns``.
+    in the local ``forbidden_columns``. ``product``: with the weight, where it is laid out.
     """
-    logits = wide_product(hidden_MH, weight_VH.t())
+    if product is None:
+        logits = wide_product(hidden_MH, weight_VH.t())
+    else:
+        logits = product(hidden_MH)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     padding = shard.padding(logits.device)
     if padding is not None:
         logits = logits.masked_fill(padding, -torch.inf)

@@ -9,7 +9,7 @@ import torch
 from megatron_opdlm.config import Config
 from megatron_opdlm.diffusion.blocks import sequence_end
 from megatron_opdlm.engine.cache_budget import CACHE_SHARE
-from megatron_opdlm.hardware import Hardware
+from megatron_opdlm.hardware import Hardware, cpu
 from megatron_opdlm.model.flops import low_rank_parameters, packed_row_pairs
 from megatron_opdlm.model_files.shape import ModelShape
 from megatron_opdlm.planning.activation_memory import (
@@ -234,13 +234,16 @@ def _kv_cache(
 
 
 def _laid_out(config: Config, shape: ModelShape, split: Split, hardware: Hardware) -> float:
-    """The layers' weights once more, where a CPU multiplies in bfloat16 (``hardware.laid_out``)."""
+    """The weights once more, where a CPU brings them into another order (``hardware.laid_out``)."""
     dtype = build.resolve_dtype(config.model.dtype, hardware, shape)
-    on_cpu = hardware.device.type == "cpu"
-    if not on_cpu or dtype is not torch.bfloat16 or hardware.large_dtype is not dtype:
+    numbers = rank_numbers(shape, split).total
+    if not shape.tied and split.pipeline == 1:  # the embedding is no product
+        numbers -= vocabulary_columns(shape, split) * shape.hidden
+    gains = cpu.lays_out(dtype) and numbers >= cpu.LEAST_LAID_OUT
+    if hardware.device.type != "cpu" or not gains:
         return 0.0
-    ends = (1 if split.pipeline > 1 or shape.tied else 2) * vocabulary_columns(shape, split)
-    return (rank_numbers(shape, split).total - ends * shape.hidden) * dtype.itemsize
+    size = float(numbers * dtype.itemsize)
+    return size if size <= cpu.laid_out_limit() else 0.0
 
 
 def _work(
