@@ -4,9 +4,10 @@ A state is one point of a sequence's own denoising trajectory: which response to
 masked. ``packing/`` makes rows of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate, islice
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,15 @@ class _Block:
     start: int
     stop: int
     turns: list[tuple[int, int]]  # empty for off-policy trajectories
+
+
+class _Asked(NamedTuple):
+    """One choice of states: of which blocks, how, and the number that its draws are keyed by."""
+
+    trajectory: Trajectory
+    blocks: list[_Block]
+    mode: str
+    number: int
 
 
 def choose_states(
@@ -48,14 +58,23 @@ def choose_states(
     ``alignment`` response: blocks that mix two blocks of the rollout, as the public reference has
     them; the passes of the earlier one come first.
     """
-    states = []
+    asked: list[_Asked] = []
     for trajectory in trajectories:
         blocks = _blocks(trajectory, block_size, alignment)
-        choose = _random_mask if trajectory.off_policy else _MODES[mode]
-        masks = (
-            choose(trajectory, blocks, (*key, trajectory.sample + (draw << _DRAW_BITS)))
-            for draw in range(1 if choose is _all_rounds else draws)
-        )
+        own = "random_mask" if trajectory.off_policy else mode
+        asked += [
+            _Asked(trajectory, blocks, own, trajectory.sample + (draw << _DRAW_BITS))
+            for draw in range(1 if own == "all" else draws)
+        ]
+    states = []
+    for one, draw in zip(asked, _draws_of_blocks(asked, key), strict=True):
+        trajectory = one.trajectory
+        if one.mode == "one_per_block":
+            masks = [_one_per_block(one.blocks, draw)]
+        elif one.mode == "all":
+            masks = _all_rounds(one.blocks)
+        else:
+            masks = [_random_mask(one.blocks, (*key, one.number))]
         states += [
             make_state(
                 trajectory.sample,
@@ -66,7 +85,7 @@ def choose_states(
                 exclude_eos=exclude_eos,
                 off_policy=trajectory.off_policy,
             )
-            for mask in chain.from_iterable(masks)
+            for mask in masks
         ]
     return states
 
@@ -115,18 +134,26 @@ def _blocks(trajectory: Trajectory, block_size: int, alignment: str) -> list[_Bl
     ]
 
 
-def _one_per_block(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list[list[bool]]:
+def _draws_of_blocks(asked: Sequence[_Asked], key: tuple[int, int]) -> list[list[float]]:
+    """A number in [0, 1) for each block of those that need one, all of them at once."""
+    blocks = [one.blocks if one.mode == "one_per_block" else [] for one in asked]
+    numbers = [one.number for one, own in zip(asked, blocks, strict=True) for _ in own]
+    starts = [block.start for own in blocks for block in own]
+    keys = torch.tensor([numbers, starts], dtype=torch.int64)
+    draws = iter(randomness.uniform(*key, *keys, randomness.CHOOSE_STATE).tolist())
+    return [list(islice(draws, len(own))) for own in blocks]
+
+
+def _one_per_block(blocks: list[_Block], draws: list[float]) -> list[bool]:
     mask: list[bool] = []
-    starts = torch.tensor([block.start for block in blocks])
-    draws = randomness.uniform(*key, starts, randomness.CHOOSE_STATE).tolist()
     for block, draw in zip(blocks, draws, strict=True):
         turns = sorted(set(block.turns))
         chosen = turns[int(draw * len(turns))]
         mask += [at >= chosen for at in block.turns]
-    return [mask]
+    return mask
 
 
-def _all_rounds(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list[list[bool]]:
+def _all_rounds(blocks: list[_Block]) -> list[list[bool]]:
     turns = [sorted(set(block.turns)) for block in blocks]
     return [
         [
@@ -138,7 +165,7 @@ def _all_rounds(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list
     ]
 
 
-def _random_mask(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> list[list[bool]]:
+def _random_mask(blocks: list[_Block], key: _Key) -> list[bool]:
     mask: list[bool] = []
     for block in blocks:
         rate = float(randomness.uniform(*key, block.start, randomness.MASK_RATE))
@@ -148,12 +175,4 @@ def _random_mask(trajectory: Trajectory, blocks: list[_Block], key: _Key) -> lis
         if not any(chosen):
             chosen[int(draws.argmin())] = True
         mask += chosen
-    return [mask]
-
-
-_Mode = Callable[[Trajectory, list[_Block], _Key], list[list[bool]]]
-_MODES: dict[str, _Mode] = {
-    "one_per_block": _one_per_block,
-    "all": _all_rounds,
-    "random_mask": _random_mask,
-}
+    return mask

@@ -93,6 +93,17 @@ def _common(one: Piece, other: Piece) -> int:
 
 def _tree(pieces: Sequence[Piece], members: list[int], shared: int) -> Tree:
     own = [pieces[place] for place in members]
+    if len(own) == 1:
+        (one,) = own
+        return Tree(
+            members=members,
+            tokens=one.tokens,
+            positions=one.positions,
+            block=one.block,
+            clean=one.clean,
+            branch=torch.zeros_like(one.tokens),
+            read=[one.read],
+        )
     starts = [shared]
     for piece in own:
         starts.append(starts[-1] + len(piece.tokens) - shared)

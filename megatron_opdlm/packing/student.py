@@ -3,8 +3,9 @@ positions, the clean copy up to the last of those blocks.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -119,10 +120,13 @@ def _pack(
     split = split_row(len(tokens), read, packing.context_ranks)
     own, mine, own_read = own_part(split, read, packing.context_rank)
     target = joined([questions.rows(s, at) for s, at in zip(states, counted, strict=True)])
-    label = joined([_labels(s, at) for s, at in zip(states, counted, strict=True)])
-    share = [_masked_shares(s, packing) for s in states]
-    position = joined([at - len(s.prompt_ids) for s, at in zip(states, counted, strict=True)])
-    place = joined([_places(s, at, packing) for s, at in zip(states, counted, strict=True)])
+    at = joined(counted)
+    position = at - _each(len(state.prompt_ids) for state in states)[sequence]
+    inside = (at + _each(map(packing.shift, states))[sequence]) % packing.block_size
+    response = _each(len(state.response_ids) for state in states)
+    token = (response.cumsum(0) - response)[sequence] + position  # among those of all responses
+    label = _each(chain.from_iterable(state.response_ids for state in states))[token]
+    shares = chain.from_iterable(_masked_shares(state, packing) for state in states)
     device = packing.device
     return PackedBatch(
         states=states,
@@ -139,8 +143,8 @@ def _pack(
         row_weight=(1.0 / counts[sequence])[mine].to(device),
         sequence=sequence[mine].to(device),
         position=position[mine].to(device),
-        place=place[mine].to(device),
-        masked_share=torch.cat([*share, torch.zeros(0)])[mine].to(device),
+        place=(inside // place_width(packing.block_size))[mine].to(device),
+        masked_share=torch.tensor(list(shares))[token][mine].to(device),
     )
 
 
@@ -168,18 +172,12 @@ def _piece(state: State, packing: Packing) -> Piece:
     )
 
 
-def _places(state: State, counted: Tensor, packing: Packing) -> Tensor:
-    """Of counted positions their places in their blocks, in units of ``place_width``."""
-    inside = (counted + packing.shift(state)) % packing.block_size
-    return inside // place_width(packing.block_size)
+def _each(numbers: Iterable[int]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.int64)
 
 
-def _labels(state: State, counted: Tensor) -> Tensor:
-    return torch.tensor(state.response_ids, dtype=torch.int64)[counted - len(state.prompt_ids)]
-
-
-def _masked_shares(state: State, packing: Packing) -> Tensor:
-    """For each counted position the share of its block's response tokens that are masked."""
+def _masked_shares(state: State, packing: Packing) -> list[float]:
+    """For each response token the share of its block's response tokens that are masked."""
     shares: list[float] = []
     start = 0
     sizes = len(state.prompt_ids), len(state.response_ids), packing.block_size
@@ -187,4 +185,4 @@ def _masked_shares(state: State, packing: Packing) -> Tensor:
         masked = sum(state.masked[start : start + length])
         shares += [masked / length] * length
         start += length
-    return torch.tensor(shares)[torch.tensor(state.counted, dtype=torch.bool)]
+    return shares
