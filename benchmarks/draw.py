@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_opdlm.diffusion import denoising
+from megatron_opdlm.hardware import select_hardware
 
 VOCABULARY, ROWS, ROUNDS = 151_936, 8, 3
 SHAPINGS: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.95}, {"top_k": 20, "top_p": 0.95}]
@@ -55,7 +56,13 @@ def main() -> None:
         for _ in range(ROUNDS):
             counted.count, begin = 0, time.process_time()
             denoising.draw(
-                logits, uniform, temperature=1.0, with_entropy=False, shard=counted, **shaping
+                logits,
+                uniform,
+                temperature=1.0,
+                with_entropy=False,
+                shard=counted,
+                numbers_at_once=select_hardware().draw_numbers,
+                **shaping,
             )
             seconds.append(time.process_time() - begin)
         print(

@@ -13,7 +13,7 @@ FILE.jsonl.manifest.json says by which model, from which prompts and how they we
 import json
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,7 @@ def main() -> None:
         "prompts_sha256": content_hash(args.prompts),
         "enable_thinking": args.enable_thinking,
         "dtype": loading.dtype,
-        **{key: value for key, value in asdict(decoding).items() if key != "logit_shift"},
+        **decoding.asked,
     }
     generator = open_generator(args.model, loading)
     prompts = load_prompts(

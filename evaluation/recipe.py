@@ -27,7 +27,7 @@ from evaluation.tasks import get_task
 from megatron_opdlm import launcher
 from megatron_opdlm.configuration.tree import build_section
 from megatron_opdlm.configuration.values import read_with_bases
-from megatron_opdlm.diffusion.decoding import Decoding
+from megatron_opdlm.diffusion.decoding import NOT_ASKED, Decoding
 from megatron_opdlm.errors import Arguments, InputError, command, nearest
 from megatron_opdlm.keys import key, keys_of
 from megatron_opdlm.model_files.writing import check_place, write_json
@@ -46,7 +46,7 @@ class _Entry(Decoding):
     )
 
 
-_KEYS = [name for name in keys_of(_Entry) if name != "logit_shift"]  # the model's own
+_KEYS = [name for name in keys_of(_Entry) if name not in NOT_ASKED]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ by datasets; rows of ``prompt_ids``, ``messages``, ``question`` or plain ``promp
 that end with the assistant's are gone on with. Each output row is the input row with
 ``response_ids``, ``response``, ``committed_at`` (denoising pass of each token within its block,
 from 1; all 1 under --mode ar), ``forwards`` (model forwards the sample took part in), ``passes``
-and ``finish_reason``.
+and ``finish_reason``; with --margins also ``margins`` (docs/evaluation.md).
 """
 
 from dataclasses import replace
@@ -46,11 +46,14 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def output_row(row: dict[str, Any], trajectory: Trajectory, tokenizer: Any) -> dict[str, Any]:
+    margins = trajectory.margins[: trajectory.response_tokens]
+    recorded = {"margins": margins} if trajectory.margins else {}
     return {
         **row,
         "response_ids": trajectory.user_ids,
         "response": response_text(tokenizer, trajectory),
         "committed_at": trajectory.committed_at[: trajectory.response_tokens],
+        **recorded,
         "forwards": trajectory.forwards,
         "passes": trajectory.passes,
         "finish_reason": trajectory.finish_reason,
@@ -108,9 +111,20 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path, metavar="DIR")
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.jsonl")
+    parser.add_argument(
+        "--margins",
+        action="store_true",
+        help="record each token's best logit less the second best, in the pass that committed it",
+    )
     add_decoding_flags(parser)
     args = parser.parse_args()
     decoding, loading = decoding_from(args), loading_from(args)
+    if args.margins and decoding.temperature > 0:
+        raise InputError(
+            f"--margins with --temperature {decoding.temperature:g}: only the best token is chosen "
+            "by its margin, a drawn one by its random number; use --temperature 0"
+        )
+    decoding = replace(decoding, margins=args.margins)
     check_model(args.model)
     check_outside(args.out, "--out", {"--prompts": args.prompts})
     check_new_file(args.out, "--out")

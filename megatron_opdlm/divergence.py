@@ -26,6 +26,7 @@ from megatron_opdlm.diffusion.truncation import FLOOR, log_sum, nucleus, row_max
 from megatron_opdlm.diffusion.wide_product import wide_product
 
 TEACHER_FAULT, STUDENT_FAULT = 1, 2  # bits of ``Loss.fault_M``
+PIECE = 2**20  # logits that a CPU compares at a time: they stay in its cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,9 +178,42 @@ def negative_log_likelihood(log_q: Tensor, label_M: Tensor, reduction: WholeVoca
     return Terms(reduction.sum(value), slope)
 
 
-# log q of a chunk (may be overwritten as ``compare`` does), its rows -> value and slope of its
-# positions, and which of its rows have a finite teacher.
+# log q of some rows (may be overwritten as ``compare`` does), which rows -> value and slope of
+# their positions, and which of them have a finite teacher.
 Compare = Callable[[Tensor, slice], tuple[Terms, Tensor]]
+
+
+class Projection:
+    """Logits of M positions in order, a chunk of rows at a time, each in the memory of the one
+    before: to take fresh memory costs a CPU a third of the product.
+    """
+
+    def __init__(self, hidden_MH: Tensor, weight: Tensor, chunk_rows: int) -> None:
+        """``weight``: of the columns that are tokens."""
+        self.hidden_MH, self.weight, self.chunk_rows = hidden_MH, weight.t(), chunk_rows
+        self.memory: Tensor | None = None
+        self.start = self.stop = 0  # of the chunk
+
+    def __call__(self, rows: slice) -> Tensor:
+        """Logits of rows that lie in one chunk: the one at hand, or the next."""
+        if rows.start >= self.stop:
+            self.start = self.stop
+            self.stop = min(self.start + self.chunk_rows, len(self.hidden_MH))
+            self._project(self.hidden_MH[self.start : self.stop])
+        assert self.memory is not None and rows.stop <= self.stop
+        return self.memory[rows.start - self.start : rows.stop - self.start]
+
+    def _project(self, hidden: Tensor) -> None:
+        if self.memory is None:
+            self.memory = wide_product(hidden, self.weight)
+        elif self.memory.dtype == hidden.dtype:
+            torch.mm(hidden, self.weight, out=self.memory[: len(hidden)])
+        else:
+            self.memory[: len(hidden)] = wide_product(hidden, self.weight)
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -205,19 +239,22 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_weight = gradient_sum
         if gradient_sum is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(student_weight, dtype=accumulate)
-        for start in range(0, len(student_MH), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            hidden = student_MH[rows]
-            value_M[rows], fault_M[rows], grad_logits = _one_chunk(
-                wide_product(hidden, weight.t()),
-                row_weight_M[rows],
-                lambda log_q, rows=rows: compare_rows(log_q, rows),
-                reduction,
-            )
-            grad_logits = grad_logits.to(student_MH.dtype)
-            grad_hidden[rows] = grad_logits @ weight
+        project = Projection(student_MH, weight, chunk_rows)
+        # As many on every shard, whose reductions have to meet.
+        piece_rows = PIECE // len(student_weight) or 1 if weight.is_cpu else chunk_rows
+        for chunk in _slices(0, len(student_MH), chunk_rows):
+            logits = project(chunk)
+            for rows in _slices(chunk.start, chunk.stop, piece_rows):
+                value_M[rows], fault_M[rows] = _to_gradient(
+                    project(rows),
+                    row_weight_M[rows],
+                    lambda log_q, rows=rows: compare_rows(log_q, rows),
+                    reduction,
+                )
+            grad_logits = logits.to(student_MH.dtype)
+            grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
-                _add_product(grad_weight[:columns], grad_logits.t(), hidden)
+                _add_product(grad_weight[:columns], grad_logits.t(), student_MH[chunk])
             del grad_logits  # before the next chunk's logits come
         ctx.save_for_backward(grad_hidden, grad_weight if gradient_sum is None else None)
         ctx.weight_dtype, ctx.is_summed = student_weight.dtype, gradient_sum is not None
@@ -237,21 +274,21 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_total), grad_weight, *(None,) * 6
 
 
-def _one_chunk(
+def _to_gradient(
     logits: Tensor,
     row_weight: Tensor,
     compare_rows: Callable[[Tensor], tuple[Terms, Tensor]],
     reduction: WholeVocabulary,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's logits -> values, faults and the weighted gradient of the logits, which are
-    overwritten. At most three arrays of their size exist at a time.
+) -> tuple[Tensor, Tensor]:
+    """Student's logits -> values and faults; the logits become their own weighted gradient. At most
+    three arrays of their size exist at a time.
     """
     log_q, student_finite = log_softmax(logits, reduction)
     (value, slope), teacher_finite = compare_rows(log_q)
     fault = STUDENT_FAULT * ~student_finite + TEACHER_FAULT * ~teacher_finite
     slope_sum = reduction.sum(slope.sum(-1, keepdim=True))
-    grad_logits = slope.addcmul_(log_q.exp_(), slope_sum, value=-1)
-    return value[:, 0], fault, grad_logits.mul_(row_weight[:, None])
+    log_q.exp_().mul_(-slope_sum).add_(slope).mul_(row_weight[:, None])
+    return value[:, 0], fault
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -304,9 +341,10 @@ def distillation_loss(
             own gradient were 1, which it then has to be; None: it is returned like any other.
     """
 
+    project = Projection(teacher_MH, teacher_weight[:columns], chunk_rows)
+
     def compare_rows(log_q: Tensor, rows: slice) -> tuple[Terms, Tensor]:
-        logits = wide_product(teacher_MH[rows], teacher_weight[:columns].t())
-        log_p, finite = target(divergence, logits, reduction)
+        log_p, finite = target(divergence, project(rows), reduction)
         return compare(divergence, log_p, log_q, reduction), finite
 
     return student_loss(

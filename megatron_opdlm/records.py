@@ -57,6 +57,9 @@ class Trajectory:
     # [R] probability of each token when it was committed, to a millionth; empty: recorded
     # elsewhere. Rounding of logits differs with the batch, so it is not compared.
     confidence: list[float] = field(default_factory=list, compare=False)
+    # [R] the best logit at each token's position less the second best, in the pass that committed
+    # it; empty: not recorded (``Decoding.margins``).
+    margins: list[float] = field(default_factory=list, compare=False)
     off_policy: bool = False  # recorded in a file: its tokens were committed by no pass
 
     @property

@@ -289,7 +289,7 @@ class _Engine:
             flight, fetched = group.reports.popleft()
             numbers = fetched().numpy()
             header, report = numbers[:header_size].tolist(), numbers[header_size:]
-            report = report.reshape(-1, slot_state.TOKENS + 3 * state.rules.block_size)
+            report = report.reshape(-1, slot_state.report_width(state.rules))
             self._check(group, header[slot_state.FAULTY])
             self.stopped = self.stopped or bool(header[slot_state.STOP])
             pairs = flight.pairs

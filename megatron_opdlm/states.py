@@ -4,18 +4,18 @@ A state is one point of a sequence's own denoising trajectory: which response to
 masked. ``packing/`` makes rows of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import NamedTuple
+from itertools import accumulate, chain
 
 import torch
 
 from megatron_opdlm.diffusion import randomness
 from megatron_opdlm.diffusion.blocks import block_lengths, block_shift
+from megatron_opdlm.diffusion.randomness import CHOOSE_STATE, MASK_POSITION, MASK_RATE
 from megatron_opdlm.records import State, Trajectory, Vocabulary
 
-_Key = tuple[int, int, int]  # seed, step, sample and draw
+_Key = tuple[int, int]  # seed, step
 _DRAW_BITS = 40  # a sample's number is below 2**40; the draw stands above it
 
 
@@ -28,13 +28,12 @@ class _Block:
     turns: list[tuple[int, int]]  # empty for off-policy trajectories
 
 
-class _Asked(NamedTuple):
-    """One choice of states: of which blocks, how, and the number that its draws are keyed by."""
+@dataclass(frozen=True, kw_only=True)
+class _Drawn:
+    """A draw of one trajectory's states."""
 
-    trajectory: Trajectory
     blocks: list[_Block]
-    mode: str
-    number: int
+    sample: int  # key of its random numbers: the trajectory's sample and the draw
 
 
 def choose_states(
@@ -58,36 +57,33 @@ def choose_states(
     ``alignment`` response: blocks that mix two blocks of the rollout, as the public reference has
     them; the passes of the earlier one come first.
     """
-    asked: list[_Asked] = []
-    for trajectory in trajectories:
-        blocks = _blocks(trajectory, block_size, alignment)
-        own = "random_mask" if trajectory.off_policy else mode
-        asked += [
-            _Asked(trajectory, blocks, own, trajectory.sample + (draw << _DRAW_BITS))
-            for draw in range(1 if own == "all" else draws)
+    blocks = [_blocks(trajectory, block_size, alignment) for trajectory in trajectories]
+    masks: dict[int, list[list[bool]]] = {}  # of each trajectory, by its place
+    for off_policy in (False, True):
+        places = [i for i, t in enumerate(trajectories) if t.off_policy == off_policy]
+        choose = _random_mask if off_policy else _MODES[mode]
+        drawn = [
+            _Drawn(blocks=blocks[i], sample=trajectories[i].sample + (draw << _DRAW_BITS))
+            for i in places
+            for draw in range(1 if choose is _all_rounds else draws)
         ]
-    states = []
-    for one, draw in zip(asked, _draws_of_blocks(asked, key), strict=True):
-        trajectory = one.trajectory
-        if one.mode == "one_per_block":
-            masks = [_one_per_block(one.blocks, draw)]
-        elif one.mode == "all":
-            masks = _all_rounds(one.blocks)
-        else:
-            masks = [_random_mask(one.blocks, (*key, one.number))]
-        states += [
-            make_state(
-                trajectory.sample,
-                trajectory.prompt.ids,
-                trajectory.response_ids,
-                mask,
-                vocabulary,
-                exclude_eos=exclude_eos,
-                off_policy=trajectory.off_policy,
-            )
-            for mask in masks
-        ]
-    return states
+        each = len(drawn) // max(len(places), 1)
+        chosen = choose(drawn, key)
+        for number, i in enumerate(places):
+            masks[i] = list(chain.from_iterable(chosen[number * each : (number + 1) * each]))
+    return [
+        make_state(
+            trajectory.sample,
+            trajectory.prompt.ids,
+            trajectory.response_ids,
+            mask,
+            vocabulary,
+            exclude_eos=exclude_eos,
+            off_policy=trajectory.off_policy,
+        )
+        for i, trajectory in enumerate(trajectories)
+        for mask in masks[i]
+    ]
 
 
 def make_state(
@@ -134,26 +130,24 @@ def _blocks(trajectory: Trajectory, block_size: int, alignment: str) -> list[_Bl
     ]
 
 
-def _draws_of_blocks(asked: Sequence[_Asked], key: tuple[int, int]) -> list[list[float]]:
-    """A number in [0, 1) for each block of those that need one, all of them at once."""
-    blocks = [one.blocks if one.mode == "one_per_block" else [] for one in asked]
-    numbers = [one.number for one, own in zip(asked, blocks, strict=True) for _ in own]
-    starts = [block.start for own in blocks for block in own]
-    keys = torch.tensor([numbers, starts], dtype=torch.int64)
-    draws = iter(randomness.uniform(*key, *keys, randomness.CHOOSE_STATE).tolist())
-    return [list(islice(draws, len(own))) for own in blocks]
+def _one_per_block(drawn: Sequence[_Drawn], key: _Key) -> list[list[list[bool]]]:
+    starts = [[block.start for block in one.blocks] for one in drawn]
+    masks = []
+    for one, draws in zip(drawn, _uniform(key, drawn, starts, CHOOSE_STATE), strict=True):
+        mask: list[bool] = []
+        for block, draw in zip(one.blocks, draws, strict=True):
+            turns = sorted(set(block.turns))
+            chosen = turns[int(draw * len(turns))]
+            mask += [at >= chosen for at in block.turns]
+        masks.append([mask])
+    return masks
 
 
-def _one_per_block(blocks: list[_Block], draws: list[float]) -> list[bool]:
-    mask: list[bool] = []
-    for block, draw in zip(blocks, draws, strict=True):
-        turns = sorted(set(block.turns))
-        chosen = turns[int(draw * len(turns))]
-        mask += [at >= chosen for at in block.turns]
-    return mask
+def _all_rounds(drawn: Sequence[_Drawn], key: _Key) -> list[list[list[bool]]]:
+    return [_rounds(one.blocks) for one in drawn]
 
 
-def _all_rounds(blocks: list[_Block]) -> list[list[bool]]:
+def _rounds(blocks: list[_Block]) -> list[list[bool]]:
     turns = [sorted(set(block.turns)) for block in blocks]
     return [
         [
@@ -165,14 +159,36 @@ def _all_rounds(blocks: list[_Block]) -> list[list[bool]]:
     ]
 
 
-def _random_mask(blocks: list[_Block], key: _Key) -> list[bool]:
-    mask: list[bool] = []
-    for block in blocks:
-        rate = float(randomness.uniform(*key, block.start, randomness.MASK_RATE))
-        positions = torch.arange(block.start, block.stop)
-        draws = randomness.uniform(*key, positions, randomness.MASK_POSITION)
-        chosen = (draws < rate).tolist()
-        if not any(chosen):
-            chosen[int(draws.argmin())] = True
-        mask += chosen
-    return mask
+def _random_mask(drawn: Sequence[_Drawn], key: _Key) -> list[list[list[bool]]]:
+    starts = [[block.start for block in one.blocks] for one in drawn]
+    positions = [range(sum(b.stop - b.start for b in one.blocks)) for one in drawn]
+    rates = _uniform(key, drawn, starts, MASK_RATE)
+    numbers = _uniform(key, drawn, positions, MASK_POSITION)
+    masks = []
+    for one, own_rates, own_numbers in zip(drawn, rates, numbers, strict=True):
+        mask: list[bool] = []
+        for block, rate in zip(one.blocks, own_rates, strict=True):
+            draws = own_numbers[block.start : block.stop]
+            least = min(draws)  # at least one a block
+            mask += [draw < rate or draw == least >= rate for draw in draws]
+        masks.append([mask])
+    return masks
+
+
+def _uniform(
+    key: _Key, drawn: Sequence[_Drawn], places: Sequence[Sequence[int]], purpose: int
+) -> list[list[float]]:
+    """A number for each of the places of each draw, all made at once."""
+    counts = torch.tensor([len(own) for own in places], dtype=torch.int64)
+    samples = torch.tensor([one.sample for one in drawn], dtype=torch.int64)
+    flat = torch.tensor(list(chain.from_iterable(places)), dtype=torch.int64)
+    numbers = randomness.uniform(*key, samples.repeat_interleave(counts), flat, purpose)
+    return [own.tolist() for own in numbers.split(counts.tolist())]
+
+
+_Mode = Callable[[Sequence[_Drawn], _Key], list[list[list[bool]]]]  # the masks of each draw
+_MODES: dict[str, _Mode] = {
+    "one_per_block": _one_per_block,
+    "all": _all_rounds,
+    "random_mask": _random_mask,
+}

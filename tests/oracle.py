@@ -288,6 +288,7 @@ class Decoded:
     response_ids: list[int]
     committed_at: list[int]
     confidence: list[float]
+    margins: list[float]
     passes: int
 
 
@@ -297,6 +298,7 @@ def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rul
     tokens, size = list(prompt), rules.block_size
     committed_at: dict[int, int] = {}
     confidence: dict[int, float] = {}
+    margins: dict[int, float] = {}
     passes = 0
     for start in itertools.count(len(prompt) // size * size, size):
         stop = start + size
@@ -311,6 +313,7 @@ def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rul
                 tokens[i] = drawn[i].token
                 committed_at[i] = pass_index + 1
                 confidence[i] = drawn[i].confidence
+                margins[i] = drawn[i].margin
                 masked.remove(i)
             passes += 1
             if not masked:
@@ -322,6 +325,7 @@ def decode(model: PreTrainedModel, prompt: Sequence[int], limit: int, rules: Rul
                 tokens[len(prompt) :],
                 [committed_at[i] for i in positions],
                 [confidence[i] for i in positions],
+                [margins[i] for i in positions],
                 passes,
             )
     raise AssertionError
@@ -348,15 +352,17 @@ class Drawn:
     token: int
     confidence: float  # its probability before temperature, top-k and top-p
     entropy: float  # nats, before them too
+    margin: float = 0.0  # the best logit less the second best
 
 
 def draw(logits: Tensor, rules: Rules, uniform: float) -> Drawn:
     """One token from logits [V], in float64 and by sorting."""
     plain = logits.double().softmax(-1).tolist()
+    second, first = sorted(logits.double().tolist())[-2:]
     entropy = -sum(p * torch.log(torch.tensor(p, dtype=torch.float64)).item() for p in plain if p)
     if rules.temperature == 0:
         token = plain.index(max(plain))
-        return Drawn(token, plain[token], entropy)
+        return Drawn(token, plain[token], entropy, first - second)
     shaped = (logits.double() / rules.temperature).softmax(-1).tolist()
     order = sorted(range(len(shaped)), key=lambda v: (-shaped[v], v))
     if rules.top_k:
@@ -371,7 +377,7 @@ def draw(logits: Tensor, rules: Rules, uniform: float) -> Drawn:
     for v in sorted(v for v in kept if shaped[v] > 0):
         running += shaped[v]
         if running > target:
-            return Drawn(v, plain[v], entropy)
+            return Drawn(v, plain[v], entropy, first - second)
     raise AssertionError
 
 

@@ -10,6 +10,7 @@ from megatron_opdlm.config import Config
 from megatron_opdlm.configuration.models import Recompute
 from megatron_opdlm.diffusion.blocks import sequence_end
 from megatron_opdlm.errors import InputError
+from megatron_opdlm.hardware import Hardware
 from megatron_opdlm.planning.accelerators import MARGIN, USABLE
 from megatron_opdlm.planning.phase_memory import CACHE, PHASES, RankMemory
 from megatron_opdlm.planning.rank_memory import Split, kv_bytes_per_token
@@ -58,6 +59,12 @@ def name_of(split: Split, *, sequence_parallel: bool = False) -> str:
     expert = f" EP {split.expert}" if split.expert > 1 else ""
     name = f"TP {split.tensor} PP {split.pipeline} CP {split.context} DP {split.data}{expert}"
     return name + (" SP" if sequence_parallel else "")
+
+
+def with_rows(config: Config, hardware: Hardware) -> Config:
+    """With the length of packed rows in place of 0, which stands for what suits the hardware."""
+    rows = config.update.tokens_per_microbatch or hardware.row_tokens
+    return with_keys(config, {"update.tokens_per_microbatch": rows})
 
 
 def with_keys(config: Config, keys: dict[str, object]) -> Config:

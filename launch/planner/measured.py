@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from launch.planner.estimate import Question, seconds_of_step
+from launch.planner.layouts import with_rows
 from launch.planner.sequence_work import Lengths
 from megatron_opdlm.config import load_config
 from megatron_opdlm.errors import InputError
@@ -34,7 +35,7 @@ def corrections(run: Path, machine: Machine, hardware: Hardware, prompt: int) ->
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()][1:]
     if not rows:
         raise InputError(f"--measured {run} has less than two steps; give a longer run")
-    config = load_config(run / CONFIG, [])
+    config = with_rows(load_config(run / CONFIG, []), hardware)
     world = starts[-1]["world_size"]
     student, teacher, _ = open_or_public(config, world)
     question = Question(

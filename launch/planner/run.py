@@ -116,16 +116,17 @@ def _parser() -> Arguments:
 
 def _question(config: Config, options: argparse.Namespace) -> "tuple[Question, list[str]]":
     from launch.planner.estimate import Question
-    from launch.planner.layouts import WHOLE, with_keys
+    from launch.planner.layouts import WHOLE, with_keys, with_rows
     from launch.planner.measured import corrections
     from megatron_opdlm.hardware.planned import planned_gpu
     from megatron_opdlm.run.dry_run import open_or_public
     from megatron_opdlm.run.expected_memory import most_of_a_step
 
+    hardware = planned_gpu()
+    config = with_rows(config, hardware)
     # Whether the recipe's own layout divides the GPUs is a finding, not an error.
     student, teacher, notes = open_or_public(with_keys(config, WHOLE), 1)
     load = most_of_a_step(config, student.shape)
-    hardware = planned_gpu()
     machine = Machine(
         gpu=ACCELERATORS[options.gpu], efficiency=ASSUMED, per_node=options.gpus_per_node
     )

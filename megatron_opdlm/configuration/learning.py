@@ -43,10 +43,10 @@ class UpdateConfig:
     """Packing of an update."""
 
     tokens_per_microbatch: int = key(
-        4096,
-        "length of packed rows: prompt + clean + noisy",
+        0,
+        "length of packed rows: prompt + clean + noisy; 0: what suits the hardware",
         unit="tokens",
-        at_least=1,
+        at_least=0,
         may_change=True,
     )
 

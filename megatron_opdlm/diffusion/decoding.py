@@ -58,6 +58,7 @@ class Decoding(Sampling):
     )
     seed: int = key(0, "part of the key of every random draw", at_least=0)
     logit_shift: bool = key(False, "position i is read from logits i - 1; the model's own")
+    margins: bool = key(False, "record the margin of each committed token; changes no token")
 
     @classmethod
     def of(cls, section: Sampling, **others: Any) -> Self:
@@ -75,7 +76,9 @@ class Decoding(Sampling):
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """What users ask for: everything but the logit shift, which is the model's own."""
+        """What decides the tokens and users ask for: without the logit shift, which is the model's
+        own, and what is recorded.
+        """
         return {name: getattr(self, name) for name in ASKED}
 
     def autoregressive(self) -> Self:
@@ -89,4 +92,5 @@ class Decoding(Sampling):
         )
 
 
-ASKED = tuple(item.name for item in fields(Decoding) if item.name != "logit_shift")
+NOT_ASKED = ("logit_shift", "margins")
+ASKED = tuple(item.name for item in fields(Decoding) if item.name not in NOT_ASKED)

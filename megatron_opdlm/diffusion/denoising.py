@@ -12,6 +12,7 @@ Definitions (they follow DESIGN 4b):
 - ties go to the lowest token id, then to the lowest position.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -71,59 +72,128 @@ def draw(
     top_p: float = 1.0,
     with_entropy: bool = True,
     shard: WholeVocabulary = WHOLE,
+    numbers_at_once: int | None = None,
 ) -> Draw:
     """Draw one token a row by inverting the cumulative distribution at ``uniform_M`` (float64 in
     [0, 1)).
 
     ``logits_MV`` are this shard's columns, forbidden ids already at -inf. Sums are taken in
     float64. ``with_entropy=False`` leaves the entropies 0: only one remasking rule asks for them.
+    ``numbers_at_once``: logits whose weights are in memory together (None: all of them); a CPU is
+    faster with what its caches hold.
     """
     logits = logits_MV.float()
-    local_top, first = logits.max(-1, keepdim=True)
-    top = shard.max(local_top)
-    weight = torch.exp(logits - top)
-    total = shard.sum(weight.sum(-1, dtype=torch.float64))
     columns = logits.shape[-1]
+    local_top = logits.amax(-1, keepdim=True)
+    top = shard.max(local_top)
+    rows = len(logits) if numbers_at_once is None else numbers_at_once // columns
+    shaped_at = 1.0 if temperature == 0 or top_k > 0 or top_p < 1 else temperature
+    sums = _sums(logits, top, shaped_at, with_entropy, max(rows, 1))
+    total = shard.sum(sums.plain_MC.sum(-1))
     if temperature == 0:
-        local = torch.where(local_top == top, first, columns)[:, 0]
+        local = torch.where(local_top == top, logits.argmax(-1, keepdim=True), columns)[:, 0]
+    elif top_k > 0 or top_p < 1:
+        shaped = torch.exp((logits - top) / temperature)
+        shaped.masked_fill_(~_truncated(shaped, top_k, top_p, shard), 0.0)
+        local = _invert(
+            _chunk_sums(shaped), lambda at: shaped.gather(1, at), uniform_M, columns, shard
+        )
     else:
-        shaped = weight if temperature == 1 else torch.exp((logits - top) / temperature)
-        if top_k > 0 or top_p < 1:
-            kept = _truncated(shaped, top_k, top_p, shard)
-            shaped = torch.where(kept, shaped, 0.0)
-        local = _invert(shaped, uniform_M, shard)
+        local = _invert(
+            sums.shaped_MC,
+            lambda at: torch.exp((logits.gather(1, at) - top) / temperature),
+            uniform_M,
+            columns,
+            shard,
+        )
     token = shard.min(torch.where(local < columns, local + shard.start, _NOWHERE))
     place = token - shard.start
     mine = (place >= 0) & (place < columns)
-    drawn = weight.gather(1, place.clamp(0, columns - 1)[:, None])[:, 0].double()
+    at_token = logits.gather(1, place.clamp(0, columns - 1)[:, None]) - top
+    drawn = at_token.exp()[:, 0].double()
     confidence = shard.sum(torch.where(mine, drawn, 0.0)) / total
-    entropy = _entropy(weight, logits - top, total, shard) if with_entropy else total * 0
+    # Entropy of the softmax weight / total, weight = exp(exponent).
+    entropy = total.log() - shard.sum(sums.expected_M) / total if with_entropy else total * 0
     return Draw(token, confidence, entropy)
 
 
+def margins(logits_MV: Tensor, shard: WholeVocabulary = WHOLE) -> Tensor:
+    """The best logit of each row less the second best (float64 [M]), forbidden ids at -inf; 0 where
+    two are equal, inf where there is no second.
+    """
+    best = best_candidates(logits_MV.float(), 2, 2, shard).double()
+    return best[:, 0] - best[:, 1]
+
+
 _NOWHERE = torch.iinfo(torch.int64).max
+_CHUNK = 128  # columns whose sum is kept, so that only one chunk of a row is summed one by one
 
 
-def _entropy(
-    weight_MV: Tensor, exponent_MV: Tensor, total_M: Tensor, shard: WholeVocabulary
+class _Sums(NamedTuple):
+    """float64 sums over chunks of this shard's columns."""
+
+    plain_MC: Tensor  # of the softmax's weights, exp(logit - top)
+    shaped_MC: Tensor  # of the weights at a temperature
+    expected_M: Tensor  # sum of weight * (logit - top); empty if not asked for
+
+
+def _sums(
+    logits_MV: Tensor, top_M1: Tensor, temperature: float, with_entropy: bool, rows: int
+) -> _Sums:
+    """Sums over all columns, so many ``rows`` at a time."""
+    plain, shaped, expected = [], [], []
+    for logits, top in zip(logits_MV.split(rows), top_M1.split(rows), strict=True):
+        exponent = logits - top
+        weight = exponent.exp()
+        plain.append(_chunk_sums(weight))
+        if with_entropy:
+            finite = torch.where(weight > 0, exponent, 0.0)
+            expected.append((weight * finite).sum(-1, dtype=torch.float64))
+        if temperature != 1:
+            shaped.append(_chunk_sums(exponent.div_(temperature).exp_()))
+    whole = torch.cat(plain)
+    return _Sums(
+        whole,
+        torch.cat(shaped) if shaped else whole,
+        torch.cat(expected) if expected else whole[:0, 0],
+    )
+
+
+def _chunk_sums(weight_MV: Tensor) -> Tensor:
+    """float64 sums [M, C] over chunks of neighbouring columns."""
+    rows, columns = weight_MV.shape
+    wide = weight_MV.new_zeros(rows, -(-columns // _CHUNK) * _CHUNK, dtype=torch.float64)
+    wide[:, :columns] = weight_MV
+    return wide.unflatten(-1, (-1, _CHUNK)).sum(-1)
+
+
+def _invert(
+    sums_MC: Tensor,
+    weight_at: Callable[[Tensor], Tensor],
+    uniform_M: Tensor,
+    columns: int,
+    shard: WholeVocabulary,
 ) -> Tensor:
-    """Entropy [M] in nats of the softmax weight / total, weight = exp(exponent)."""
-    finite = torch.where(weight_MV > 0, exponent_MV, 0.0)
-    expected = shard.sum((weight_MV * finite).sum(-1, dtype=torch.float64)) / total_M
-    return total_M.log() - expected
-
-
-def _invert(weight_MV: Tensor, uniform_M: Tensor, shard: WholeVocabulary) -> Tensor:
     """First local column [M] whose cumulative weight exceeds u times the total; the number of
-    columns where this shard has none.
+    columns where this shard has none. ``weight_at``: weights at columns [M, n].
 
     The lowest id over the shards is the token: a later shard may offer a column of its own, but
     never before the one where the sum is first exceeded, which has a weight above zero.
     """
-    cumulative = weight_MV.cumsum(-1, dtype=torch.float64)
-    before, total = shard.before(cumulative[:, -1])
+    running = F.pad(sums_MC.cumsum(-1), (1, 0))  # before each chunk
+    before, total = shard.before(running[:, -1])
+    running += before[:, None]
     target = (uniform_M * total)[:, None]
-    return torch.searchsorted(cumulative.add_(before[:, None]), target, right=True)[:, 0]
+    number = torch.searchsorted(running[:, 1:].contiguous(), target, right=True)
+    chunk = number.clamp(max=sums_MC.shape[1] - 1)
+    column = chunk * _CHUNK + torch.arange(_CHUNK, device=chunk.device)
+    weight = weight_at(column.clamp(max=columns - 1)).double()
+    inside = torch.where(column < columns, weight, 0.0).cumsum(-1)
+    place = torch.searchsorted(inside + running.gather(1, chunk), target, right=True)
+    # Summed one by one, a chunk may round to less than its sum: then it is its last weight.
+    last = torch.searchsorted(inside, inside[:, -1:].contiguous())
+    local = chunk * _CHUNK + torch.minimum(place, last)
+    return torch.where(number < sums_MC.shape[1], local, columns)[:, 0]
 
 
 def _truncated(weight_MV: Tensor, top_k: int, top_p: float, shard: WholeVocabulary) -> Tensor:

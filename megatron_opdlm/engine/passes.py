@@ -26,7 +26,7 @@ from megatron_opdlm.engine.slot_state import (
     Draws,
     SlotState,
 )
-from megatron_opdlm.hardware import Capture, Run
+from megatron_opdlm.hardware import Capture, Run, select_hardware
 from megatron_opdlm.model.flops import attended_pairs
 from megatron_opdlm.model.gpt import LanguageModel
 from megatron_opdlm.model.vocab_parallel import project
@@ -42,7 +42,8 @@ class Flight:
     draws: int
     read_rows: int  # tokens that the last layer carries on after its attention
     pairs: int | None  # (query, key) pairs; None: the report says
-    drawn: parallel.Sending  # [3, M + 1] token, confidence, entropy; last, whether to stop
+    # [3, M + 1] token, confidence, entropy; 4: and margin. Last, whether to stop.
+    drawn: parallel.Sending
     activations: parallel.Sending | None
     ignored: set[int]  # slots whose sequences left while it was under way
 
@@ -77,7 +78,7 @@ class _Passes:
         return parallel.broadcast_from_last_stage(drawn)
 
     def draw(self, hidden_MH: Tensor, draws: Draws) -> Tensor:
-        """Draw a token at every entry -> [3, M] token, confidence, entropy."""
+        """Draw a token at every entry -> [3, M] token, confidence, entropy; 4: and margin."""
         model, rules = self.model, self.state.rules
         if rules.logit_shift:
             hidden_MH = self._carried(hidden_MH, draws)
@@ -90,8 +91,17 @@ class _Passes:
             top_p=rules.top_p,
             with_entropy=rules.remasking == "entropy_bounded",
             shard=model.shard,
+            numbers_at_once=select_hardware().draw_numbers,
         )
-        return torch.stack([drawn.token.double(), drawn.confidence, drawn.entropy])
+        numbers = [drawn.token.double(), drawn.confidence, drawn.entropy]
+        if rules.margins:
+            numbers.append(denoising.margins(logits, model.shard))
+        return torch.stack(numbers)
+
+    def none_drawn(self, count: int) -> Tensor:
+        """Room for as many drawn tokens, and whether to stop."""
+        rows = 4 if self.state.rules.margins else 3
+        return torch.zeros(rows, count + 1, dtype=torch.float64, device=self.device)
 
     def _carried(self, hidden_MH: Tensor, draws: Draws) -> Tensor:
         """Shifted logits: a block's first position is read from the last one before the block as it
@@ -126,7 +136,7 @@ class ExactPasses(_Passes):
         if activations is not None:
             self.model.set_input_tensor(activations)
         output = self.model.run(run.tokens_N, run.position_N, plan)
-        drawn = torch.zeros(3, len(read) + 1, dtype=torch.float64, device=self.device)
+        drawn = self.none_drawn(len(read))
         drawn[:, -1] = stop
         sent = None
         if self.last:
@@ -230,7 +240,7 @@ class FixedPasses(_Passes):
 
     def _out(self, count: int) -> Tensor:
         if count not in self._drawn:
-            self._drawn[count] = torch.zeros(3, count + 1, dtype=torch.float64, device=self.device)
+            self._drawn[count] = self.none_drawn(count)
         return self._drawn[count]
 
     def _input(self, rows: int) -> Tensor:
@@ -258,6 +268,7 @@ class FixedPasses(_Passes):
             state.tokens,
             state.committed,
             state.sureness,
+            state.margins,
             state.numbers,
             *vars(state.now).values(),
         ]

@@ -32,11 +32,16 @@ PROMPT = -1  # in ``committed``: a token of the prompt, which no pass committed
 # A report's first numbers: whether to stop, place of a faulty draw; of fixed sizes also the (query,
 # key) pairs and rows of this pass, rows and drawn tokens that the next one needs. Then for each
 # slot: whether it ran, finished its block, ended; its block's tokens, when each was committed, and
-# with what confidence, in units of 1 / SURE.
+# with what confidence, in units of 1 / SURE; where asked for, its margin's bits (float64).
 STOP, FAULTY, PAIRS, ROWS_RUN, ROWS, DRAWS = range(6)
 EXACT_HEADER, FIXED_HEADER = 2, 6
 RAN, FINISHED, OVER, TOKENS = range(4)
 SURE = 1_000_000
+
+
+def report_width(rules: Decoding) -> int:
+    """Numbers of a slot's report."""
+    return TOKENS + (4 if rules.margins else 3) * rules.block_size
 
 
 class Rows(NamedTuple):
@@ -91,6 +96,7 @@ class SlotState:
         self.tokens = zeros(slots + 1, positions)
         self.committed = zeros(slots, size)  # pass of the current block's tokens; 0: masked
         self.sureness = zeros(slots, size)  # confidence of those that a pass has committed
+        self.margins = zeros(slots, size, dtype=torch.float64)  # of those, where they are recorded
         self.numbers = zeros(FIELDS, slots + 1)
         self.covered = zeros(slots)  # blocks that the cache has room for, at most END
         self.threshold = zeros(dtype=torch.float64)
@@ -191,27 +197,32 @@ class SlotState:
         return randomness.uniform_of(bits)
 
     def commit(self, draws: Draws, drawn: Tensor, *, fixed: bool) -> Tensor:
-        """Keep what the remasking rule chooses of ``drawn`` [3, M + 1] (token, confidence, entropy;
-        last, whether to stop), close finished blocks and end sequences: with an end token in the
-        response, or at the length limit. Returns the report.
+        """Keep what the remasking rule chooses of ``drawn`` [3 or 4, M + 1] (token, confidence,
+        entropy, margin; last, whether to stop), close finished blocks and end sequences: with an
+        end token in the response, or at the length limit. Returns the report.
         """
         now = self.now
         block = self.block * now.runs
         counts = self._counts() if fixed else ()
-        chosen, tokens, sureness = self._choose(draws, drawn[:, :-1])
+        chosen, tokens, sureness, *margins = self._choose(draws, drawn[:, :-1])
         self.passes += now.runs
         committed = torch.where(chosen, self.passes[:, None], self.committed)
         place = self._place + (block * self.rules.block_size)[:, None]
         tokens = torch.where(chosen, tokens, torch.take(self.tokens, place))
         self.tokens.put_(place, tokens)
         self.sureness.copy_(torch.where(chosen, sureness, self.sureness))
+        for margin in margins:
+            self.margins.copy_(torch.where(chosen, margin, self.margins))
         self.clean.copy_(torch.where(now.runs, block, self.clean))
         finished = now.runs & (committed != 0).all(1)
         stopped = (self._is_end(tokens) & (committed > 0)).any(1)
         over = finished & (stopped | (block + 1 >= self.end))
         goes_on = finished ^ over
         what = (flag[:, None] for flag in (now.runs, finished, over))
-        report = torch.cat([*what, tokens, committed, self.sureness], dim=1).flatten()
+        made = [tokens, committed, self.sureness]
+        if margins:
+            made.append(self.margins.view(torch.int64))
+        report = torch.cat([*what, *made], dim=1).flatten()
         self.block += over * NOWHERE + goes_on
         self.passes.masked_fill_(goes_on, 0)
         self.committed.copy_(committed.masked_fill_(goes_on[:, None], 0))
@@ -233,13 +244,14 @@ class SlotState:
         places = self.slots * self.rules.block_size
         return torch.where(confidence.isfinite(), places, draws.place_M).amin()
 
-    def _choose(self, draws: Draws, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which positions of the current blocks are committed (bool [S, B]), the drawn tokens and
-        their confidences in units of 1 / SURE [S, B].
+    def _choose(self, draws: Draws, drawn: Tensor) -> tuple[Tensor, ...]:
+        """Which positions of the current blocks are committed (bool [S, B]), the drawn tokens,
+        their confidences in units of 1 / SURE and, where ``drawn`` has them, their margins [S, B].
         """
         size = self.rules.block_size
-        blocks = drawn.new_zeros(3, self.slots * size + 1).index_copy_(1, draws.place_M, drawn)
-        token, confidence, entropy = blocks[:, :-1].unflatten(1, (self.slots, size))
+        blocks = drawn.new_zeros(len(drawn), self.slots * size + 1)
+        blocks.index_copy_(1, draws.place_M, drawn)
+        token, confidence, entropy, *margins = blocks[:, :-1].unflatten(1, (self.slots, size))
         chosen = denoising.choose_commits(
             confidence,
             entropy,
@@ -250,7 +262,7 @@ class SlotState:
             threshold=self.threshold,
             entropy_bound=self.rules.entropy_bound,
         )
-        return chosen, token.long(), (confidence * SURE).round().long()
+        return chosen, token.long(), (confidence * SURE).round().long(), *margins
 
     def _is_end(self, tokens: Tensor) -> Tensor:
         ends = torch.zeros_like(tokens, dtype=torch.bool)

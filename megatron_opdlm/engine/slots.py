@@ -59,6 +59,7 @@ class _Waiting:
     ids: list[int]  # the prompt and, of one that had to leave its slot, its finished blocks
     committed_at: list[int]  # of the finished blocks' response tokens
     sureness: list[int]
+    margins: list[float]
     passes: int
 
 
@@ -88,6 +89,7 @@ class Queue:
                 ids=requests[i].prompt.ids,
                 committed_at=[],
                 sureness=[],
+                margins=[],
                 passes=0,
             )
             for order, i in enumerate(by_length)
@@ -136,6 +138,7 @@ class SlotBooks:
         self.block_start, self.end = np.zeros((2, slots), dtype=np.int64)
         self.tokens = np.zeros((slots, positions), dtype=np.int64)
         self.committed_at, self.sureness = np.zeros((2, slots, positions), dtype=np.int64)
+        self.margins = np.zeros((slots, positions))  # zeros where they are not recorded
         # Passes of the whole sequence, and those before its current block.
         self.passes, self.passes_before = np.zeros((2, slots), dtype=np.int64)
         self._short = True  # a sequence may lack pages
@@ -147,7 +150,7 @@ class SlotBooks:
         return int((self.request >= 0).sum())
 
     def learn(self, report: np.ndarray) -> list[Trajectory]:
-        """Enter what a pass did to each slot ([S, 3 + 3 B], ``SlotState.commit``); returns the
+        """Enter what a pass did to each slot ([S, numbers], ``SlotState.commit``); returns the
         trajectories that ended.
         """
         size = self.queue.rules.block_size
@@ -157,9 +160,8 @@ class SlotBooks:
             return []
         place = finished[:, None], self.block_start[finished, None] + self._column
         new = report[finished, slot_state.TOKENS :]
-        for book, part in zip(
-            (self.tokens, self.committed_at, self.sureness), range(0, 3 * size, size), strict=True
-        ):
+        books = self.tokens, self.committed_at, self.sureness, self.margins.view(np.int64)
+        for book, part in zip(books, range(0, new.shape[1], size), strict=False):
             book[place] = new[:, part : part + size]
         self.block_start[finished] += size
         self._short = True
@@ -193,6 +195,7 @@ class SlotBooks:
             response_ids=response,
             committed_at=self.committed_at[slot, start:stop].tolist(),
             confidence=(self.sureness[slot, start:stop] / slot_state.SURE).tolist(),
+            margins=self.margins[slot, start:stop].tolist() if self.queue.rules.margins else [],
             response_tokens=kept,
             finish_reason=reason,
             forwards=int(passes),
@@ -258,6 +261,7 @@ class SlotBooks:
                 ids=self.tokens[slot, :stop].tolist(),
                 committed_at=self.committed_at[slot, start:stop].tolist(),
                 sureness=self.sureness[slot, start:stop].tolist(),
+                margins=self.margins[slot, start:stop].tolist(),
                 passes=int(self.passes_before[slot]),
             )
         )
@@ -306,6 +310,7 @@ class SlotBooks:
         made = slice(known - len(waiting.committed_at), known)
         self.committed_at[slot, made] = waiting.committed_at
         self.sureness[slot, made] = waiting.sureness
+        self.margins[slot, made] = waiting.margins
         self.passes[slot] = self.passes_before[slot] = waiting.passes
         self.pages.give(slot, self.pages.needed(positions))
 

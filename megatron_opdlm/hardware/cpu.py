@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
-# Positions projected to the vocabulary at once: three arrays of 128 x 151,936 numbers, 222 MiB.
-PROJECTION_ROWS = 128
+# Positions projected to the vocabulary at once: two arrays of 64 x 151,936 numbers, 74 MiB. And the
+# length of packed rows. Longer ones are faster by a few percent (docs/performance.md).
+PROJECTION_ROWS, ROW_TOKENS = 64, 1024
+DRAW_NUMBERS = 1 << 18  # logits that a draw works on at once: 1 MiB
 
 TRANSFORMER_OPTIONS: dict[str, Any] = {
     "use_cpu_initialization": True,

@@ -17,6 +17,7 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}  # environment of a program that shall see
 # Positions projected to the vocabulary at once, enough for the matrix products to be large; three
 # float32 arrays of 1,024 x 151,936 numbers are 1.7 GiB, divided by the tensor ranks. Not measured.
 PROJECTION_ROWS = 1024
+ROW_TOKENS = 4096  # of a packed row; not measured
 
 # Our kernel, which comes with every CUDA build of torch, before FlashAttention's. Neither measured.
 DECODE_ATTENTION = ("triton", "flash", "rows")

@@ -185,6 +185,28 @@ def _use_single_nodes() -> None:
     replace_in("megatron.core.transformer.mlp", bias_swiglu_impl=activation)
 
 
+def _pass_when_alone() -> None:
+    """A rank alone in its tensor group exchanges nothing, forwards and backwards, and needs no node
+    for that. The view is what Megatron's node returns: its strides decide by which kernel PyTorch
+    multiplies.
+    """
+    module = "megatron.core.tensor_parallel.layers"
+
+    def unless_alone(exchange: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(exchange)
+        def wrapped(input_: torch.Tensor, group: Any = None) -> torch.Tensor:
+            if group is not None and group.size() == 1:
+                return input_.view_as(input_)
+            return exchange(input_, group)
+
+        return wrapped
+
+    region = "tensor_model_parallel_region"
+    names = (f"copy_to_{region}", f"reduce_from_{region}")
+    of_megatron = vars(importlib.import_module(module))
+    replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
+
+
 def _pad_uneven_exchanges() -> None:
     """Ranks that share tensors and experts exchange unequal numbers of tokens, which gloo refuses:
     every rank's share is padded to the largest.
@@ -239,6 +261,16 @@ def _keep_own_buffers() -> None:
     names = ("dist_all_gather_func", "dist_reduce_scatter_func")
     of_megatron = vars(importlib.import_module(module))
     replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
+
+
+def _use_sparse_embedding_gradients() -> None:
+    """The embedding's gradient is that of the tokens that were there, not a matrix of the whole
+    vocabulary with zeros for all others; the wrapper adds it to its sums just the same.
+    """
+    view = types.ModuleType("torch.nn.functional")
+    view.__dict__.update(torch.nn.functional.__dict__)
+    vars(view)["embedding"] = functools.partial(torch.nn.functional.embedding, sparse=True)
+    replace_in("megatron.core.tensor_parallel.layers", F=view)
 
 
 def _quiet_expected_warnings() -> None:
@@ -298,6 +330,8 @@ def install() -> None:
         _use_cpu_generator()
         _use_host_splits()
         _use_single_nodes()
+        _pass_when_alone()
         _pad_uneven_exchanges()
         _keep_own_buffers()
+        _use_sparse_embedding_gradients()
         _installed = True

@@ -20,6 +20,7 @@ def planned_gpu() -> Hardware:
         decode_attention=("rows",),  # pages, as the kernels that run there
         transformer_engine="planned",
         projection_rows=gpu.PROJECTION_ROWS,
+        row_tokens=gpu.ROW_TOKENS,
         differentiates_flex=True,
         captures=lambda: gpu.Graphs().capture,
         reason="planned for: NCCL, bfloat16, Transformer Engine",

@@ -35,7 +35,9 @@ class Hardware:
     attention_dtype: Callable[[torch.dtype], torch.dtype]
     decode_attention: tuple[str, ...]  # what rollout.attention=auto tries, in this order
     transformer_engine: str | None  # its version; None: not here
+    draw_numbers: int | None  # logits that a draw works on at once; None: all of a pass
     projection_rows: int  # of loss.chunk_rows=0: positions projected to the vocabulary at once
+    row_tokens: int  # of update.tokens_per_microbatch=0: length of packed rows
     differentiates_flex: bool  # FlexAttention has a backward pass
     overlaps_reduction: bool  # gradients are summed over replicas while others are computed
     # Makes something that runs a function, captures it and returns one that repeats its kernels;
@@ -81,7 +83,9 @@ def select_hardware() -> Hardware:
             attention_dtype=lambda dtype: dtype,
             decode_attention=gpu.DECODE_ATTENTION,
             transformer_engine=engine,
+            draw_numbers=None,
             projection_rows=gpu.PROJECTION_ROWS,
+            row_tokens=gpu.ROW_TOKENS,
             differentiates_flex=True,
             overlaps_reduction=True,
             captures=lambda: gpu.Graphs().capture,
@@ -105,7 +109,9 @@ def select_hardware() -> Hardware:
         attention_dtype=cpu.attention_dtype,
         decode_attention=("buckets",),
         transformer_engine=None,
+        draw_numbers=cpu.DRAW_NUMBERS,
         projection_rows=cpu.PROJECTION_ROWS,
+        row_tokens=cpu.ROW_TOKENS,
         differentiates_flex=False,
         overlaps_reduction=False,
         captures=None,

@@ -5,7 +5,9 @@ last token that a prediction needs.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_opdlm.model.attention import AttentionPlan
@@ -18,9 +20,9 @@ from megatron_opdlm.packing.rows import (
     counted_positions,
     joined,
     own_part,
+    row_reads,
     row_tail,
     sequence_of,
-    shifted,
 )
 from megatron_opdlm.records import State
 
@@ -65,12 +67,12 @@ class Questions:
     any of its states counts."""
 
     def __init__(self, states: Sequence[State]) -> None:
-        asked: dict[tuple[int, ...], list[Tensor]] = {}
+        asked: dict[tuple[int, ...], list[ndarray]] = {}
         for state in states:
             positions = counted_positions(state)
             if len(positions):
                 asked.setdefault(sequence_of(state), []).append(positions)
-        self._read = {key: torch.cat(each).unique() - 1 for key, each in asked.items()}
+        self._read = {key: np.unique(np.concatenate(each)) - 1 for key, each in asked.items()}
         self._prompt = {sequence_of(state): tuple(state.prompt_ids) for state in states}
         self._first: dict[tuple[int, ...], int] = {}
 
@@ -90,19 +92,19 @@ class Questions:
             targets += len(self._read[key])
         return [self._batch([trees[i] for i in group], packing) for group in groups]
 
-    def rows(self, state: State, positions: Tensor) -> Tensor:
+    def rows(self, state: State, positions: ndarray) -> ndarray:
         """Rows of the targets for counted positions of a state."""
         if not len(positions):
             return positions
         key = sequence_of(state)
-        return self._first[key] + torch.searchsorted(self._read[key], positions - 1)
+        return self._first[key] + np.searchsorted(self._read[key], positions - 1)
 
     def _batch(self, trees: Sequence[Tree], packing: Packing) -> FinishedBatch:
         lengths = [len(tree.tokens) for tree in trees]
         tail = row_tail(sum(lengths), packing)
         tokens = joined([*(tree.tokens for tree in trees), tail])
         positions = joined([*(tree.positions for tree in trees), tail])
-        read = joined(shifted([joined(tree.read) for tree in trees], lengths))
+        read = row_reads(trees)
         branch = branches(trees, tail)
         split = split_row(len(tokens), read, packing.context_ranks)
         own, _, own_read = own_part(split, read, packing.context_rank)
@@ -120,14 +122,14 @@ class Questions:
         )
 
 
-def _question(tokens: tuple[int, ...], read: Tensor) -> Piece:
+def _question(tokens: tuple[int, ...], read: ndarray) -> Piece:
     """A finished sequence up to the last token that is read, under the causal mask."""
-    place = torch.arange(int(read[-1]) + 1)
+    place = np.arange(int(read[-1]) + 1)
     return Piece(
-        tokens=torch.tensor(tokens[: len(place)]),
+        tokens=np.array(tokens[: len(place)]),
         positions=place,
         block=place,
-        clean=torch.ones(len(place), dtype=torch.bool),
+        clean=np.ones(len(place), bool),
         read=read,
     )
 

@@ -8,8 +8,8 @@ branch they are on (``diffusion/masks.py``): losses and gradients are those of t
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy import ndarray
 
 from megatron_opdlm.diffusion.masks import TRUNK
 
@@ -20,13 +20,15 @@ WORTH = 1 / 8
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One sequence's part of a row. n tokens, m reads; clean tokens come first."""
+    """One sequence's part of a row. n tokens, m reads; clean tokens come first. On the host, where
+    numpy handles so many small arrays faster.
+    """
 
-    tokens: Tensor  # [n]
-    positions: Tensor  # [n]
-    block: Tensor  # [n] whole blocks see each other
-    clean: Tensor  # bool [n]
-    read: Tensor  # [m] index within the piece
+    tokens: ndarray  # [n]
+    positions: ndarray  # [n]
+    block: ndarray  # [n] whole blocks see each other
+    clean: ndarray  # bool [n]
+    read: ndarray  # [m] index within the piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +36,12 @@ class Tree:
     """Some pieces of a list, their common beginning packed once. n tokens."""
 
     members: list[int]  # places in the list
-    tokens: Tensor  # [n]
-    positions: Tensor  # [n]
-    block: Tensor  # [n]
-    clean: Tensor  # bool [n]
-    branch: Tensor  # [n] place among the members, TRUNK for what all of them share
-    read: list[Tensor]  # of each member [m], index within the tree
+    tokens: ndarray  # [n]
+    positions: ndarray  # [n]
+    block: ndarray  # [n]
+    clean: ndarray  # bool [n]
+    branch: ndarray  # [n] place among the members, TRUNK for what all of them share
+    read: list[ndarray]  # of each member [m], index within the tree
 
 
 def grow(
@@ -85,40 +87,28 @@ def _groups(
 def _common(one: Piece, other: Piece) -> int:
     """Tokens of the whole clean blocks that both begin with."""
     most = min(int(one.clean.sum()), int(other.clean.sum()))
-    differs = torch.nonzero(one.tokens[:most] != other.tokens[:most])
+    differs = np.flatnonzero(one.tokens[:most] != other.tokens[:most])
     if not len(differs):
         return most
-    return int(torch.searchsorted(one.block[:most].contiguous(), one.block[differs[0, 0]]))
+    return int(np.searchsorted(one.block[:most], one.block[differs[0]]))
 
 
 def _tree(pieces: Sequence[Piece], members: list[int], shared: int) -> Tree:
     own = [pieces[place] for place in members]
-    if len(own) == 1:
-        (one,) = own
-        return Tree(
-            members=members,
-            tokens=one.tokens,
-            positions=one.positions,
-            block=one.block,
-            clean=one.clean,
-            branch=torch.zeros_like(one.tokens),
-            read=[one.read],
-        )
     starts = [shared]
     for piece in own:
         starts.append(starts[-1] + len(piece.tokens) - shared)
-    branch = torch.repeat_interleave(
-        torch.tensor([TRUNK, *range(len(own))]),
-        torch.tensor([shared, *(len(piece.tokens) - shared for piece in own)]),
+    branch = np.repeat(
+        [TRUNK, *range(len(own))], [shared, *(len(piece.tokens) - shared for piece in own)]
     )
     read = [
-        torch.where(piece.read < shared, piece.read, piece.read - shared + start)
+        np.where(piece.read < shared, piece.read, piece.read - shared + start)
         for piece, start in zip(own, starts, strict=False)
     ]
 
-    def joined(field: str) -> Tensor:
+    def joined(field: str) -> ndarray:
         values = [getattr(piece, field) for piece in own]
-        return torch.cat([values[0][:shared], *(value[shared:] for value in values)])
+        return np.concatenate([values[0][:shared], *(value[shared:] for value in values)])
 
     return Tree(
         members=members,

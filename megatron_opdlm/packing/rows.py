@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import block_shift
@@ -42,10 +45,9 @@ class Packing:
         return rows + [[] for _ in range(self.rows_in_step(len(rows)) - len(rows))]
 
 
-def counted_positions(state: State) -> Tensor:
+def counted_positions(state: State) -> ndarray:
     """Absolute positions under loss, rising."""
-    counted = torch.tensor(state.counted, dtype=torch.bool)
-    return len(state.prompt_ids) + torch.nonzero(counted).flatten()
+    return len(state.prompt_ids) + np.flatnonzero(state.counted)
 
 
 def sequence_of(state: State) -> tuple[int, ...]:
@@ -53,24 +55,26 @@ def sequence_of(state: State) -> tuple[int, ...]:
     return (*state.prompt_ids, *state.response_ids)
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def joined(parts: Sequence[ndarray], dtype: type = np.int64) -> Tensor:
     """Parts of a packed row, one after the other."""
-    return torch.cat([*parts, torch.zeros(0, dtype=torch.int64)])
+    return torch.from_numpy(np.concatenate([np.zeros(0, dtype), *parts]))
 
 
-def row_tail(tokens: int, packing: Packing) -> Tensor:
+def row_tail(tokens: int, packing: Packing) -> ndarray:
     """Zeros that belong to no sequence; attention needs at least one token on every rank."""
     multiple = packing.align * packing.context_ranks
-    return torch.zeros(-tokens % multiple or (0 if tokens else multiple), dtype=torch.int64)
+    return np.zeros(-tokens % multiple or (0 if tokens else multiple), np.int64)
 
 
-def shifted(parts: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """Indices within each sequence -> indices of the packed row."""
-    starts = [0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0).tolist()]
-    return [part + start for part, start in zip(parts, starts, strict=False)]
+def row_reads(trees: Sequence[Tree]) -> Tensor:
+    """What is read of each tree, by its place in the packed row."""
+    starts = accumulate((len(tree.tokens) for tree in trees), initial=0)
+    return joined(
+        [read + start for tree, start in zip(trees, starts, strict=False) for read in tree.read]
+    )
 
 
-def branches(trees: Sequence[Tree], tail: Tensor) -> Tensor | None:
+def branches(trees: Sequence[Tree], tail: ndarray) -> Tensor | None:
     """Of a row's tokens [N], None where no tree has two branches."""
     if all(len(tree.members) == 1 for tree in trees):
         return None

@@ -3,11 +3,12 @@ positions, the clean copy up to the last of those blocks.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from megatron_opdlm.diffusion.blocks import block_lengths
@@ -22,9 +23,9 @@ from megatron_opdlm.packing.rows import (
     counted_positions,
     joined,
     own_part,
+    row_reads,
     row_tail,
     sequence_of,
-    shifted,
 )
 from megatron_opdlm.records import State
 
@@ -116,17 +117,14 @@ def _pack(
     tail = row_tail(sum(lengths), packing)
     tokens = joined([*(tree.tokens for tree in trees), tail])
     positions = joined([*(tree.positions for tree in trees), tail])
-    read = joined(shifted([joined(tree.read) for tree in trees], lengths))
+    read = row_reads(trees)
     split = split_row(len(tokens), read, packing.context_ranks)
     own, mine, own_read = own_part(split, read, packing.context_rank)
     target = joined([questions.rows(s, at) for s, at in zip(states, counted, strict=True)])
-    at = joined(counted)
-    position = at - _each(len(state.prompt_ids) for state in states)[sequence]
-    inside = (at + _each(map(packing.shift, states))[sequence]) % packing.block_size
-    response = _each(len(state.response_ids) for state in states)
-    token = (response.cumsum(0) - response)[sequence] + position  # among those of all responses
-    label = _each(chain.from_iterable(state.response_ids for state in states))[token]
-    shares = chain.from_iterable(_masked_shares(state, packing) for state in states)
+    label = joined([_labels(s, at) for s, at in zip(states, counted, strict=True)])
+    share = [_masked_shares(s, packing) for s in states]
+    position = joined([at - len(s.prompt_ids) for s, at in zip(states, counted, strict=True)])
+    place = joined([_places(s, at, packing) for s, at in zip(states, counted, strict=True)])
     device = packing.device
     return PackedBatch(
         states=states,
@@ -135,7 +133,7 @@ def _pack(
         student_read=own_read.to(device),
         lengths=[length for length in lengths if length] or [len(tail)],
         block=joined([*(tree.block for tree in trees), tail]),
-        clean=torch.cat([*(tree.clean for tree in trees), tail == 0]),
+        clean=joined([*(tree.clean for tree in trees), tail == 0], bool),
         branch=branches(trees, tail),
         split=split,
         target=target[mine].to(device),
@@ -143,46 +141,50 @@ def _pack(
         row_weight=(1.0 / counts[sequence])[mine].to(device),
         sequence=sequence[mine].to(device),
         position=position[mine].to(device),
-        place=(inside // place_width(packing.block_size))[mine].to(device),
-        masked_share=torch.tensor(list(shares))[token][mine].to(device),
+        place=place[mine].to(device),
+        masked_share=joined(share, np.float32)[mine].to(device),
     )
 
 
 def _piece(state: State, packing: Packing) -> Piece:
     """What the student reads for a state; the counted positions are what it is asked for."""
     size, prompt, shift = packing.block_size, len(state.prompt_ids), packing.shift(state)
-    finished = torch.tensor(state.prompt_ids + state.response_ids)
-    masked = torch.tensor([False] * prompt + state.masked, dtype=torch.bool)
+    finished = np.array(state.prompt_ids + state.response_ids)
     counted = counted_positions(state)
-    block = (torch.arange(len(finished)) + shift) // size
-    used = torch.zeros((len(finished) + shift) // size + 1, dtype=torch.bool)
+    block = (np.arange(len(finished)) + shift) // size
+    used = np.zeros((len(finished) + shift) // size + 1, bool)
     used[block[counted]] = True
-    noisy = torch.nonzero(used[block]).flatten()
+    noisy = np.flatnonzero(used[block])
     clean = int(block[counted[-1]]) * size - shift if len(counted) else 0
-    at = clean + torch.searchsorted(noisy, counted)
+    at = clean + np.searchsorted(noisy, counted)
     if packing.logit_shift:  # one before: for a block's first position the clean copy's last token
-        at = torch.where((counted + shift) % size == 0, counted, at) - 1
-    filled = torch.where(masked, packing.mask_id, finished)
+        at = np.where((counted + shift) % size == 0, counted, at) - 1
+    filled = finished.copy()
+    filled[prompt:][np.array(state.masked, bool)] = packing.mask_id
+    positions = np.concatenate([np.arange(clean), noisy])
     return Piece(
-        tokens=torch.cat([finished[:clean], filled[noisy]]),
-        positions=torch.cat([torch.arange(clean), noisy]),
-        block=block[torch.cat([torch.arange(clean), noisy])],
-        clean=torch.arange(clean + len(noisy)) < clean,
+        tokens=np.concatenate([finished[:clean], filled[noisy]]),
+        positions=positions,
+        block=block[positions],
+        clean=np.arange(len(positions)) < clean,
         read=at,
     )
 
 
-def _each(numbers: Iterable[int]) -> Tensor:
-    return torch.tensor(list(numbers), dtype=torch.int64)
+def _places(state: State, counted: ndarray, packing: Packing) -> ndarray:
+    """Of counted positions their places in their blocks, in units of ``place_width``."""
+    inside = (counted + packing.shift(state)) % packing.block_size
+    return inside // place_width(packing.block_size)
 
 
-def _masked_shares(state: State, packing: Packing) -> list[float]:
-    """For each response token the share of its block's response tokens that are masked."""
-    shares: list[float] = []
-    start = 0
+def _labels(state: State, counted: ndarray) -> ndarray:
+    return np.array(state.response_ids)[counted - len(state.prompt_ids)]
+
+
+def _masked_shares(state: State, packing: Packing) -> ndarray:
+    """For each counted position the share of its block's response tokens that are masked."""
     sizes = len(state.prompt_ids), len(state.response_ids), packing.block_size
-    for length in block_lengths(*sizes, packing.shift(state)):
-        masked = sum(state.masked[start : start + length])
-        shares += [masked / length] * length
-        start += length
-    return shares
+    lengths = np.array(block_lengths(*sizes, packing.shift(state)))
+    masked = np.add.reduceat(state.masked, lengths.cumsum() - lengths, dtype=np.int64)
+    shares = (masked / lengths).astype(np.float32)
+    return np.repeat(shares, lengths)[np.array(state.counted, bool)]

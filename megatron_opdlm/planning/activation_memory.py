@@ -6,13 +6,16 @@ peaks on a CPU (``tests/distributed/test_memory_peaks.py``).
 
 from dataclasses import dataclass, replace
 
+from megatron_opdlm.divergence import PIECE
 from megatron_opdlm.model_files.manifest import LowRank
 from megatron_opdlm.model_files.shape import ModelShape, padded_vocab
 from megatron_opdlm.planning.rank_memory import Split
 
 FLOAT = 4  # bytes
 DENSE_CHUNK = 64  # queries of a long sequence that the dense attention takes together
-LOGIT_COPIES = 3  # float32 arrays of a chunk's logits that the divergence has at a time
+# Float32 arrays of a chunk's logits that the divergence has at a time; a CPU, which compares them
+# piece by piece, has two, and three of a piece.
+LOGIT_COPIES, HOST_LOGIT_COPIES, PIECE_COPIES = 3, 2, 3
 DRAW_BYTES = 20  # of a drawn token and column: logits, weights, their running sums in float64
 # Of an MLP's width: both halves of fc1 and their product; of experts the product once more, before
 # it is weighed.
@@ -181,11 +184,13 @@ def divergence_work(layer: LayerMemory, row: Row, chunk_rows: int) -> float:
     """Logits of a chunk of positions, and the gradients that the divergence writes as it goes."""
     shape, item = layer.shape, layer.build.item
     columns, rows = vocabulary_columns(shape, layer.split), min(chunk_rows, row.positions)
-    copies = LOGIT_COPIES * FLOAT + (item if item < FLOAT else 0)
+    copies = (LOGIT_COPIES if layer.build.fused else HOST_LOGIT_COPIES) * FLOAT
+    copies += item if item < FLOAT else 0
+    piece = 0 if layer.build.fused else PIECE_COPIES * FLOAT * min(PIECE, rows * columns)
     # In 16 bits a chunk's product is made in float32 before it is added.
     in_sums = layer.build.sums_head and item == FLOAT
     head = 0 if layer.build.low_rank or in_sums else columns * shape.hidden * FLOAT
-    return rows * columns * copies + head + 2 * row.positions * shape.hidden * item
+    return rows * columns * copies + piece + head + 2 * row.positions * shape.hidden * item
 
 
 def embedding_gradient(layer: LayerMemory) -> float:

@@ -55,7 +55,8 @@ def update_work(layer: LayerMemory, work: Work, *, gradients_copied: float) -> d
 
     ``gradients_copied``: bytes that the reduction of gradients copies.
     """
-    ends = (1 if layer.build.sums_head else 2) * activations.embedding_gradient(layer)
+    # On a CPU the embedding's gradient is that of the row's tokens alone.
+    ends = (layer.build.fused + (not layer.build.sums_head)) * activations.embedding_gradient(layer)
     moments = [
         {"a copy of the gradients": gradients_copied},
         {"gradients of embedding and output": ends},

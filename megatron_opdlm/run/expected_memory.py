@@ -252,7 +252,8 @@ def _work(
     load: Load,
 ) -> Work:
     """Rows as full as they can get."""
-    block, budget = config.rollout.block_size, config.update.tokens_per_microbatch
+    block = config.rollout.block_size
+    budget = config.update.tokens_per_microbatch or hardware.row_tokens
     finished = load.prompt + load.response
     packed = finished - block + load.response
     of_update = -(-min(config.optimizer.batch_size, load.sequences) // split.data)

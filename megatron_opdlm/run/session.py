@@ -272,7 +272,7 @@ def packing_of(config: Config, source: ModelSource, hardware: Hardware) -> Packi
         block_size=config.rollout.block_size,
         mask_id=source.vocabulary.mask_id,
         logit_shift=config.loss.logit_shift,
-        tokens_per_microbatch=config.update.tokens_per_microbatch,
+        tokens_per_microbatch=config.update.tokens_per_microbatch or hardware.row_tokens,
         align=config.model.tensor_parallel,
         device=hardware.device,
         context_ranks=parallel.context_size(),

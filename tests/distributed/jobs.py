@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -501,7 +502,7 @@ def divergence_over_shards(
     the likelihood of the labels).
 
     ``student`` and ``teacher`` are (hidden [M, H], output weight [V, H]); every rank takes its rows
-    of the weights. The gradients come back whole.
+    of the weights. Rows are compared one at a time. The gradients come back whole.
     """
     join(layout)
     size = len(student[1])
@@ -514,12 +515,13 @@ def divergence_over_shards(
         "chunk_rows": chunk_rows,
     }
     weights = torch.from_numpy(row_weight)
-    if divergence is None:
-        loss = likelihood_loss(hidden, weight, torch.from_numpy(labels), weights, **common)
-    else:
-        share = _shard_rows(torch.from_numpy(teacher[1]), shard)
-        states = torch.from_numpy(teacher[0])
-        loss = distillation_loss(hidden, weight, states, share, weights, divergence, **common)
+    with patch("megatron_opdlm.divergence.PIECE", 1):
+        if divergence is None:
+            loss = likelihood_loss(hidden, weight, torch.from_numpy(labels), weights, **common)
+        else:
+            share = _shard_rows(torch.from_numpy(teacher[1]), shard)
+            states = torch.from_numpy(teacher[0])
+            loss = distillation_loss(hidden, weight, states, share, weights, divergence, **common)
     loss.total.backward()
     assert hidden.grad is not None and weight.grad is not None
     rows = shard.gather_rows(weight.grad.t()).t()
@@ -543,8 +545,10 @@ def draw_over_shards(
     logits: np.ndarray,
     uniform: np.ndarray,
     **shaping: Any,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw from logits [M, V] whose columns are split over the tensor ranks."""
+) -> tuple[np.ndarray, ...]:
+    """Draw from logits [M, V] whose columns are split over the tensor ranks -> token, confidence,
+    entropy, margin.
+    """
     join(layout)
     size = logits.shape[1]
     shard = VocabularyShard(padded_vocab(size, layout.tensor) // layout.tensor, size)
@@ -552,7 +556,7 @@ def draw_over_shards(
     whole[:, :size] = torch.from_numpy(logits)
     local = whole[:, shard.start : shard.start + shard.columns]
     drawn = denoising.draw(local, torch.from_numpy(uniform), shard=shard, **shaping)
-    return drawn.token.numpy(), drawn.confidence.numpy(), drawn.entropy.numpy()
+    return *(of_row.numpy() for of_row in drawn), denoising.margins(local, shard).numpy()
 
 
 def truncations_over_shards(

@@ -113,14 +113,16 @@ def poisoned(whose: str, number: float, column: int) -> Inputs:
 
 def test_draws(ranks: WorkerGroups, subtests: pytest.Subtests):
     """Claim: every rank draws the token that one process draws from all logits, ties and forbidden
-    columns included."""
+    columns included, and finds its margin."""
     logits, uniform = drawing_cases()
     given = {"logits": logits.numpy(), "uniform": uniform.numpy()}
     results = ranks(2).run_each(jobs.draw_over_shards, SHAPINGS, layout=TP2, **given)
     for shaping, found in zip(SHAPINGS, results, strict=True):
         with subtests.test(shaping=shaping):
             expected = denoising.draw(logits, uniform, **shaping)
-            for token, confidence, entropy in found:
+            best = logits.sort(descending=True).values
+            for token, confidence, entropy, margin in found:
+                assert np.array_equal(margin, (best[:, 0].double() - best[:, 1]).numpy())
                 assert np.array_equal(token, expected.token.numpy())
                 np.testing.assert_allclose(confidence, expected.confidence.numpy(), rtol=1e-6)
                 np.testing.assert_allclose(entropy, expected.entropy.numpy(), rtol=1e-5, atol=1e-6)

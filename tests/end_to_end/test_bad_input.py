@@ -273,10 +273,12 @@ def test_sample(run: Any, model: Path, tmp_path: Path, monkeypatch: pytest.Monke
         main = sample_main(monkeypatch, *good, *mask, "--prompts", bad)
         assert_refused(run(main), *parts)
         assert not out.exists()
-    code, stderr = run(sample_main(monkeypatch, *good, *mask))
+    code, stderr = run(sample_main(monkeypatch, *good, *mask, "--margins"))
     assert code == 0, stderr
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt_ids"] for row in written] == [[1, 2, 3], [4]]
+    for row in written:
+        assert len(row["margins"]) == len(row["response_ids"]) and min(row["margins"]) >= 0
     assert_refused(run(sample_main(monkeypatch, *good, *mask)), "out.jsonl", "exists")
 
 

@@ -83,6 +83,7 @@ FLAGS: list[Case] = [
     ("sample", [*SAMPLE, "--max-new-tokens", "many"], ("--max-new-tokens", "'many'", "--help")),
     ("sample", [*SAMPLE, "--top-p", "0"], ("top.p", "0")),
     ("sample", [*SAMPLE, "--top-k", "-1"], ("top.k", "-1")),
+    ("sample", [*SAMPLE, "--margins", "--temperature", "1"], ("--margins", "--temperature 0")),
     ("sample", [*SAMPLE, "--temperature", "nan"], ("temperature", "nan")),
     ("sample", [*SAMPLE, "--threshold", "nan"], ("threshold", "nan")),
     ("sample", [*SAMPLE, "--remasking", "static"], ("remasking", "'?static", "low_confidence")),

@@ -73,6 +73,8 @@ def assert_is_brute_force(
         assert trajectory.response_ids == expected.response_ids
         assert trajectory.committed_at == expected.committed_at
         assert trajectory.confidence == pytest.approx(expected.confidence, abs=1e-4)
+        margins = expected.margins if decoding.margins else []
+        assert trajectory.margins == pytest.approx(margins, abs=1e-4)
         # a block costs its passes and nothing else: prefill and commits ride along
         assert (trajectory.passes, trajectory.forwards) == (expected.passes, expected.passes)
     return found
@@ -87,8 +89,8 @@ SIZES = [(1, 1), (1, 3), (3, 2), (3, 3), (3, 5), (4, 1), (4, 3), (4, 4), (4, 6)]
 def test_engine_is_the_decoder_without_a_cache(
     models: TinyModels, remasking: str, block_size: int, steps: int, logit_shift: bool
 ):
-    """Claim: tokens, commit passes and the number of forwards equal recomputing everything in
-    every pass, at every prompt length modulo B, for T < B, T = B and T > B, with sequences that
+    """Claim: tokens, commit passes, margins and the number of forwards equal recomputing everything
+    in every pass, at every prompt length modulo B, for T < B, T = B and T > B, with sequences that
     enter and leave three slots at different times."""
     decoding = Decoding(
         block_size=block_size,
@@ -97,6 +99,7 @@ def test_engine_is_the_decoder_without_a_cache(
         threshold=0.3,  # of a random model: sometimes reached
         entropy_bound=2.5,
         logit_shift=logit_shift,
+        margins=(block_size + steps) % 2 == 0,
     )
     assert_is_brute_force(models, requests(block_size), decoding)
 
@@ -116,6 +119,7 @@ def test_block_rows_are_the_decoder_without_a_cache(
         threshold=0.3,
         temperature=1.0,
         logit_shift=logit_shift,
+        margins=graphs,
     )
     options = {"attention": "rows", "graphs": graphs}
     assert_is_brute_force(models, requests(block_size), decoding, **options)

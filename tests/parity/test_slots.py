@@ -110,7 +110,9 @@ def test_sequences_that_outgrow_the_pages(
     model = jobs.load(Layout(), models.hf("student", tied=True, layers=2))
     asked = [request(i, 3 + i, limit=30) for i in range(6)]
     for shift in (False, True):
-        rules = Decoding(block_size=4, denoising_steps=3, temperature=1.0, logit_shift=shift)
+        rules = Decoding(
+            block_size=4, denoising_steps=3, temperature=1.0, logit_shift=shift, margins=shift
+        )
         vocabulary = jobs.without_end(IDS)
         expected = generate(model, asked, rules, vocabulary, key=(1, 1)).trajectories
         options = EngineOptions(attention="rows", kv_cache_tokens=96, slots=5)
@@ -119,6 +121,8 @@ def test_sequences_that_outgrow_the_pages(
         assert made.trajectories == expected
         for trajectory, one in zip(made.trajectories, expected, strict=True):
             assert trajectory.confidence == pytest.approx(one.confidence, abs=1e-5)
+            assert trajectory.margins == pytest.approx(one.margins, abs=1e-4)
+            assert bool(trajectory.margins) == shift
         # 96 positions hold two of them, of 36 to 40 positions, at full length
         assert made.slot_utilisation * made.slots > 2.2
         assert left

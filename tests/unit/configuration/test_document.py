@@ -27,7 +27,7 @@ def test_every_key_has_a_row_with_default_unit_range_and_resume_behaviour():
     assert list(found) == list(flatten(Config()))
     assert all(row[-1].strip(" |") for row in found.values())
     key = "update.tokens_per_microbatch"
-    assert found[key][1:5] == ["`4096`", "tokens", "whole number, at least 1", "may change"]
+    assert found[key][1:5] == ["`0`", "tokens", "whole number, at least 0", "may change"]
     assert found["optimizer.beta1"][1:5] == ["`0.9`", "", "number, in [0, 1)", ""]
     assert found["train.steps"][3].endswith("at least 1, or -1 for all epochs of the data")
     assert {key for key, row in found.items() if row[4]} == {k for k in found if may_change(k)}

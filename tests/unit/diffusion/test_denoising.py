@@ -4,6 +4,7 @@
 """
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -144,6 +145,25 @@ def test_draw_inverts_the_shaped_distribution(shaping: dict[str, Any]):
         assert int(found.token[row]) == expected.token
         assert float(found.confidence[row]) == pytest.approx(expected.confidence, rel=1e-6)
         assert float(found.entropy[row]) == pytest.approx(expected.entropy, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [None, 600, 1])
+def test_every_column_of_a_wide_row(at_once: int | None):
+    """Claim: with equal weights u = n / N is the n-th of N columns and the number below u the one
+    before it, whatever sums lie between and however many rows are at work; what is forbidden is
+    never drawn."""
+    logits = torch.zeros(700)
+    logits[110:298] = -torch.inf  # all of some chunks, a part of others
+    allowed = logits.isfinite().nonzero().flatten()
+    assert len(allowed) == 512
+    at = torch.arange(512, dtype=torch.float64) / 512
+    uniform = torch.cat([at, at[1:] - 2.0**-50])
+    found = denoising.draw(
+        logits.expand(len(uniform), -1), uniform, temperature=0.7, numbers_at_once=at_once
+    )
+    assert torch.equal(found.token, torch.cat([allowed, allowed[:-1]]))
+    torch.testing.assert_close(found.confidence, torch.full_like(uniform, 1 / 512))
+    torch.testing.assert_close(found.entropy, torch.full_like(uniform, math.log(512)))
 
 
 @pytest.mark.parametrize(
