@@ -30,7 +30,7 @@ class Build:
     item: int  # bytes of a number of weights and activations
     spec: str = "local"  # "local" | "te": whose layers
     attention: str = "dense"  # "dense" | "flex" | "te"
-    on_host: bool = True  # a row's dense attention is one node (model/host_attention.py)
+    on_host: bool = True  # dense attention of a row is one node, logits are compared in pieces
     recompute: str = "false"  # "attention" | "mlp" | "true"
     sequence_parallel: bool = False
     low_rank: LowRank | None = None  # what is trained, beside frozen weights
@@ -184,9 +184,9 @@ def divergence_work(layer: LayerMemory, row: Row, chunk_rows: int) -> float:
     """Logits of a chunk of positions, and the gradients that the divergence writes as it goes."""
     shape, item = layer.shape, layer.build.item
     columns, rows = vocabulary_columns(shape, layer.split), min(chunk_rows, row.positions)
-    copies = (LOGIT_COPIES if layer.build.fused else HOST_LOGIT_COPIES) * FLOAT
+    copies = (HOST_LOGIT_COPIES if layer.build.on_host else LOGIT_COPIES) * FLOAT
     copies += item if item < FLOAT else 0
-    piece = 0 if layer.build.fused else PIECE_COPIES * FLOAT * min(PIECE, rows * columns)
+    piece = PIECE_COPIES * FLOAT * min(PIECE, rows * columns) if layer.build.on_host else 0
     # In 16 bits a chunk's product is made in float32 before it is added.
     in_sums = layer.build.sums_head and item == FLOAT
     head = 0 if layer.build.low_rank or in_sums else columns * shape.hidden * FLOAT

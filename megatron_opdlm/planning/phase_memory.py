@@ -56,7 +56,8 @@ def update_work(layer: LayerMemory, work: Work, *, gradients_copied: float) -> d
     ``gradients_copied``: bytes that the reduction of gradients copies.
     """
     # On a CPU the embedding's gradient is that of the row's tokens alone.
-    ends = (layer.build.fused + (not layer.build.sums_head)) * activations.embedding_gradient(layer)
+    whole = (not layer.build.on_host) + (not layer.build.sums_head)
+    ends = whole * activations.embedding_gradient(layer)
     moments = [
         {"a copy of the gradients": gradients_copied},
         {"gradients of embedding and output": ends},
