@@ -95,11 +95,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, sense: int) -> Tensor:
-    """``sense`` -1 turns back."""
+    """``sense`` -1 turns back. Each product is rounded, as in Megatron's and in transformers'."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     (a, b), (turned_a, turned_b) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(a, cos, out=turned_a).addcmul_(b, sin, value=-sense)
-    torch.mul(b, cos, out=turned_b).addcmul_(a, sin, value=sense)
+    torch.mul(a, cos, out=turned_a).sub_(b * sin, alpha=sense)
+    torch.mul(b, cos, out=turned_b).add_(a * sin, alpha=sense)
     return out
 
 

@@ -36,7 +36,7 @@ metrics = MetricsWriter(
 sample = {"prompt": "p", "response_ids": [5], "response_texts": ["some-text"], "committed_at": [1],
           "response_tokens": 1, "finish_reason": "stop", "forwards": 2}
 for step in range(first, last + 1):
-    metrics.write(step, {"loss": step / 2, "kl_by_masked_fraction": {"0.25": 7.5 + step}})
+    metrics.write(step, {"loss": step / 2, "kl_by_masked_fraction": {"0.25": 7.59375 + step}})
     metrics.samples(step, [sample])
 metrics.close()
 print("id", trackers[0].run_id)
@@ -78,8 +78,8 @@ def test_a_resumed_run_goes_on_in_the_same_page(tmp_path: Path):
     tables = [file.read_text() for file in run_dir.glob("wandb/offline-run-*/**/*.table.json")]
     assert len(tables) == 5 and all("some-text₁" in json.loads(t)["data"][0][2] for t in tables)
     assert b"kl_by_masked_fraction/0.25" in one
-    assert (b"9.5" in one, b"9.5" in two) == (True, False), "step 2 was logged at the first start"
-    assert (b"11.5" in one, b"11.5" in two) == (False, True)
+    assert (b"9.59375" in one, b"9.59375" in two) == (True, False), "step 2 was logged at the first start"
+    assert (b"11.59375" in one, b"11.59375" in two) == (False, True)
 
 
 def test_no_tracker(tmp_path: Path):
