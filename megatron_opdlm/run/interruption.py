@@ -34,7 +34,7 @@ def _save(session: Session) -> str:
     session.save()
     if parallel.is_writer():
         session.exports.abandon()
-    session.close()
+    session.close(exports=False)
     done = f"step {step} is saved" if step else "no step was finished"
     return f"by {parallel.broadcast_object(preemption.reason())}; {done}, the same command goes on"
 

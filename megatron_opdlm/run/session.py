@@ -253,14 +253,18 @@ class Session:
         total = torch.tensor(flops, dtype=torch.float64, device=self.hardware.device)
         return float(parallel.sum_over_generators(total))
 
-    def close(self) -> None:
-        """End of the run."""
+    def close(self, *, exports: bool = True) -> None:
+        """End of the run. ``exports``: wait for those under way. Its sign comes through torchrun's
+        store, which is gone where the launcher was killed.
+        """
         self.profiler.close()
         self.checkpoints.finish()
-        watchdog.enter("export", self.progress.step)
-        parallel.wait_for_writer(
-            lambda: self.exports.finish(activity.advance, preemption.requested), activity.advance
-        )
+        if exports and self.config.checkpoint.export:
+            watchdog.enter("export", self.progress.step)
+            parallel.wait_for_writer(
+                lambda: self.exports.finish(activity.advance, preemption.requested),
+                activity.advance,
+            )
         self.metrics.close()
         parallel.barrier()
 
