@@ -347,16 +347,8 @@ def distillation_loss(
         log_p, finite = target(divergence, project(rows), reduction)
         return compare(divergence, log_p, log_q, reduction), finite
 
-    return student_loss(
-        student_MH,
-        student_weight,
-        row_weight_M,
-        compare_rows,
-        columns,
-        reduction,
-        chunk_rows,
-        gradient_sum,
-    )
+    how = columns, reduction, chunk_rows, gradient_sum
+    return student_loss(student_MH, student_weight, row_weight_M, compare_rows, *how)
 
 
 def likelihood_loss(
@@ -376,13 +368,5 @@ def likelihood_loss(
         no_teacher = torch.ones(len(log_q), dtype=torch.bool, device=log_q.device)
         return negative_log_likelihood(log_q, label_M[rows], reduction), no_teacher
 
-    return student_loss(
-        student_MH,
-        student_weight,
-        row_weight_M,
-        compare_rows,
-        columns,
-        reduction,
-        chunk_rows,
-        gradient_sum,
-    )
+    how = columns, reduction, chunk_rows, gradient_sum
+    return student_loss(student_MH, student_weight, row_weight_M, compare_rows, *how)

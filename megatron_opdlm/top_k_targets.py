@@ -82,13 +82,5 @@ def top_k_loss(
         terms = compare(divergence, log_p, log_q, reduction, log_rest=log_rest)
         return terms, kept.finite_M[rows]
 
-    return student_loss(
-        student_MH,
-        student_weight,
-        row_weight_M,
-        compare_rows,
-        columns,
-        reduction,
-        chunk_rows,
-        gradient_sum,
-    )
+    how = columns, reduction, chunk_rows, gradient_sum
+    return student_loss(student_MH, student_weight, row_weight_M, compare_rows, *how)
