@@ -94,7 +94,7 @@ def laid_out_limit() -> float:
 
 def lays_out(dtype: torch.dtype) -> bool:
     """Whether products of large weights of this type gain."""
-    return dtype is torch.bfloat16 and bool(bfloat16_unit())
+    return dtype is torch.bfloat16 and _multiplies_in_bfloat16()
 
 
 def _gains(weight: torch.Tensor) -> bool:
