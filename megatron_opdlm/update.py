@@ -4,6 +4,7 @@ microbatches.
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from operator import or_
@@ -95,8 +96,23 @@ def update(
     report = measure(student, batches, targets, objective)
     for group in student.optimizer.param_groups:
         group["lr"] = lr
-    student.optimizer.step()
+    with _already_measured(student.optimizer, report.grad_norm):
+        student.optimizer.step()
     return report
+
+
+@contextmanager
+def _already_measured(optimizer: MegatronOptimizer, grad_norm: float) -> Iterator[None]:
+    """The optimizer's step takes the gradients that ``measure`` prepared and the norm that it took,
+    and does neither again.
+    """
+    known = {"prepare_grads": lambda: False, "get_grad_norm": lambda: grad_norm}
+    vars(optimizer).update(known)
+    try:
+        yield
+    finally:
+        for name in known:
+            del vars(optimizer)[name]
 
 
 def measure(

@@ -8,12 +8,15 @@ but cannot load: it asks the optimizer that is still empty for its state, of whi
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PIECE = 2**20  # numbers updated at a time: what is in between stays small, and in a CPU's cache
+
+_Tensors = tuple[Tensor, ...]  # parameter, gradient, average, average of squares
 
 
 class GroupAdam(torch.optim.Optimizer):
@@ -52,40 +55,60 @@ class GroupAdam(torch.optim.Optimizer):
             if not group["params"]:  # FusedAdam does not count the steps of an empty group
                 continue
             group["step"] = group.get("step", 0) + 1
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+            for together in _batches(self._tensors(group["params"])):
+                self._update(*map(list, zip(*together, strict=True)), group)
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if "exp_avg" not in state:
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        assert parameter.grad is not None
-        whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        pieces = zip(*(x.view(-1).split(PIECE) for x in whole), strict=True)
-        for of_parameter, of_gradient, of_average, of_squares in pieces:
-            self._update_piece(of_parameter, of_gradient, of_average, of_squares, group)
+    def _tensors(self, parameters: Iterable[Any]) -> Iterator[_Tensors]:
+        """Those of every parameter that has a gradient, flat."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+            yield tuple(tensor.view(-1) for tensor in whole)
 
-    def _update_piece(
+    def _update(
         self,
-        parameter: torch.Tensor,
-        gradient: torch.Tensor,
-        average: torch.Tensor,
-        average_of_squares: torch.Tensor,
+        parameters: list[Tensor],
+        gradients: list[Tensor],
+        averages: list[Tensor],
+        averages_of_squares: list[Tensor],
         group: dict[str, Any],
     ) -> None:
         beta1, beta2 = group["betas"]
         if group["weight_decay"] and self.adam_w_mode:
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"]:
-            gradient = gradient.add(parameter, alpha=group["weight_decay"])
-        average.lerp_(gradient, 1 - beta1)
-        average_of_squares.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(averages_of_squares, beta2)
+        torch._foreach_addcmul_(averages_of_squares, gradients, gradients, value=1 - beta2)
         correction1 = 1 - beta1 ** group["step"] if group["bias_correction"] else 1.0
         correction2 = 1 - beta2 ** group["step"] if group["bias_correction"] else 1.0
-        denominator = (average_of_squares / correction2).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(average, denominator, value=-group["lr"] / correction1)
+        denominators = torch._foreach_div(averages_of_squares, correction2)
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, group["eps"])
+        step = -group["lr"] / correction1
+        torch._foreach_addcdiv_(parameters, averages, denominators, value=step)
+
+
+def _batches(tensors: Iterable[_Tensors]) -> Iterator[list[_Tensors]]:
+    """Small parameters together and large ones in pieces: at most PIECE numbers at a time."""
+    batch: list[_Tensors] = []
+    room = PIECE
+    for whole in tensors:
+        small = len(whole[0]) <= PIECE
+        for piece in [whole] if small else zip(*(x.split(PIECE) for x in whole), strict=True):
+            if len(piece[0]) > room:
+                yield batch
+                batch, room = [], PIECE
+            batch.append(piece)
+            room -= len(piece[0])
+    if batch:
+        yield batch
 
 
 def replace_in(module_name: str, **attributes: Any) -> None:

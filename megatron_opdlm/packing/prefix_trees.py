@@ -95,6 +95,8 @@ def _common(one: Piece, other: Piece) -> int:
 
 def _tree(pieces: Sequence[Piece], members: list[int], shared: int) -> Tree:
     own = [pieces[place] for place in members]
+    if len(own) == 1:
+        return _alone(members, own[0])
     starts = [shared]
     for piece in own:
         starts.append(starts[-1] + len(piece.tokens) - shared)
@@ -118,4 +120,17 @@ def _tree(pieces: Sequence[Piece], members: list[int], shared: int) -> Tree:
         clean=joined("clean"),
         branch=branch,
         read=read,
+    )
+
+
+def _alone(members: list[int], piece: Piece) -> Tree:
+    """A tree of one member, whose tokens are all its own."""
+    return Tree(
+        members=members,
+        tokens=piece.tokens,
+        positions=piece.positions,
+        block=piece.block,
+        clean=piece.clean,
+        branch=np.zeros(len(piece.tokens), np.int64),
+        read=[piece.read],
     )

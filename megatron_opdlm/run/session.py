@@ -292,9 +292,12 @@ def my_share(
     states: Sequence[State], student: ModelSource, teacher: ModelSource, packing: Packing
 ) -> list[State]:
     """This replica's states of one update: every replica gets about the same operations."""
+    replicas = parallel.data_parallel_size()
+    if replicas == 1:
+        return list(states)
     shapes = student.shape, teacher.shape
     costs = [accounting.state_cost(*shapes, s, student_tokens(s, packing)) for s in states]
     saved = [accounting.shared_cost(*shapes, s, packing) for s in states]
     alike = beginnings(states)
-    shares = balance.share_out_alike(costs, alike, saved, parallel.data_parallel_size())
+    shares = balance.share_out_alike(costs, alike, saved, replicas)
     return [states[i] for i in shares[parallel.data_parallel_rank()]]
