@@ -1,8 +1,8 @@
 """One optimizer update against a straightforward one: seconds and peak memory on the same states.
 
-    python -m benchmarks.train_step [--size vocabulary|tiny|wide | --case reference] \
+    python -m benchmarks.train_step [--size vocabulary|tiny|wide|135m | --case reference] \
         [--vocabulary V] [--sequences N] [--rounds N] [--lengths TOKENS ...] [--shared N] \
-        [dotted.key=value ...]
+        [--types] [dotted.key=value ...]
 
 Ours is what training does after the rollout: pack, ask the teacher, update. The baseline is
 ``benchmarks/padded_update.py``. Random weights, one rank, one thread. Responses spread 20 times in
@@ -19,6 +19,8 @@ a time in the baseline, of 64 to 512 response tokens after prompts of 40 to 120.
 
 ``--shared 4`` compares ours with itself: four responses of 48 tokens to every prompt of 72, packed
 as trees and each with a prompt of its own; as many prompts as ``--sequences``.
+
+``--types`` compares ours with itself in float32 and in bfloat16, losses within 1e-2.
 
 ``--lengths 128 512 2048`` compares ours with itself: updates of the same number of response tokens
 (the longest length), in responses of each length, in turn; process CPU seconds count.
@@ -68,12 +70,14 @@ class Case:
 
 
 WIDE = ModelShape(8, 256, 4, 2, 64, 768, 8192, True, 1e6, 1e-6, 8192)
+SMOLLM2 = ModelShape(30, 576, 9, 3, 64, 1536, 49152, True, 1e5, 1e-5, 8192)  # SmolLM2-135M's
 SIZES = {
     "vocabulary": Case(
         shape=ModelShape(4, 128, 4, 2, 32, 384, 151936, True, 1e6, 1e-6, 4096), longest=1024
     ),
     "wide": Case(shape=WIDE, longest=512),
     "tiny": Case(shape=ModelShape(3, 64, 4, 2, 16, 128, 32, True, 1e6, 1e-6, 4096), longest=160),
+    "135m": Case(shape=SMOLLM2, longest=96, spread=1, prompts=(60, 80)),
 }
 REFERENCE = Case(shape=WIDE, longest=512, spread=8, prompts=(40, 120))
 BLOCK = 4  # tokens
@@ -270,6 +274,30 @@ def compare_lengths(case: Case, config: Config, lengths: Sequence[int], rounds: 
         print(f"  {most // length:3d} of {length:5d} tokens {middle:8.3f} s {middle / first:6.2f}")
 
 
+def compare_types(case: Case, overrides: Sequence[str], sequences: int, rounds: int) -> None:
+    """CPU seconds of an update with student and teacher in float32 and in bfloat16."""
+    states = make_states(sequences, case)
+    seconds: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    runs = {
+        dtype: our_update(
+            case, load_config(None, [*overrides, f"model.dtype={dtype}", f"teacher.dtype={dtype}"])
+        )
+        for dtype in seconds
+    }
+    for number in range(rounds + 1):
+        found = {dtype: timed(run, states) for dtype, run in runs.items()}
+        require_equal(found["bf16"][2], found["fp32"][2], TOLERANCE["bf16"])
+        if number:  # the first is a warm-up
+            for dtype, (_, busy, _) in found.items():
+                seconds[dtype].append(busy)
+    full, half = map(statistics.median, seconds.values())
+    ratio = statistics.median(a / b for a, b in zip(*seconds.values(), strict=True))
+    print(
+        f"{case.shape.parameters:,} parameters, {len(states)} responses, median CPU seconds of "
+        f"{rounds} rounds: float32 {full:.3f} s, bfloat16 {half:.3f} s, ratio {ratio:.2f}"
+    )
+
+
 def compare_programs(options: argparse.Namespace, case: Case, config: Config) -> None:
     """Ours and the baseline on the same states: time in this process, memory in their own."""
     arguments = ["--size", options.size, "--sequences", str(options.sequences)]
@@ -323,13 +351,17 @@ def main() -> None:
         "--only", choices=PROGRAMS, help="two updates; prints peak bytes, and those before a model"
     )
     parser.add_argument("--lengths", type=int, nargs="+", metavar="TOKENS")
+    parser.add_argument("--types", action="store_true", help="float32 and bfloat16")
     parser.add_argument("--shared", type=int, metavar="N", help="responses to every prompt")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value")
     options = parser.parse_args()
     case = chosen_case(options)
     small = ["optimizer.lr=1e-6", "optimizer.min_lr=0"]  # rounding must not part the programs
-    config = load_config(None, [*small, f"rollout.block_size={BLOCK}", *options.overrides])
-    if options.lengths:
+    given = [f"rollout.block_size={BLOCK}", *options.overrides]
+    config = load_config(None, [*small, *given])
+    if options.types:
+        compare_types(case, [*small, *given], options.sequences, options.rounds)
+    elif options.lengths:
         compare_lengths(case, config, options.lengths, options.rounds)
     elif options.shared:
         compare_sharing(case, config, options.sequences, options.shared, options.rounds)

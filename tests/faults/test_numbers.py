@@ -85,7 +85,8 @@ def test_a_failed_update_is_kept(job: Jobs, fault_model: Path):
 )
 def test_out_of_memory(job: Jobs, tmp_path: Path, function: str, phase: str, keys: tuple[str, ...]):
     """Claim: where the operating system gives no more memory to one rank, both end; the error names
-    rank, phase and step, the bytes that were asked for, and keys of that phase to turn down."""
+    rank, phase and step, keys of that phase to turn down, and the bytes that were asked for, which
+    a library of C++ (std::bad_alloc, in the rollout's products) does not tell."""
     prompts = tmp_path / "long.jsonl"
     ids = [[7 + (i + row) % (LAST_TOKEN - 9) for i in range(LONG_PROMPT)] for row in range(16)]
     prompts.write_text("".join(json.dumps({"prompt_ids": row}) + "\n" for row in ids))
@@ -99,8 +100,8 @@ def test_out_of_memory(job: Jobs, tmp_path: Path, function: str, phase: str, key
     (error,) = first.errors
     assert error.startswith(f"error: rank 1 failed in phase {phase} of step 1: {words}")
     (error,) = second.errors
-    assert error.startswith(f"error: rank 1: {words} (")
-    assert re.search(r"\(\d+ bytes were asked for\)", error)
+    assert error.startswith(f"error: rank 1: {words}")
+    assert phase == "rollout" or re.search(r"\(\d+ bytes were asked for\)", error)
     assert all(key in error for key in keys)
     assert "Traceback" not in second.log
 
