@@ -35,7 +35,7 @@ from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.families import FORMATS
 from megatron_opdlm.model_files.formats import check_format, layout_of
 from megatron_opdlm.model_files.manifest import HUGGINGFACE, Manifest, check_contents, read_manifest
-from megatron_opdlm.model_files.safetensors_dir import open_weights
+from megatron_opdlm.model_files.safetensors_dir import HFWeights, open_weights
 from megatron_opdlm.model_files.shape import ModelShape, hf_names, read_shape
 from megatron_opdlm.model_files.writing import check_free, check_outside
 from megatron_opdlm.reporting.progress import BYTES, Progress, say
@@ -206,22 +206,34 @@ def _write(
     team: Team,
     progress: Progress,
 ) -> None:
-    """Write this process's share of the tensors, and read each back where the file's own header
-    says that it lies. Raises RunError where it is another than the checkpoint's.
+    """Write this process's share of the tensors in threads, and read each back where the file's own
+    header says that it lies. Raises RunError where it is another than the checkpoint's.
     """
     from checkpoint_tools.streaming.megatron_weights import read_weights
+    from checkpoint_tools.streaming.weight_writer import THREADS
     from megatron_opdlm.model_files.names import hf_parts, megatron_names, sources
 
     get = with_explicit_head(read_weights(checkpoint, shape), shape)
     exported, written = writer.shape, open_weights(writer.directory, writer.shape)
     names, sizes = megatron_names(exported), hf_names(exported)
     costs = [sum(math.prod(sizes[s]) for s in sources(name, exported)) for name in names]
-    for number in team.share(costs):
-        for name, tensor in hf_parts(names[number], exported, get(names[number])):
-            size = writer.write(name, tensor)
-            compare_tensor(written, name, tensor, writer.dtype, checkpoint)
-            written.close()  # a mapping from before the next write need not show it
+
+    def write(name: str) -> None:
+        for part, tensor in hf_parts(name, exported, get(name)):
+            size = writer.write(part, tensor)
+            # Opened anew: a mapping from before this write need not show it.
+            with HFWeights(written.directory, exported, written.entries) as now:
+                compare_tensor(now, part, tensor, writer.dtype, checkpoint)
             progress.advance(count=size)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = [pool.submit(write, names[number]) for number in team.share(costs)]
+        try:
+            for done in parts:
+                done.result()
+        finally:
+            for left in parts:
+                left.cancel()
     writer.close()
 
 

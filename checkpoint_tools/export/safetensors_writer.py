@@ -8,6 +8,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class ShardWriter:
             name: (shard, *place) for shard in self._shards for name, place in shard.places.items()
         }
         self._open: dict[str, int] = {}
+        self._opening = threading.Lock()
 
     def create_files(self) -> None:
         """Headers and index, once; the files have their full length from the start."""
@@ -71,6 +73,7 @@ class ShardWriter:
 
     def write(self, name: str, tensor: "Tensor") -> int:
         """Put one tensor into its place, rounded to the type of the export; returns its bytes.
+        Threads may write at once.
 
         Raises OSError where the file cannot be written.
         """
@@ -96,9 +99,10 @@ class ShardWriter:
         self._open.clear()
 
     def _descriptor(self, file: str) -> int:
-        if file not in self._open:
-            self._open[file] = os.open(self.directory / file, os.O_WRONLY)
-        return self._open[file]
+        with self._opening:
+            if file not in self._open:
+                self._open[file] = os.open(self.directory / file, os.O_WRONLY)
+            return self._open[file]
 
 
 def write_weights(
