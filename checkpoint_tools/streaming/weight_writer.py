@@ -68,7 +68,7 @@ BACKENDS = {
     "common_backend_version": 1,
 }
 FILE_BYTES = 256 * 1024**2  # of weights in a file; several, so that ranks can share them
-THREADS = 2  # files that a process writes at a time: one is hashed while another is flushed
+THREADS = 3  # files that a process writes at a time: some are hashed while another is flushed
 PIECE_BYTES = 64 * 1024**2  # of a matrix that stands alone (embedding, output layer) in a piece
 _ALIGNMENT = 64  # bytes; torch aligns a tensor to it within its record, and we the records
 
