@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint_tools.arguments import DTYPES, add_quiet, start
+from checkpoint_tools.comparisons import FULL, SAMPLE, Extent, compare_tensor
 from checkpoint_tools.export.export_files import CardFacts, write_files
 from checkpoint_tools.export.formats import exported_shape, with_explicit_head
 from checkpoint_tools.export.hf_files import DEFAULT_BLOCK_SIZE
@@ -29,7 +30,7 @@ from checkpoint_tools.quantization.export import (
     read_quantization,
 )
 from checkpoint_tools.streaming.team import Team, shared_directory
-from checkpoint_tools.verify import FULL, SAMPLE, Extent, compare, compare_tensor
+from checkpoint_tools.verify import compare
 from megatron_opdlm import written_values
 from megatron_opdlm.errors import Arguments, InputError, command
 from megatron_opdlm.model_files.families import FORMATS

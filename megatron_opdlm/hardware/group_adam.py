@@ -56,7 +56,7 @@ class GroupAdam(torch.optim.Optimizer):
                 continue
             group["step"] = group.get("step", 0) + 1
             for together in _batches(self._tensors(group["params"])):
-                self._update(*map(list, zip(*together, strict=True)), group)
+                self._update(together, group)
 
     def _tensors(self, parameters: Iterable[Any]) -> Iterator[_Tensors]:
         """Those of every parameter that has a gradient, flat."""
@@ -70,19 +70,16 @@ class GroupAdam(torch.optim.Optimizer):
             whole = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
             yield tuple(tensor.view(-1) for tensor in whole)
 
-    def _update(
-        self,
-        parameters: list[Tensor],
-        gradients: list[Tensor],
-        averages: list[Tensor],
-        averages_of_squares: list[Tensor],
-        group: dict[str, Any],
-    ) -> None:
+    def _update(self, together: list[_Tensors], group: dict[str, Any]) -> None:
+        parameters, gradients, averages, averages_of_squares = map(
+            list, zip(*together, strict=True)
+        )
         beta1, beta2 = group["betas"]
         if group["weight_decay"] and self.adam_w_mode:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         elif group["weight_decay"]:
-            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            decay = group["weight_decay"]
+            gradients = list(torch._foreach_add(gradients, parameters, alpha=decay))
         torch._foreach_lerp_(averages, gradients, 1 - beta1)
         torch._foreach_mul_(averages_of_squares, beta2)
         torch._foreach_addcmul_(averages_of_squares, gradients, gradients, value=1 - beta2)

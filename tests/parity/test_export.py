@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from checkpoint_tools import export_hf, import_hf, verify
+from checkpoint_tools import comparisons, export_hf, import_hf, verify
 from checkpoint_tools.export.safetensors_writer import ShardWriter
 from megatron_opdlm.errors import InputError, RunError
 from megatron_opdlm.model_files.manifest import BlockContract, read_manifest
@@ -360,7 +360,7 @@ def test_the_sample_of_a_large_model_has_fewer_prompts() -> None:
     different places of their blocks."""
     for block in (4, 8, 16, 32):
         for parameters, least, most in ((10**6, 6, 8), (600_000_000, 3, 3), (8 * 10**9, 2, 2)):
-            lengths = verify.SAMPLE.lengths(block, parameters)
+            lengths = comparisons.SAMPLE.lengths(block, parameters)
             assert least <= len(lengths) <= most
             assert lengths[-1] == 3 * block
             assert block < lengths[0]
@@ -386,7 +386,7 @@ def test_an_export_finds_another_decoding(
     assert text.count(right) == 1
     (code / "block_diffusion.py").write_text(text.replace(right, wrong))
     files = tuple(code.glob("*.py"))
-    monkeypatch.setattr(verify, "code_of", lambda _: files)
+    monkeypatch.setattr(comparisons, "code_of", lambda _: files)
     with pytest.raises(RunError, match="greedy tokens differ"):
         export(exported, tmp_path / "out")
 

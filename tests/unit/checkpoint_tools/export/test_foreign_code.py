@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint_tools import verify
+from checkpoint_tools import comparisons, verify
 from checkpoint_tools.engines.load import problem_of_loading
 from checkpoint_tools.export.own_code import foreign_code, has_our_code
 from megatron_opdlm.model_files.manifest import read_manifest
@@ -147,7 +147,7 @@ def test_verify_imports_from_our_own_files(
 ) -> None:
     """Claim: even code that nobody found would not come before ours."""
     package_before_module(export)
-    monkeypatch.setattr(verify, "foreign_code", lambda _: "")
+    monkeypatch.setattr(comparisons, "foreign_code", lambda _: "")
     lines = list(verify.compare(export, made / "checkpoint", read_manifest(made / "checkpoint")))
     assert lines[2].endswith("equal")
     assert not (export.parent / "proof").exists()
