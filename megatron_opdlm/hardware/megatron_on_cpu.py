@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from megatron_opdlm.hardware import buffer_exchange
 from megatron_opdlm.hardware.elementwise import swiglu
 from megatron_opdlm.hardware.group_adam import replace_in, use_in_megatron
 
@@ -242,27 +243,6 @@ def _pad_uneven_exchanges() -> None:
     )
 
 
-def _keep_own_buffers() -> None:
-    """A rank alone in its group has all gradients and parameters already. Gloo would copy the whole
-    buffer three times an update, from itself to itself.
-    """
-    module = "megatron.core.distributed.param_and_grad_buffer"
-
-    def unless_alone(exchange: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(exchange)
-        def wrapped(output: torch.Tensor, given: torch.Tensor, **options: Any) -> Any:
-            alone = torch.distributed.get_world_size(options["group"]) == 1
-            if alone and output.data_ptr() == given.data_ptr():
-                return None
-            return exchange(output, given, **options)
-
-        return wrapped
-
-    names = ("dist_all_gather_func", "dist_reduce_scatter_func")
-    of_megatron = vars(importlib.import_module(module))
-    replace_in(module, **{name: unless_alone(of_megatron[name]) for name in names})
-
-
 def _use_sparse_embedding_gradients() -> None:
     """The embedding's gradient is that of the tokens that were there, not a matrix of the whole
     vocabulary with zeros for all others; the wrapper adds it to its sums just the same.
@@ -332,6 +312,6 @@ def install() -> None:
         _use_single_nodes()
         _pass_when_alone()
         _pad_uneven_exchanges()
-        _keep_own_buffers()
+        buffer_exchange.use_in_megatron()
         _use_sparse_embedding_gradients()
         _installed = True
