@@ -37,6 +37,7 @@ _GRACE_SECONDS = 5.0  # at most, in which the main thread may end the process in
 _WAITING = (
     "torch/distributed/distributed_c10d.py",
     "megatron_opdlm/parallel.py",
+    "megatron_opdlm/hardware/buffer_exchange.py",
     "megatron/core/pipeline_parallel/p2p_communication.py",
     "megatron/core/distributed/param_and_grad_buffer.py",
 )
