@@ -25,10 +25,7 @@ def exchange(numbers: int, piece: int, dtype: torch.dtype) -> dict[str, bool]:
         buffer_exchange.reduce_scatter(part, buffer, group)
     close = torch.allclose(part, summed, rtol=0, atol=16 * torch.finfo(dtype).eps)  # order of sums
     part.copy_(summed)
-    others = [buffer.chunk(size)[other] for other in range(size) if other != rank]
-    untouched = all(
-        torch.equal(part, given.chunk(size)[other])
-        for other, part in zip((n for n in range(size) if n != rank), others, strict=True)
-    )
+    places = zip(buffer.chunk(size), given.chunk(size), strict=True)
+    untouched = all(torch.equal(*pair) for other, pair in enumerate(places) if other != rank)
     buffer_exchange.all_gather(buffer, part, group)
     return {"sum": close, "others": untouched, "gathered": torch.equal(buffer, gathered)}
